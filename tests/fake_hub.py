@@ -10,9 +10,12 @@ repository answers on them is described at https://huggingface.co/docs/hub/api).
 `hub.requests`; what the server does not know gets a plain 404 and is also kept in `hub.unknown`.
 """
 
+import csv
 import hashlib
 import json
 import os
+import random
+import shutil
 import sys
 import threading
 from functools import cache
@@ -22,7 +25,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # Kept in Git LFS by the real Hub: their ETag is the SHA-256 of the content. Any other file has its git blob id.
-LFS_SUFFIXES = {".bin", ".safetensors", ".parquet", ".model", ".h5", ".msgpack", ".npz", ".pt"}
+LFS_SUFFIXES = {".bin", ".safetensors", ".parquet", ".model", ".h5", ".msgpack", ".ot", ".tflite"}
 
 
 class Request(NamedTuple):
@@ -287,5 +290,256 @@ def environment(endpoint: str, cache_folder: str | Path, offline: bool = False) 
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1,localhost",
+        "RES_OPTIONS": "timeout:1 attempts:1",  # datasets looks up datasets-server.127.0.0.1, which no name server has
         **({"HF_HUB_OFFLINE": "1"} if offline else {}),
     }
+
+
+# Repositories to serve. Each function writes one below `root` under its real name and returns its folder. The fields
+# are those of the real repositories, the sizes are tiny and the weights random: they prove the path, not the quality.
+
+SAFETENSORS_METADATA = {"format": "pt"}  # the metadata without which transformers refuses a safetensors file
+
+# google/flan-t5-small as published, except for the sizes of its layers.
+FLAN_T5_CONFIG = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "classifier_dropout": 0.0,
+    "d_ff": 64,
+    "d_kv": 8,
+    "d_model": 32,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new",
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "n_positions": 512,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "num_layers": 2,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    # Left over from T5: beam search settings that must not slip into a fine-tuned model's generation.
+    "task_specific_params": {
+        "summarization": {
+            "early_stopping": True,
+            "length_penalty": 2.0,
+            "max_length": 200,
+            "min_length": 30,
+            "no_repeat_ngram_size": 3,
+            "num_beams": 4,
+            "prefix": "summarize: ",
+        },
+        **{
+            f"translation_en_to_{code}": {
+                "early_stopping": True,
+                "max_length": 300,
+                "num_beams": 4,
+                "prefix": f"translate English to {language}: ",
+            }
+            for code, language in {"de": "German", "fr": "French", "ro": "Romanian"}.items()
+        },
+    },
+    "tie_word_embeddings": False,
+    "transformers_version": "4.33.0.dev0",
+    "use_cache": True,
+}
+
+# openai-community/gpt2 as published, except for the sizes. The ids of the end-of-text token follow the vocabulary.
+GPT2_CONFIG = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 128,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 128,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
+
+
+def flan_t5_small(root: str | Path, tokenizer_folder: str | Path, seed: int = 0) -> Path:
+    """google/flan-t5-small: safetensors, beside the same weights in formats that nobody should download."""
+    from safetensors.torch import save_file
+
+    folder = Path(root) / "models/google/flan-t5-small"
+    config = _copy_tokenizer(folder, tokenizer_folder)
+    weights = _random_flan_t5(config, seed)
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
+    save_file({name: weights[name] for name in weights if name not in copies}, folder / "model.safetensors", SAFETENSORS_METADATA)
+    _write_json(folder / "config.json", config)
+    special_tokens = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special_tokens})
+    _other_formats(folder, "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
+    return folder
+
+
+def flan_t5_xxl_sharded_fp16(root: str | Path, tokenizer_folder: str | Path, shards: int = 3, seed: int = 1) -> Path:
+    """philschmid/flan-t5-xxl-sharded-fp16: fp16 in several pickled shards, as repositories of 2022 look.
+
+    There is no safetensors file and no generation_config.json, and the shared embedding is stored three times.
+    """
+    import torch
+
+    folder = Path(root) / "models/philschmid/flan-t5-xxl-sharded-fp16"
+    config = _copy_tokenizer(folder, tokenizer_folder) | {"_name_or_path": "google/flan-t5-xxl"}
+    weights = {name: value.half() for name, value in _random_flan_t5(config, seed).items()}
+    _write_json(folder / "config.json", config | {"torch_dtype": "float16"})
+    names, weight_map = list(weights), {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        part = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
+        torch.save({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    metadata = {"total_size": sum(value.nbytes for value in weights.values())}
+    _write_json(folder / "pytorch_model.bin.index.json", {"metadata": metadata, "weight_map": weight_map})
+    return folder
+
+
+def gpt2_repo(root: str | Path, seed: int = 0) -> Path:
+    """openai-community/gpt2: OpenAI's names without the prefix `transformer.`, the causal masks among the weights.
+
+    Its byte-level BPE is trained on the text of this file: 256 bytes, 256 merges and, last as in the real vocabulary,
+    the end-of-text token.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = Path(root) / "models/openai-community/gpt2"
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([__file__], trainer)
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    _write_json(folder / "vocab.json", dict(vocabulary), indent=None)
+    _write_json(folder / "tokenizer_config.json", {"model_max_length": GPT2_CONFIG["n_positions"]})
+
+    end_of_text = {"bos_token_id": len(vocabulary) - 1, "eos_token_id": len(vocabulary) - 1}
+    config = GPT2_CONFIG | end_of_text | {"vocab_size": len(vocabulary)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = GPT2LMHeadModel(GPT2Config(**config)).transformer.state_dict()  # the head is tied to wte
+    context = config["n_positions"]
+    for layer in range(config["n_layer"]):
+        weights[f"h.{layer}.attn.bias"] = torch.ones(context, context).tril()[None, None]
+    save_file(weights, folder / "model.safetensors", SAFETENSORS_METADATA)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **end_of_text})
+    _other_formats(folder, "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "64.tflite")
+    return folder
+
+
+def samsum_csv(root: str | Path, rows: dict[str, list[dict[str, str]]] | None = None) -> Path:
+    """knkarthick/samsum: train.csv, validation.csv and test.csv with the columns id, dialogue and summary.
+
+    `rows` gives the rows of each split (default: 24, 8 and 8 of `samsum_rows`). In the middle of the train rows comes
+    one more without a dialogue, with the id of the real broken row: `datasets` reads that dialogue as None.
+    """
+    folder = Path(root) / "datasets/knkarthick/samsum"
+    folder.mkdir(parents=True)
+    rows = rows or {split: samsum_rows(split, count) for split, count in SAMSUM_COUNTS.items()}
+    for split, split_rows in rows.items():
+        with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "dialogue", "summary"])
+            writer.writeheader()
+            middle = len(split_rows) // 2
+            broken = [SAMSUM_BROKEN_ROW] if split == "train" else []
+            writer.writerows(split_rows[:middle] + broken + split_rows[middle:])
+    return folder
+
+
+SAMSUM_COUNTS = {"train": 24, "validation": 8, "test": 8}
+SAMSUM_BROKEN_ROW = {"id": "13828807", "dialogue": "", "summary": "A summary of nothing."}
+# What A says, what B answers, and the summary.
+_SCENES = [
+    ("Do you still have my {thing}?", "Yes, sorry! I will bring it {time}", "{b} will bring {a} the {thing} {time}."),
+    ("I lost the {thing} :(", 'Again? "Be careful", I said', "{a} lost the {thing}, although {b} had said it."),
+    ("Can we meet {time}? I need a {thing}", "Sure, take mine", "{b} gives {a} a {thing} {time}."),
+    ("I bought a {thing}, it was cheap", "Nice, show me {time}", "{a} bought a {thing} and shows it to {b} {time}."),
+]
+_NAMES = ["Ada", "Bruno", "Chloé", "Dmitri", "Esra", "Femi", "Greta"]
+_THINGS = ["bike", "blue umbrella", "old phone", "tent", "guitar"]
+_TIMES = ["tonight", "tomorrow at 7", "on Friday"]
+
+
+def samsum_rows(split: str, count: int) -> list[dict[str, str]]:
+    """`count` short messenger dialogues with summaries, always the same for a split. Most have Windows line breaks."""
+    chooser, rows = random.Random(split), []
+    for number in range(count):
+        ask, answer, summary = chooser.choice(_SCENES)
+        a, b = chooser.sample(_NAMES, 2)
+        words = {"a": a, "b": b, "thing": chooser.choice(_THINGS), "time": chooser.choice(_TIMES)}
+        turns = [f"{a}: Hi {b}!", f"{a}: {ask}", f"{b}: {answer}", f"{a}: Ok, thanks"]
+        line_break = "\n" if number % 8 == 7 else "\r\n"
+        rows.append(
+            {
+                # The real ids are strings too: numbers, some with a suffix.
+                "id": f"1{len(split)}{number:06}" + ("-1" if number % 4 == 3 else ""),
+                "dialogue": line_break.join(turns).format(**words),
+                "summary": summary.format(**words),
+            }
+        )
+    return rows
+
+
+def _copy_tokenizer(folder: Path, tokenizer_folder: str | Path) -> dict:
+    """Start a Flan-T5 repository with a tokenizer's files; returns the configuration with its size of the vocabulary.
+
+    The embedding is padded beyond the tokenizer to the next multiple of 128, as the real 32,128 rows for 32,100 pieces.
+    """
+    from tokenizers import Tokenizer
+
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
+        if (Path(tokenizer_folder) / name).exists():
+            shutil.copy(Path(tokenizer_folder) / name, folder)
+    pieces = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    return FLAN_T5_CONFIG | {"vocab_size": (pieces // 128 + 1) * 128}
+
+
+def _random_flan_t5(config: dict, seed: int) -> dict:
+    """All weights by name, fp32. The head is drawn here: in transformers 5 a T5 that is not loaded is always tied."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = T5ForConditionalGeneration(T5Config(**config)).state_dict()
+        head = torch.randn(config["vocab_size"], config["d_model"]) * config["d_model"] ** -0.5
+    return weights | {"lm_head.weight": head}
+
+
+def _other_formats(folder: Path, *names: str) -> None:
+    """Files that the real repository has as well, gigabytes in all: a test can assert that they stay where they are."""
+    for name in names:
+        (folder / name).write_bytes(b"the same weights in another format")
+
+
+def _write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")

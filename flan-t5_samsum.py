@@ -1,0 +1,1480 @@
+"""Fine-tune Flan-T5 with LoRA to summarise dialogues (SAMSum), in one file.
+
+    python flan-t5_samsum.py                              # tiny model, sample data: minutes on a CPU, no network
+    python flan-t5_samsum.py --lr 1e-4 --model xl         # Flan-T5-XL on SAMSum, on a GPU
+    python flan-t5_samsum.py --model xxl --int8           # the largest one with INT8 weights
+    torchrun --nproc_per_node=4 flan-t5_samsum.py --model xl                # the same run on four GPUs
+    tensorboard --logdir runs                             # watch it
+    python flan-t5_samsum.py --resume                     # go on after an interruption
+    python flan-t5_samsum.py --summarize chat.txt         # use what came out
+    python flan-t5_samsum.py --evaluate                   # score it again
+    python flan-t5_samsum.py --merge DIR                  # write a plain model without an adapter
+
+The file reads in the order in which the data flows:
+command line -> data -> model -> scores -> training -> report -> use -> main.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line. It stands first, before torch is imported, so that --help and a wrong flag are answered at once.
+# ------------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "tiny": str(HERE / "resource" / "flan-t5-tiny"),
+    "small": "google/flan-t5-small",
+    "base": "google/flan-t5-base",
+    "large": "google/flan-t5-large",
+    "xl": "google/flan-t5-xl",
+    "xxl": "philschmid/flan-t5-xxl-sharded-fp16",
+}
+# The recipe of the original experiments; a preset may differ from it.
+RECIPE = {"dataset": "samsum", "lr": 1e-4, "epochs": 10}
+PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 4}}
+PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
+
+
+class UserError(Exception):
+    """Something the user can mend. It is printed as one line, and the script ends with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def number(kind, low, high=float("inf"), low_included=True):
+    """An argparse type: a number of `kind` between `low` and `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high) or (value == low and not low_included):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def build_parser():
+    parser = Parser(
+        prog="flan-t5_samsum.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count = number(int, 1)
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", default="tiny", metavar="NAME",
+                       help=f"{', '.join(MODELS)}, a Hub id or a folder (default: tiny)")
+    group.add_argument("--dataset", metavar="NAME",
+                       help="samsum, sample, a Hub id, or a file or folder of .jsonl, .json, .csv or .parquet "
+                            "(default: sample with --model tiny, else samsum)")
+    group.add_argument("--source-column", metavar="NAME", help="column of the dialogues (default: known by its name)")
+    group.add_argument("--target-column", metavar="NAME", help="column of the summaries (default: known by its name)")
+    group.add_argument("--limit", type=count, metavar="N", help="use only the first N rows of each split")
+    group.add_argument("--max-source-length", type=number(int, 8), default=512, metavar="N",
+                       help="tokens of a dialogue; longer ones are cut (default: %(default)s)")
+    group.add_argument("--max-target-length", type=number(int, 2), default=128, metavar="N",
+                       help="tokens of a reference summary in training (default: %(default)s)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=number(float, 0, 1, low_included=False), metavar="X",
+                       help="peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)")
+    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 4)")
+    group.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimiser steps (default: no limit)")
+    group.add_argument("--batch-size", type=count, default=8, metavar="N",
+                       help="examples per optimiser step, over all GPUs (default: %(default)s)")
+    group.add_argument("--micro-batch-size", type=count, metavar="N",
+                       help="examples per GPU at a time; the rest is accumulated (default: the whole batch)")
+    group.add_argument("--gradient-checkpointing", action="store_true",
+                       help="compute activations twice instead of keeping them: less memory, a third slower")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default: %(default)s")
+    group.add_argument("--lora-r", type=count, default=16, metavar="N", help="LoRA rank (default: %(default)s)")
+    group.add_argument("--lora-alpha", type=number(float, 0, low_included=False), default=32, metavar="X",
+                       help="LoRA's update is scaled by alpha / rank (default: %(default)s)")
+    group.add_argument("--lora-dropout", type=number(float, 0, 0.99), default=0.05, metavar="X",
+                       help="default: %(default)s")
+    group.add_argument("--lora-targets", nargs="+", default=["q", "k", "v", "o"], metavar="NAME",
+                       help="layers that get an adapter (default: q k v o, all attention projections)")
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument("--int8", action="store_true", help="frozen weights in INT8 (bitsandbytes LLM.int8())")
+    precision.add_argument("--int4", action="store_true", help="frozen weights in 4-bit NormalFloat (QLoRA)")
+    precision.add_argument("--full", action="store_true", help="train all weights, without LoRA")
+
+    group = parser.add_argument_group("summaries (in the evaluation after each epoch, and in use)")
+    group.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="default: %(default)s")
+    group.add_argument("--num-beams", type=count, default=1, metavar="N", help="1 is greedy (default: %(default)s)")
+
+    group = parser.add_argument_group("files")
+    group.add_argument("--output-dir", type=Path, metavar="DIR",
+                       help="folder of this run (default: runs/<model>-<dataset>-lr=<lr>, never an existing one)")
+    group.add_argument("--cache-dir", type=Path, metavar="DIR",
+                       help="downloads and tokenised data (default: Hugging Face's own cache)")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the last checkpoint of --output-dir (default: of the newest run)")
+
+    group = parser.add_argument_group("instead of training")
+    mode = group.add_mutually_exclusive_group()
+    mode.add_argument("--summarize", nargs="?", const="-", metavar="FILE",
+                      help="summarise dialogues: text separated by blank lines, or JSONL; without FILE standard input")
+    mode.add_argument("--evaluate", action="store_true", help="score an adapter, or a bare model, on --split")
+    mode.add_argument("--merge", type=Path, metavar="DIR", help="write base + adapter as one plain bf16 model to DIR")
+    group.add_argument("--adapter", metavar="DIR",
+                       help="run or adapter to use (default: the newest run; 'none': the bare --model)")
+    group.add_argument("--split", choices=["train", "validation", "test"], default="test",
+                       help="for --evaluate (default: %(default)s)")
+    return parser
+
+
+MODES = ("resume", "summarize", "evaluate", "merge", "adapter", "split")  # what to do: not part of a configuration
+PLACES = ("output_dir", "cache_dir")
+
+
+def parse_arguments(argv=None):
+    """The command line with all defaults filled in.
+
+    --resume, --summarize, --evaluate and --merge take their defaults from the configuration of the run that they
+    continue or use (its metrics.json), so that nothing has to be typed twice and no score is taken with other settings.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    run = run_in_question(args)
+    if run is not None:
+        saved = read_configuration(run)
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        changed = [name for name, value in saved.items() if getattr(args, name) != value]
+        if args.resume and changed:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
+                            "leave it out, or start a new run")
+        if args.resume:
+            args.output_dir = run
+        elif args.adapter is None:
+            args.adapter = str(run)
+    for name, value in {**RECIPE, **PRESETS.get(args.model, {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("dataset", "model"):  # a run can be continued from another folder
+        if Path(getattr(args, name)).exists() and getattr(args, name) not in MODELS:
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.micro_batch_size is None:
+        args.micro_batch_size = max(1, args.batch_size // processes)
+    if args.batch_size % (args.micro_batch_size * processes):
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
+                        f"{args.micro_batch_size} x {processes} process(es)")
+    return args
+
+
+def run_in_question(args):
+    """The folder of the run that --resume, --summarize, --evaluate or --merge is about; None for a new run."""
+    if args.resume:
+        return args.output_dir or newest_run("checkpoint-*")
+    if (args.summarize is None and not args.evaluate and args.merge is None) or args.adapter == "none":
+        return None
+    if args.adapter is None:
+        return newest_run("adapter", "model")
+    folder = Path(args.adapter)
+    candidates = [run for run in (folder, folder.parent) if (run / "metrics.json").is_file()]
+    return candidates[0] if candidates else None
+
+
+def newest_run(*contents):
+    runs = [run for run in Path("runs").glob("*") for name in contents if any(run.glob(name))]
+    runs = [run for run in runs if (run / "metrics.json").is_file()]
+    if not runs:
+        raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
+                        "train first, or name one (--adapter DIR, --output-dir DIR)")
+    return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
+
+
+def read_configuration(run):
+    try:
+        return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["configuration"]
+    except FileNotFoundError:
+        raise UserError(f"{run} holds no run (no metrics.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'metrics.json'} is damaged ({error!r})") from None
+
+
+def explained(work, *arguments):
+    """Calls `work`; a mistake of the user's becomes one line and exit code 2 instead of a traceback."""
+    try:
+        return work(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = explained(parse_arguments)
+
+# ------------------------------------------------------------------------------------------------------------------
+# The slow imports, and what must be set before them.
+# ------------------------------------------------------------------------------------------------------------------
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forked tokenizers
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")  # seconds; an unreachable Hub is noticed quickly
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: the Trainer would take all, by slow DataParallel
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every 8-bit matmul
+
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import io
+import math
+import platform
+import re
+import resource
+import shutil
+import textwrap
+import time
+import warnings
+
+import datasets
+import evaluate
+import huggingface_hub
+import matplotlib
+import numpy as np
+import peft
+import pyarrow.parquet
+import torch
+import transformers
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from rouge_score import rouge_scorer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+matplotlib.use("Agg")  # plots go to files: no screen is needed
+from matplotlib import pyplot as plt
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # notes between the libraries, not for users
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.logging.set_verbosity_error()
+datasets.disable_progress_bars()
+
+
+def is_main_process():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*lines, file=None):
+    """Prints, once, however many processes there are."""
+    if is_main_process():
+        print(*lines, sep="\n", file=file or sys.stdout, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data: from the Hub, a file or a folder, to rows of id, dialogue and summary, to tokens.
+# ------------------------------------------------------------------------------------------------------------------
+
+DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
+COLUMNS = {  # known names of the two columns, in lower case; anything else must be named by a flag
+    "source": ("dialogue", "dialog", "conversation", "transcript", "document", "article"),
+    "target": ("summary", "highlights", "abstract"),
+}
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+               "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+
+
+def fetch(repo_id, repo_type, patterns, cache_dir=None):
+    """Downloads a Hub repository, or finds it in the cache, and returns its local folder (a Path).
+
+    Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
+    connection) the cached copy is used; without one a UserError names the ways out.
+    """
+    try:
+        with PartialState().main_process_first():
+            return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
+                                                          cache_dir=cache_dir))
+    except huggingface_hub.errors.GatedRepoError:
+        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`") from None
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)") from None
+    except Exception as error:  # time-outs and refusals, in classes of the Hub client's HTTP library
+        raise UserError(f"cannot get {repo_type} {repo_id} from the Hub, and it is not in the cache ({first_line(error)}) "
+                        f"- offline, copy its files here and give the folder: --{repo_type} FOLDER") from None
+
+
+def read_file(path):
+    """Rows (dictionaries) of a .jsonl, .json, .csv or .parquet file; UserError with file and line if it is broken."""
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}): convert it") from None
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if path.suffix == ".csv":
+        return read_csv(path, text)
+    if path.suffix == ".json":
+        rows = [(1, parse_json(path, 1, text))]
+        if isinstance(rows[0][1], list):
+            rows = [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)]
+    else:
+        rows = [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for place, row in rows:
+        if not isinstance(row, dict) or (path.suffix == ".json" and place == 1):
+            raise UserError(f"{path}:{place}: expected rows such as {{\"dialogue\": ..., \"summary\": ...}} "
+                            f"({'a list of them' if path.suffix == '.json' else 'one a line'}), found "
+                            f"{'an object' if isinstance(row, dict) else type(row).__name__}")
+    return [row for _, row in rows]
+
+
+def read_csv(path, text):
+    csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    if any(None in row for row in rows):
+        raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
+    return rows
+
+
+def parse_json(path, line_number, text):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line_number += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
+    except RecursionError:
+        raise UserError(f"{path}:{line_number}: not usable JSON (nested too deeply)") from None
+
+
+def find_files(folder):
+    """{split: [files]} of a folder such as SAMSum's: the split is a word in the name of the file or of its folder."""
+    splits = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in FILE_TYPES and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            words = re.findall("[a-z]+", path.stem.lower()) or re.findall("[a-z]+", path.parent.name.lower())
+            names = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+            if len(names) == 1:
+                splits.setdefault(names.pop(), []).append(path)
+    folders = {path.parent for paths in splits.values() for path in paths}
+    if len(folders) > 1:
+        listed = ", ".join(str(f.relative_to(folder)) for f in sorted(folders))
+        raise UserError(f"{folder} has data in several folders ({listed}): give one of them, as --dataset FOLDER")
+    return splits
+
+
+def load_splits(name, cache_dir=None):
+    """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
+    path = Path(DATASETS.get(name, name))
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise UserError(f"{path}: only {', '.join(FILE_TYPES)} files can be read")
+        rows = read_file(path)
+        tenth = len(rows) // 10
+        if not tenth:
+            raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
+        say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
+        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
+    if not path.is_dir():
+        if looks_like_path(name) or "/" not in str(path):
+            raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
+        path = fetch(str(path), "dataset", [f"*{suffix}" for suffix in FILE_TYPES], cache_dir)
+    files = find_files(path)
+    missing = [split for split in ("train", "validation", "test") if split not in files]
+    if missing:
+        raise UserError(f"{name} lacks {' and '.join(missing)}: expected train, validation and test (.jsonl, ...) "
+                        f"in {path}, found {', '.join(files) or 'none'} (one file alone is split for you)")
+    return {split: [row for file in paths for row in read_file(file)] for split, paths in files.items()}
+
+
+def looks_like_path(name):
+    return name.startswith((".", "/", "~")) or name.endswith(FILE_TYPES) or name.count("/") > 1
+
+
+def find_column(rows, kind, chosen):
+    """The column of dialogues (`kind` "source") or summaries ("target"): as chosen, else by its name, never guessed."""
+    present = list(dict.fromkeys(column for row in rows[:1000] for column in row))
+    if chosen is not None:
+        if chosen not in present:
+            raise UserError(f"there is no column {chosen} (--{kind}-column); there are: {', '.join(map(str, present))}")
+        return chosen
+    known = [column for column in present if str(column).lower() in COLUMNS[kind]]
+    if len(known) != 1:
+        raise UserError(f"cannot tell the {kind} among {', '.join(map(str, present))}: name it, --{kind}-column NAME")
+    return known[0]
+
+
+def load_data(args):
+    """A DatasetDict with train, validation and test, each with the text columns id, dialogue and summary.
+
+    Line breaks become "\\n" (most of SAMSum's test rows have "\\r\\n", its train rows do not). Rows without a dialogue
+    or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
+    """
+    splits = load_splits(args.dataset, args.cache_dir)
+    if not splits["train"]:
+        raise UserError(f"the train split of {args.dataset} is empty")
+    source = find_column(splits["train"], "source", args.source_column)
+    target = find_column(splits["train"], "target", args.target_column)
+    tables = {}
+    for split in ("train", "validation", "test"):
+        rows = splits[split]
+        table, dropped = {"id": [], "dialogue": [], "summary": []}, 0
+        for i, row in enumerate(rows, 1):
+            texts = []
+            for column in (source, target):
+                if column not in row:
+                    raise UserError(f"row {i} of {split} has no column {column}")
+                if row[column] is not None and not isinstance(row[column], str):
+                    raise UserError(f"row {i} of {split}: {column} is {type(row[column]).__name__}, not text")
+                texts.append((row[column] or "").replace("\r\n", "\n").replace("\r", "\n").strip())
+            if not all(texts):
+                dropped += 1
+                continue
+            table["id"].append(str(row["id"]) if row.get("id") is not None else f"{split}-{i}")
+            table["dialogue"].append(texts[0])
+            table["summary"].append(texts[1])
+            if len(table["id"]) == args.limit:
+                break
+        if dropped:
+            say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
+        if not table["id"]:
+            raise UserError(f"the {split} split of {args.dataset} is empty")
+        tables[split] = datasets.Dataset.from_dict(table)
+    return datasets.DatasetDict(tables)
+
+
+def fingerprint(*parts):
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def encode(tokenizer, texts, limit):
+    """Token ids of `texts`, each cut to `limit` tokens with the end token last, and for each whether it was cut."""
+    rows = tokenizer(texts).input_ids
+    cut = [row if len(row) <= limit else [*row[: limit - 1], tokenizer.eos_token_id] for row in rows]
+    return cut, [len(row) > limit for row in rows]
+
+
+def tokenize(data, tokenizer, args):
+    """Adds input_ids and labels (lists of token ids, the end token last) and `truncated` (bool) to each split.
+
+    `Dataset.map` reuses an explicitly named cache file whatever is in it, so everything that the tokens depend on is in
+    the name: the rows, the tokenizer, the prefix and both lengths.
+    """
+
+    def preprocess(batch):
+        sources, truncated = encode(tokenizer, [PREFIX + text for text in batch["dialogue"]], args.max_source_length)
+        labels, _ = encode(tokenizer, batch["summary"], args.max_target_length)
+        return {"input_ids": sources, "labels": labels, "truncated": truncated}
+
+    folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME) / "tokenized"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [tokenizer.backend_tokenizer.to_str(), PREFIX, args.max_source_length, args.max_target_length]
+    result = {}
+    with PartialState().main_process_first():
+        for split, rows in data.items():
+            name = f"{split}-{fingerprint(rows.to_dict(), *settings)}.arrow"
+            result[split] = rows.map(preprocess, batched=True, cache_file_name=str(folder / name))
+    return datasets.DatasetDict(result)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Model: a base from the Hub or a folder, in bf16, INT8 or NF4, and its LoRA adapter.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def get_device():
+    """The device of this process, and the precision of its matrix products: bf16 where the hardware has it, else fp32.
+
+    Never fp16: activations of T5 overflow in it. A T4 or V100 only emulates bf16, hence the look at the capability.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu"), torch.float32
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def find_model(name, cache_dir=None):
+    """The local folder of --model: a preset, a folder or a Hub id (downloaded, safetensors preferred)."""
+    path = Path(MODELS.get(name, name))
+    if not path.is_dir():
+        if name not in MODELS and (looks_like_path(name) or "/" not in name):
+            raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
+        texts = ["*.json", "*.model"]
+        path = fetch(str(path), "model", [*texts, "*.safetensors"], cache_dir)
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            path = fetch(MODELS.get(name, name), "model", [*texts, "*.bin"], cache_dir)
+    return path
+
+
+def load_tokenizer_and_config(folder):
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
+    if config.model_type not in ("t5", "mt5"):
+        raise UserError(f"{folder} is a {config.model_type} model, not T5")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size} rows")
+    tokenizer.model_max_length = sys.maxsize  # lengths are cut in one place, tokenize(), which also counts them
+    return tokenizer, config
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def load_base(folder, device, dtype, quantization=None):
+    """The pretrained model on `device`, in `dtype`, its linear layers in "int8" or "int4" (NF4) if asked for.
+
+    These are the first two of the three steps of bitsandbytes (configure, load, prepare). The third is left out:
+    `prepare_model_for_kbit_training` would keep `wo` and the embeddings in fp32, which takes back much of the memory
+    that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
+    checkpointing, the non-re-entrant kind (chosen in `train`). So training and inference load alike.
+    """
+    quantizers = {
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "int4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }
+    options = {}
+    if quantization:
+        options["quantization_config"] = quantizers[quantization]()
+    try:
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
+    if report["missing_keys"]:
+        raise UserError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    model.eval()
+    return model
+
+
+def quantization_of(args):
+    return "int8" if args.int8 else "int4" if args.int4 else None
+
+
+def add_lora(model, args):
+    """Wraps `model` with a new adapter (Hu et al. 2021): W x + (alpha / r) B A x, with A random and B zero.
+
+    The base is frozen. The adapter is kept in fp32 whatever the dtype of the base (PEFT's default).
+    """
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
+                        target_modules=args.lora_targets, task_type=TaskType.SEQ_2_SEQ_LM)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora-targets {' '.join(args.lora_targets)}: {first_line(error)}") from None
+
+
+def load_adapter(model, folder):
+    """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        detail = lines[1] if "size mismatch" in str(error) and len(lines) > 1 else lines[0]
+        raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: {detail[:200]}") from None
+
+
+@contextlib.contextmanager
+def merged_adapter(model):
+    """Merges the adapter into the base weights for a while: the same function, and faster to generate with.
+
+    Subtracting the adapter again would not give back the same bits, so the original matrices are kept and put back.
+    Price: a second copy of the adapted matrices. Quantised weights are left alone, as merging would round them.
+    """
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    if not isinstance(model, PeftModel) or not layers or getattr(model, "is_quantized", False):
+        yield model
+        return
+    originals = [layer.get_base_layer().weight.data for layer in layers]
+    for layer in layers:
+        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.clone()
+    model.merge_adapter()
+    try:
+        yield model
+    finally:
+        model.unmerge_adapter()
+        for layer, original in zip(layers, originals, strict=True):
+            layer.get_base_layer().weight.data = original
+
+
+def save_result(model, tokenizer, folder, base_name):
+    """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
+    temporary = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = base_name  # not the folder of the Hub's cache
+        model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the Hub at every save
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+    else:
+        model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Scores: generation, and ROUGE with its bootstrap interval.
+# ------------------------------------------------------------------------------------------------------------------
+
+ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+
+
+@torch.inference_mode()
+def generate_summaries(model, tokenizer, sources, args, precision, batch_size=None, stop=lambda: False):
+    """Summaries (strings) of `sources` (lists of token ids), in the order of `sources`.
+
+    All text of this script is generated here. Batches hold rows of similar length, the longest first, so that little is
+    padded and memory that does not suffice shows at once: then the batch is halved. Several processes share the rows.
+    The generation settings are complete and new, so none of a checkpoint's own (the 20-token limit!) can leak in.
+    """
+    device = model.device
+    settings = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, do_sample=False,
+        decoder_start_token_id=model.config.decoder_start_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    state = PartialState()
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    mine = order[state.process_index :: state.num_processes]
+    batch_size = batch_size or max(1, (256 if device.type == "cuda" else 64) // args.num_beams)
+    autocast = torch.autocast(device.type, precision, enabled=precision != model.dtype)
+    summaries, start = {}, 0
+    while start < len(mine):
+        if stop():
+            raise Interrupted
+        rows = mine[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, pad_to_multiple_of=64 if device.type == "cuda"
+                              else 8, return_tensors="pt").to(device)
+        try:
+            with autocast:
+                output = model.generate(**batch, generation_config=settings)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            batch_size = len(rows) // 2
+            torch.cuda.empty_cache()
+            continue
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        summaries.update(zip(rows, (text.strip() for text in texts), strict=True))
+        start += len(rows)
+    if state.num_processes > 1:
+        parts = [None] * state.num_processes
+        torch.distributed.all_gather_object(parts, summaries)
+        summaries = {i: text for part in parts for i, text in part.items()}
+    return [summaries[i] for i in range(len(sources))]
+
+
+class Rouge(evaluate.Metric):
+    """ROUGE F1 in percent for each row, by rouge_score with the Porter stemmer, as Hugging Face's example reports it.
+
+    A local metric, because `evaluate.load("rouge")` needs the Hub. ROUGE-Lsum compares sentence by sentence, and
+    sentences are taken to end at white space after . ! or ? (Lin 2004 leaves the splitting open).
+    """
+
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(description="ROUGE per row", citation="Lin 2004", inputs_description=__doc__,
+                                   features=datasets.Features({"predictions": text, "references": text}))
+
+    def _compute(self, predictions, references):
+        scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+        rows = [scorer.score(one_sentence_a_line(reference), one_sentence_a_line(prediction))
+                for prediction, reference in zip(predictions, references, strict=True)]
+        return {kind: [100 * row[kind].fmeasure for row in rows] for kind in ROUGE_TYPES}
+
+
+def one_sentence_a_line(text):
+    return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
+
+
+def bootstrap_interval(scores, samples=1000, seed=0):
+    """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: (low, high)."""
+    scores, rng = np.asarray(scores), np.random.default_rng(seed)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def score(model, tokenizer, rows, args, precision, stop=lambda: False):
+    """Summarises `rows` (a tokenised split) and compares with the references.
+
+    Returns the scores, {"rouge1": mean, "rouge1_interval": [low, high], ...}, and the rows with their predictions.
+    The raw references are compared, not the labels, which may be truncated.
+    """
+    predictions = generate_summaries(model, tokenizer, rows["input_ids"], args, precision, stop=stop)
+    metric = Rouge(keep_in_memory=True)
+    per_row = metric.compute(predictions=predictions, references=list(rows["summary"]))
+    scores = {}
+    for kind, values in per_row.items():
+        scores[kind] = float(np.mean(values))
+        scores[kind + "_interval"] = bootstrap_interval(values)
+    examples = [
+        {"id": i, "dialogue": dialogue, "reference": reference, "prediction": prediction, "rouge1": round(rouge1, 2)}
+        for i, dialogue, reference, prediction, rouge1 in zip(
+            rows["id"], rows["dialogue"], rows["summary"], predictions, per_row["rouge1"], strict=True)
+    ]
+    return scores, examples
+
+
+def protocol(args, data):
+    """How the scores were taken. Only scores of one and the same protocol can be compared."""
+    return {
+        "decoding": "greedy" if args.num_beams == 1 else f"beam search with {args.num_beams} beams",
+        "max_new_tokens": args.max_new_tokens, "prefix": PREFIX, "rouge": "rouge_score F1", "stemmer": True,
+        "sentences": "split at white space after . ! ?", "interval": "95% percentile bootstrap over rows, 1000 samples",
+        "max_source_length": args.max_source_length,
+        "rows": {split: len(rows) for split, rows in data.items()},
+        "truncated": {split: round(float(np.mean(rows["truncated"])), 4) for split, rows in data.items()},
+    }
+
+
+def describe(protocol):
+    rows = ", ".join(f"{count} {split} ({protocol['truncated'][split]:.1%} truncated)"
+                     for split, count in protocol["rows"].items() if split != "train")
+    return (f"Protocol: {protocol['decoding']}, at most {protocol['max_new_tokens']} new tokens; {protocol['rouge']} "
+            f"with stemmer, sentences {protocol['sentences']}; rows: {rows} to {protocol['max_source_length']} tokens; "
+            f"in brackets the {protocol['interval']}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training: Seq2SeqTrainer, with an exact loss, resumable order, scores after each epoch and whole checkpoints.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Raised inside a long computation after SIGINT or SIGTERM."""
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        say("\nstopping after this step and saving (once more: stop at once)", file=sys.stderr)
+
+    def __call__(self):
+        return bool(self.number)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """A new permutation of the rows for each epoch, in which the rows of one optimiser step have similar lengths.
+
+    The rows are shuffled, cut into chunks of 50 batches, sorted by length within each chunk and shuffled again batch by
+    batch: little padding, nearly full randomness. The order is a function of seed and epoch alone (the Trainer's own
+    sampler draws from the global generator), so a resumed run sees the same batches.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, chunk = rng.permutation(len(self.lengths)), 50 * self.batch_size
+        batches = []
+        for start in range(0, len(order), chunk):
+            rows = sorted(order[start : start + chunk].tolist(), key=lambda i: -self.lengths[i])
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+        longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
+        if self.epoch == 0 and batches:  # memory that does not suffice shows in the first step
+            batches[0], batches[longest] = batches[longest], batches[0]
+        return iter([i for batch in batches + last for i in batch])
+
+
+class Collator(DataCollatorForSeq2Seq):
+    """Pads a batch, labels with -100, and counts its real tokens (source and target) on the host."""
+
+    tokens = 0
+
+    def __call__(self, rows):
+        rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+        self.tokens += sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
+        return super().__call__(rows)
+
+
+def token_mean_loss(outputs, labels, num_items_in_batch):
+    """Cross-entropy in nats per target token: `logits` [batch, target, vocabulary], `labels` [batch, target].
+
+    Divided by the tokens of the whole optimiser step, not of this micro-batch: a mean of means would weigh the tokens
+    of short micro-batches more. (The Trainer leaves the division to T5, which ignores it: transformers issue 47688.)
+    """
+    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(),
+                                             ignore_index=-100, reduction="sum")
+    return loss / num_items_in_batch
+
+
+class SummarizationTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer, and where it differs:
+
+    - `evaluate` scores validation and test by generation (`score`), and keeps the adapter of the best epoch;
+    - the order of the rows comes from `LengthGroupedSampler`;
+    - a checkpoint is complete or absent: it is written aside and renamed;
+    - the log has samples/s, tokens/s and memory.
+    """
+
+    def __init__(self, *, run, data, settings, precision, base_name, stop, **kwargs):
+        self.run, self.data, self.settings, self.precision = run, data, settings, precision
+        self.base_name, self.stop = base_name, stop
+        lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
+        self.sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed)
+        super().__init__(train_dataset=data["train"].select_columns(["input_ids", "labels"]),
+                         eval_dataset=data["validation"], compute_loss_func=token_mean_loss, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
+        self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds, steps = now - self.since, self.state.global_step - self.step_since
+            tokens = (self.data_collator.tokens - self.tokens_since) * self.args.world_size
+            logs["seconds"] = round(seconds, 3)
+            logs["samples_per_second"] = round(steps * self.settings.batch_size / seconds, 2)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+            logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
+            self.restart_clock()
+            if not math.isfinite(logs["loss"]):
+                raise UserError(f"the loss is {logs['loss']} at step {self.state.global_step}: try a lower --lr")
+        super().log(logs, start_time)
+
+    def restart_clock(self):
+        """So that the speed in the log is that of training alone, without evaluations and checkpoints."""
+        self.since, self.tokens_since = time.perf_counter(), self.data_collator.tokens
+        self.step_since = self.state.global_step
+
+    def evaluate(self, *args, **kwargs):
+        """Scores validation and test, logs them, and keeps the adapter if validation ROUGE-1 is the best so far.
+
+        Called by the Trainer before the first step (a resumed run may have been scored there) and after each epoch.
+        """
+        done = evaluations(self.state.log_history)
+        at_start_of_resumed_epoch = self.state.global_step and not float(self.state.epoch).is_integer()
+        if any(e["step"] == self.state.global_step for e in done) or (
+            at_start_of_resumed_epoch and self.state.global_step < self.state.max_steps
+        ):
+            return {}
+        start, entry, examples = time.perf_counter(), {}, {}
+        stop = self.stop if self.args.world_size == 1 else lambda: False  # ranks must not part company
+        self.model.eval()
+        try:
+            with merged_adapter(self.model):
+                for split in ("validation", "test"):
+                    entry[split], examples[split] = score(self.model, self.processing_class, self.data[split],
+                                                          self.settings, self.precision, stop=stop)
+        except Interrupted:
+            return {}
+        entry["seconds"] = round(time.perf_counter() - start, 2)
+        epoch = self.state.epoch or 0
+        if self.is_world_process_zero():
+            for split, rows in examples.items():
+                write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch:g}.jsonl", rows)
+            if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
+                save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.base_name)
+        self.log(entry)
+        self.callback_handler.call_event("on_evaluate", self.args, self.state, self.control, examples=examples)
+        self.model.train()
+        self.restart_clock()
+        return {}
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)  # into args.output_dir, which is a folder aside
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(self.run / name, ignore_errors=True)
+            (Path(self.args.output_dir) / name).rename(self.run / name)
+            for old in checkpoints(self.run)[:-2]:
+                shutil.rmtree(old)
+        self.restart_clock()
+
+
+def checkpoints(run):
+    """The whole checkpoints of a run, the oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def result_name(args):
+    return "model" if args.full else "adapter"
+
+
+def peak_memory_gib(device):
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+
+
+def training_arguments(args, run, device, precision, steps):
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return Seq2SeqTrainingArguments(
+        output_dir=str(run / "checkpoint.incomplete"),
+        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, seed=args.seed,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // (args.micro_batch_size * processes),
+        learning_rate=args.lr, lr_scheduler_type="linear", warmup_steps=0.05, optim="adamw_torch",
+        bf16=precision == torch.bfloat16, use_cpu=device.type == "cpu",
+        eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
+        logging_steps=max(1, min(10, steps // 20)), logging_nan_inf_filter=False,  # the filter would wait for the GPU
+        report_to=[], disable_tqdm=True, ddp_find_unused_parameters=False, remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+class Reporter(TrainerCallback):
+    """Shows a run while it goes: progress bar or lines, TensorBoard, the growing table, metrics.json and plots."""
+
+    def __init__(self, run, report, stop, writer):
+        self.run, self.report, self.stop, self.writer = run, report, stop, writer
+        self.bar, self.last_line, self.header_shown = None, 0.0, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True,
+                            disable=not sys.stderr.isatty())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.stop_is_agreed(args, state):
+            control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stop() and control.should_training_stop:
+            control.should_evaluate = control.should_save = False  # saved already; scored when the run goes on
+
+    def stop_is_agreed(self, args, state):
+        """Processes must stop at the same step. They compare notes only when the loss is logged, which waits anyway."""
+        if args.world_size == 1:
+            return self.stop()
+        if state.global_step % args.logging_steps:
+            return False
+        flag = torch.tensor(int(self.stop()), device=args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        self.stop.number = self.stop.number or int(flag) * signal.SIGTERM
+        return bool(flag)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is None:
+            return
+        if "loss" in logs:
+            for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second",
+                         "peak_memory_gib"):
+                self.writer.add_scalar(f"train/{name}", logs[name], state.global_step)
+            self.show_progress(state, logs)
+        for split in ("validation", "test"):
+            for kind in ROUGE_TYPES if split in logs else ():
+                self.writer.add_scalar(f"{split}/{kind}", logs[split][kind], state.global_step)
+
+    def show_progress(self, state, logs):
+        line = (f"epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
+                f"{logs['samples_per_second']:.1f} samples/s  {logs['peak_memory_gib']:.1f} GiB")
+        if not self.bar.disable:
+            self.bar.set_description(line)
+        elif time.perf_counter() - self.last_line > 10:  # in a log file: a line now and then
+            self.last_line = time.perf_counter()
+            print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
+
+    def on_evaluate(self, args, state, control, examples=None, **kwargs):
+        if self.writer is None:
+            return
+        text = "\n\n---\n\n".join(
+            f"**{row['id']}**\n\n{indented(row['dialogue'])}\n\n**reference:** {row['reference']}\n\n"
+            f"**prediction:** {row['prediction']}" for row in examples["validation"][:5])
+        self.writer.add_text("validation/examples", text, state.global_step)
+        self.writer.flush()
+        self.report.write(state.log_history)
+        rows = table(self.report.epochs(state.log_history)).splitlines()
+        fresh, self.header_shown = rows[-2:] if self.header_shown else rows, True
+        self.bar.write("\n".join(fresh), file=sys.stdout)
+        sys.stdout.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def indented(dialogue):
+    return textwrap.indent(dialogue, "    ")  # a code block in TensorBoard's Markdown
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Report: everything a run leaves is made from the Trainer's log, which its checkpoints carry.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def evaluations(log):
+    return [entry for entry in log if "validation" in entry]
+
+
+class Report:
+    """Writes metrics.json and the plots of a run; `facts` is what is known before training starts."""
+
+    def __init__(self, run, facts):
+        self.run, self.facts, self.status = run, facts, "running"
+
+    def epochs(self, log):
+        """One dictionary per evaluation: epoch, step, mean training loss since the last one, scores of both splits."""
+        result, losses = [], []
+        for entry in log:
+            if "loss" in entry:
+                losses.append(entry["loss"])
+            elif "validation" in entry:
+                result.append({"epoch": round(entry.get("epoch") or 0, 3), "step": entry["step"],
+                               "train_loss": float(np.mean(losses)) if losses else None,
+                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
+                losses = []
+        best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
+        for entry in result:
+            entry["best"] = entry is best
+        return result
+
+    def write(self, log):
+        curve = [entry for entry in log if "loss" in entry]
+        epochs = self.epochs(log)
+        seconds = sum(entry["seconds"] for entry in curve)
+        training = {}
+        if seconds:
+            training = {
+                "steps": curve[-1]["step"], "seconds": round(seconds, 1),
+                "samples_per_second": round(sum(e["samples_per_second"] * e["seconds"] for e in curve) / seconds, 2),
+                "tokens_per_second": round(sum(e["tokens_per_second"] * e["seconds"] for e in curve) / seconds, 1),
+                "peak_memory_gib": max(e["peak_memory_gib"] for e in curve),
+                "evaluation_seconds": round(sum(e["seconds"] for e in epochs), 1),
+            }
+        best = next((e["epoch"] for e in epochs if e["best"]), None)
+        write_json(self.run / "metrics.json", {**self.facts, "status": self.status, "best_epoch": best,
+                                               "training": training, "epochs": epochs, "curve": curve})
+        if curve:
+            plot_loss(curve, self.run / "training_loss.png", self.run.name)
+        if epochs:
+            plot_rouge(epochs, self.run / "rouge.png", self.run.name)
+
+
+def table(epochs):
+    """The scores as a Markdown table: two rows per epoch, each score with its 95% interval."""
+    lines = ["| epoch | training loss | split | " + " | ".join(ROUGE_TYPES.values()) + " |",
+             "|---:|---:|:---|" + "---:|" * len(ROUGE_TYPES)]
+    for entry in epochs:
+        loss = "" if entry.get("train_loss") is None else f"{entry['train_loss']:.4f}"
+        label = f"{entry['epoch']:g}" + (" (best)" if entry.get("best") and len(epochs) > 1 else "")
+        for split in ("validation", "test"):
+            if split in entry:
+                lines.append(f"| {label} | {loss} | {split} | " + " | ".join(
+                    f"{entry[split][kind]:.2f} [{entry[split][kind + '_interval'][0]:.1f}, "
+                    f"{entry[split][kind + '_interval'][1]:.1f}]" for kind in ROUGE_TYPES) + " |")
+    return "\n".join(lines)
+
+
+def plot_loss(curve, path, title):
+    """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
+    steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
+    axes.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    low = int(losses.argmin())
+    axes.plot(steps[low], losses[low], "o", color="tab:red",
+              label=f"smallest: {losses[low]:.4f} at step {steps[low]}, lr {curve[low]['learning_rate']:.2e}")
+    axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def smoothed(values, window=15):
+    """Exponential moving average over about `window` points, corrected for its start (Kingma and Ba 2015, sec. 3)."""
+    decay, average, result = 1 - 1 / window, 0.0, []
+    for i, value in enumerate(values, 1):
+        average = decay * average + (1 - decay) * value
+        result.append(average / (1 - decay**i))
+    return result
+
+
+def plot_rouge(epochs, path, title):
+    """Both splits after each epoch, ROUGE-1 with its 95% interval; the chosen epoch is marked."""
+    x = [e["epoch"] for e in epochs]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for split, style in (("validation", "--"), ("test", "-")):
+        for i, (kind, label) in enumerate(ROUGE_TYPES.items()):
+            axes.plot(x, [e[split][kind] for e in epochs], style, marker=".", color=f"C{i}", label=f"{label}, {split}")
+    low, high = np.array([e["test"]["rouge1_interval"] for e in epochs]).T
+    axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
+    best = next(e for e in epochs if e["best"])
+    axes.axvline(best["epoch"], color="grey", linestyle=":", label=f"best on validation: epoch {best['epoch']:g}")
+    axes.set(title=title, xlabel="epoch", ylabel="ROUGE F1 (%)")
+    axes.legend(fontsize="small", ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_json(path, content):
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def versions():
+    packages = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(args):
+    """Makes the folder of a new run, never an existing one; all processes get the same."""
+    base_name, data_name = Path(MODELS.get(args.model, args.model)).name, Path(args.dataset).stem
+    mantissa, exponent = f"{args.lr:e}".split("e")
+    wanted = args.output_dir or Path("runs") / f"{base_name}-{data_name}-lr={float(mantissa):g}e{int(exponent)}"
+    folder = [wanted]
+    if is_main_process():
+        try:
+            for suffix in ("", *(f"-{n}" for n in range(2, 10000))):
+                folder = [wanted.with_name(wanted.name + suffix)]
+                try:
+                    folder[0].mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if args.output_dir and folder[0].is_dir() and not any(folder[0].iterdir()):
+                        break
+                    if args.output_dir:
+                        raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
+    if PartialState().num_processes > 1:
+        torch.distributed.broadcast_object_list(folder)
+    return folder[0]
+
+
+def configuration(args):
+    return {name: value for name, value in vars(args).items() if name not in (*MODES, *PLACES)}
+
+
+def train(args):
+    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
+    state = PartialState()
+    device, precision = get_device()
+    transformers.set_seed(args.seed)
+    folder = find_model(args.model, args.cache_dir)
+    tokenizer, config = load_tokenizer_and_config(folder)
+    data = tokenize(load_data(args), tokenizer, args)
+    steps = math.ceil(len(data["train"]) / args.batch_size) * args.epochs
+    steps = min(steps, args.max_steps or steps)
+    warn_about_slow_hardware(config, data, device, steps, args)
+
+    dtype = torch.float32 if args.full else precision  # all weights trained: fp32 masters, autocast computes in bf16
+    model = load_base(folder, device, dtype, quantization_of(args))
+    model = model.requires_grad_(True) if args.full else add_lora(model, args)
+    if args.gradient_checkpointing:  # the re-entrant kind would need gradients at the frozen embeddings' output
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    checkpoint = find_checkpoint(args.output_dir) if args.resume else None
+    run = args.output_dir if args.resume else new_run_folder(args)
+    facts = {
+        "configuration": configuration(args), "versions": versions(), "device": device_name(device),
+        "processes": state.num_processes, "precision": str(precision).removeprefix("torch."),
+        "parameters": total, "trainable_parameters": trainable, "protocol": protocol(args, data),
+    }
+    say(*(f"--{key.replace('_', '-')} {value}" for key, value in facts["configuration"].items() if value is not None),
+        f"device: {facts['device']}, {facts['precision']}, {state.num_processes} process(es)",
+        "rows: " + ", ".join(f"{len(rows)} {split} ({facts['protocol']['truncated'][split]:.1%} truncated)"
+                              for split, rows in data.items()),
+        f"parameters: {total:,}, of which trained {trainable:,} ({trainable / total:.2%})",
+        f"steps: {steps}", f"run: {run}", "")
+
+    stop = StopSignal()
+    report = Report(run, facts)
+    writer = None
+    if is_main_process():
+        writer = SummaryWriter(run, purge_step=int(checkpoint.name.split("-")[1]) + 1 if checkpoint else None)
+        if not checkpoint:
+            report.write([])  # from now on the folder counts as a run
+    trainer = SummarizationTrainer(
+        run=run, data=data, settings=args, precision=precision, stop=stop,
+        base_name=MODELS.get(args.model, args.model), model=model, processing_class=tokenizer,
+        args=training_arguments(args, run, device, precision, steps),
+        data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
+        callbacks=[Reporter(run, report, stop, writer)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    report.status = "failed"
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        report.status = "interrupted" if stop() else "finished"
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory_advice(args)) from None
+    finally:
+        if is_main_process():
+            finish(run, report, trainer.state.log_history, writer, args)
+    if stop():
+        say(f"interrupted; go on with: python flan-t5_samsum.py --resume --output-dir {run}")
+        return 128 + stop.number
+    return 0
+
+
+def find_checkpoint(run):
+    """The newest whole checkpoint of a run; one that was being written when the run died is passed over."""
+    for leftover in sorted((run / "checkpoint.incomplete").glob("checkpoint-*")):
+        say(f"passed over {leftover}: it was not written to its end")
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet (the first is written after the first epoch): start a new run")
+    say(f"going on from {found[-1]}")
+    return found[-1]
+
+
+def warn_about_slow_hardware(config, data, device, steps, args):
+    """Says how long a training on the CPU would take, if that is more than an hour. Nothing is refused."""
+    if device.type != "cpu":
+        return
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in transformers.T5ForConditionalGeneration(config).parameters())
+    tokens = sum(len(row) for column in ("input_ids", "labels") for row in data["train"][column]) / len(data["train"])
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    flops = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    # Forward and backward through frozen weights: 2 x 2 operations per parameter and token, and encoder and decoder
+    # each hold about half of the parameters. Real models reach about half the speed of a large matrix product.
+    hours = steps * args.batch_size * tokens * 4 * parameters / 2 / (flops / 2) / 3600
+    if hours > 1:
+        say(f"warning: no GPU: {steps} steps with {parameters / 1e6:,.0f} million parameters will take about "
+            f"{hours:,.0f} hours on this CPU; --model tiny, --limit or --max-steps make it shorter", file=sys.stderr)
+
+
+def out_of_memory_advice(args):
+    ways = {
+        f"--micro-batch-size {args.micro_batch_size // 2}": args.micro_batch_size > 1,
+        "--gradient-checkpointing": not args.gradient_checkpointing,
+        "no --full": args.full,
+        "--int8": not (args.full or args.int8 or args.int4),
+        "--int4": not (args.full or args.int4),
+        f"--max-source-length {args.max_source_length // 2}": True,
+        "a smaller --model": True,
+    }
+    return f"out of GPU memory: try {', '.join(way for way, open_to_us in ways.items() if open_to_us)}"
+
+
+def finish(run, report, log, writer, args):
+    """Writes everything once more, in its last state, and says what there is and how to use it."""
+    report.write(log)
+    epochs = report.epochs(log)
+    if epochs:
+        best = next(e for e in epochs if e["best"])
+        values = {key: str(value) for key, value in report.facts["configuration"].items()} | {"lr": args.lr}
+        writer.add_hparams(values, {f"best/{split}_{kind}": best[split][kind] for split in ("validation", "test")
+                                    for kind in ROUGE_TYPES}, run_name=".")
+        say("", table(epochs), "", describe(report.facts["protocol"]))
+    writer.close()
+    shutil.rmtree(run / "checkpoint.incomplete", ignore_errors=True)
+    if epochs:
+        result = run / result_name(args)
+        say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
+            "predictions/       every evaluation, row by row",
+            "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
+            f"all in {run}", "", f"use it:    python flan-t5_samsum.py --summarize --adapter {result}",
+            "watch it:  tensorboard --logdir runs")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Use: summarise, evaluate, merge. Base (quantised or not) + adapter, eval(), nothing else: no Trainer is built.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def load_for_use(args):
+    """The model with --adapter on it (or bare, or a fully trained one), its tokenizer and its precision."""
+    device, precision = get_device()
+    adapter = None
+    if args.adapter not in (None, "none"):
+        adapter = Path(args.adapter)
+        adapter = next((adapter / name for name in ("adapter", "model") if (adapter / name).is_dir()), adapter)
+        if not (adapter / "adapter_config.json").is_file():
+            if (adapter / "config.json").is_file():  # the whole model of a run with --full
+                args.model, adapter = str(adapter), None
+            else:
+                raise UserError(f"{args.adapter} holds no adapter (no adapter_config.json)")
+        elif run_in_question(args) is None and not flag_given("--model"):
+            args.model = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    folder = find_model(args.model, args.cache_dir)
+    tokenizer, _ = load_tokenizer_and_config(folder)
+    model = load_base(folder, device, precision, quantization_of(args))
+    if adapter:
+        model = load_adapter(model, adapter)
+    say(f"model: {args.model}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
+    return model, tokenizer, precision
+
+
+def flag_given(flag):
+    return any(word.split("=")[0] == flag for word in sys.argv)
+
+
+def read_dialogues(name, column=None):
+    """Dialogues (strings) from a file, standard input, or a terminal: blank lines separate them; or JSONL."""
+    if name == "-" and sys.stdin.isatty():
+        print("Type or paste a dialogue, a line per message (Anna: hi!); an empty line ends it, Ctrl-D leaves.",
+              file=sys.stderr)
+        yield from (block for block in blocks(sys.stdin))
+        return
+    path = Path("standard input" if name == "-" else name)
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else path.read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        rows = [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        column = find_column([row for _, row in rows if isinstance(row, dict)], "source", column)
+        for i, row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise UserError(f"{path}:{i}: no text in {column}")
+            yield row[column]
+    else:
+        yield from blocks(text.splitlines())
+
+
+def blocks(lines):
+    """Runs of lines that are not blank, joined."""
+    block = []
+    for line in lines:
+        if line.strip():
+            block.append(line.strip())
+        elif block:
+            yield "\n".join(block)
+            block = []
+    if block:
+        yield "\n".join(block)
+
+
+def summarize(args):
+    """Prints one summary per dialogue, in order, each on its own line; everything else goes to standard error."""
+    dialogues = read_dialogues(args.summarize, args.source_column)
+    if not (args.summarize == "-" and sys.stdin.isatty()):  # at a terminal they come, and are answered, one by one
+        dialogues = [list(dialogues)]
+        if not dialogues[0]:
+            raise UserError(f"{'standard input' if args.summarize == '-' else args.summarize} holds no dialogue")
+    else:
+        dialogues = ([dialogue] for dialogue in dialogues)
+    model, tokenizer, precision = load_for_use(args)
+    with merged_adapter(model):
+        for group in dialogues:
+            sources, _ = encode(tokenizer, [PREFIX + dialogue for dialogue in group], args.max_source_length)
+            for summary in generate_summaries(model, tokenizer, sources, args, precision):
+                print(" ".join(summary.split()), flush=True)
+    return 0
+
+
+def evaluate_split(args):
+    """Scores the model on --split with the same function, settings and rows as during training."""
+    data = load_data(args)
+    model, tokenizer, precision = load_for_use(args)
+    rows = tokenize(datasets.DatasetDict({args.split: data[args.split]}), tokenizer, args)
+    with merged_adapter(model):
+        scores, _ = score(model, tokenizer, rows[args.split], args, precision)
+    say(table([{"epoch": 0, args.split: scores}]), "", describe(protocol(args, rows)))
+    return 0
+
+
+def merge(args):
+    """Writes base + adapter as one bf16 model that `AutoModelForSeq2SeqLM.from_pretrained` loads."""
+    if args.merge.exists() and any(args.merge.iterdir() if args.merge.is_dir() else [args.merge]):
+        raise UserError(f"{args.merge} exists and is not empty: choose another folder")
+    args.int8 = args.int4 = False  # merging into quantised weights would round: the base is loaded anew in bf16
+    model, tokenizer, _ = load_for_use(args)
+    model = model.to(torch.bfloat16)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    model.save_pretrained(args.merge)
+    tokenizer.save_pretrained(args.merge)
+    say(f"merged: AutoModelForSeq2SeqLM.from_pretrained({str(args.merge)!r}) loads it")
+    return 0
+
+
+def main(args):
+    if args.summarize is not None:
+        return summarize(args)
+    if args.evaluate:
+        return evaluate_split(args)
+    if args.merge is not None:
+        return merge(args)
+    return train(args)
+
+
+if __name__ == "__main__":
+    sys.exit(explained(main, ARGUMENTS))

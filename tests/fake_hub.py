@@ -287,6 +287,7 @@ def environment(endpoint: str, cache_folder: str | Path, offline: bool = False) 
         "HF_HOME": str(Path(cache_folder).resolve()),
         "HF_HUB_DISABLE_XET": "1",  # Xet fetches files from servers of its own
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts every load at s3.amazonaws.com, even that of a local file
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1,localhost",
@@ -382,8 +383,9 @@ def flan_t5_small(root: str | Path, tokenizer_folder: str | Path, seed: int = 0)
     folder = Path(root) / "models/google/flan-t5-small"
     config = _copy_tokenizer(folder, tokenizer_folder)
     weights = _random_flan_t5(config, seed)
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
-    save_file({name: weights[name] for name in weights if name not in copies}, folder / "model.safetensors", SAFETENSORS_METADATA)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        del weights[name]  # copies of shared.weight, which safetensors refuses
+    save_file(weights, folder / "model.safetensors", SAFETENSORS_METADATA)
     _write_json(folder / "config.json", config)
     special_tokens = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **special_tokens})

@@ -103,6 +103,14 @@ def test_ranges(hub, asked, status, content, content_range):
     assert hub.downloads("o/n") == (["sub/a b.txt"] if status == 206 else [])
 
 
+def test_a_missing_file_comes_with_the_commit(hub):
+    # huggingface_hub then remembers that the commit has no such file, and does not ask again
+    commit = json.loads(ask(hub, "GET", "/api/models/o/n").content)["sha"]
+    missing = ask(hub, "HEAD", "/o/n/resolve/main/none.txt")
+    assert (missing.status, missing.headers["X-Error-Code"]) == (404, "EntryNotFound")
+    assert missing.headers["X-Repo-Commit"] == commit
+
+
 def test_an_edited_file_makes_a_new_commit(hub):
     first = json.loads(ask(hub, "GET", "/api/models/o/n").content)["sha"]
     assert json.loads(ask(hub, "GET", f"/api/models/o/n/revision/{first}").content)["sha"] == first
@@ -207,6 +215,16 @@ def test_flan_t5_is_untied_and_keeps_the_published_fields(root):
     config = json.loads((folder / "config.json").read_text())
     assert config == FLAN_T5_CONFIG | {"vocab_size": 128}
     assert config["task_specific_params"]["summarization"]["num_beams"] == 4
+
+
+def test_shards_are_fp16_and_load_without_running_pickled_code(root):
+    import torch
+
+    folder = root / "models" / XXL
+    weight_map = json.loads((folder / "pytorch_model.bin.index.json").read_text())["weight_map"]
+    shards = {name: torch.load(folder / name, weights_only=True) for name in {*weight_map.values()}}
+    assert len(shards) == 3 and {name: file for file in shards for name in shards[file]} == weight_map
+    assert {value.dtype for shard in shards.values() for value in shard.values()} == {torch.float16}
 
 
 def test_datasets_loads_samsum_with_its_broken_row(root, tmp_path):

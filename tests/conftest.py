@@ -1,0 +1,196 @@
+"""Shared fixtures: flan-t5_samsum.py as a module, a tiny random Flan-T5, a few dialogues, and one finished run.
+
+Nothing here touches the network, a GPU or the user's own cache.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+# Before any Hugging Face library is imported, as they read these once. With one thread all sums have one order.
+CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
+os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", OMP_NUM_THREADS="1")
+
+import fake_hub  # noqa: E402
+
+SCRIPT = Path(__file__).resolve().parents[1] / "flan-t5_samsum.py"
+
+
+class Done(NamedTuple):
+    """What a command left: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def flan():
+    """The script as a module, on one CPU thread whatever the machine has."""
+    spec = importlib.util.spec_from_file_location("flan_t5_samsum", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.torch.set_num_threads(1)
+    module.get_device = lambda: (module.torch.device("cpu"), module.torch.float32)
+    return module
+
+
+@pytest.fixture(scope="session")
+def command(flan):
+    """command(*words, cwd=folder): the script in this process, as its last line runs it (imports take seconds)."""
+
+    def run(*words, cwd):
+        words = [str(word) for word in words]
+        out, err = io.StringIO(), io.StringIO()
+        before = os.getcwd(), sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        os.chdir(cwd)
+        sys.argv = [str(SCRIPT), *words]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = flan.explained(flan.main, flan.explained(flan.parse_arguments, words))
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            os.chdir(before[0])
+            sys.argv = before[1]
+            for number, handler in before[2].items():
+                signal.signal(number, handler)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+def start(*words, cwd, env=None, launcher=()):
+    """The script as a process of its own, without a GPU; `env` adds to (or, as None, takes from) the environment."""
+    environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), *map(str, words)], cwd=cwd,
+        env={key: value for key, value in environment.items() if value is not None},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait(process, timeout=120):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Done(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def process():
+    """process(*words, cwd=folder, env={...}): the script in a fresh interpreter."""
+    return lambda *words, timeout=120, **options: wait(start(*words, **options), timeout)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+ROWS = {"train": 24, "validation": 7, "test": 5}  # odd numbers, so that no batch size divides them
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of dialogues, three JSONL files. Most line breaks are \\r\\n, as in SAMSum."""
+    folder = tmp_path_factory.mktemp("data") / "chats"
+    for split, count in ROWS.items():
+        write_jsonl(folder / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE with Flan-T5's special tokens, trained on more such dialogues: no text is unknown to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    rows = fake_hub.samsum_rows("tokenizer", 60)
+    tokenizer.train_from_iterator((row[column] for row in rows for column in ("dialogue", "summary")), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer_folder):
+    """A Flan-T5 of two layers that knows the dialogues, but not the task: after "summarize: " it says only "!".
+
+    So the ROUGE of the bare model is exactly 0, an adapter soon brings real and different summaries, and nothing
+    depends on luck with random weights. The generation settings of the folder would spoil every summary.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    folder = fake_hub.flan_t5_small(tmp_path_factory.mktemp("model"), tokenizer_folder)
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
+        (folder / name).unlink()
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = fake_hub.samsum_rows("pretraining", 120)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for step in range(100):
+            chosen = [rows[(step * 16 + i) % len(rows)] for i in range(16)]
+            dialogues = [row["dialogue"].replace("\r\n", "\n") for row in chosen]
+            sources = [*("summarize: " + text for text in dialogues[:4]), *dialogues[4:]]
+            targets = ["!"] * 4 + [row["summary"] for row in chosen[4:]]
+            batch = tokenizer(sources, padding=True, return_tensors="pt")
+            labels = tokenizer(targets, padding=True, return_tensors="pt").input_ids
+            model(**batch, labels=labels.masked_fill(labels == 0, -100)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = model.state_dict()
+    save_file({name: weights[name] for name in load_file(folder / "model.safetensors")},
+              folder / "model.safetensors", fake_hub.SAFETENSORS_METADATA)  # fmt: skip
+    settings = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+                "max_length": 20, "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 3}  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# Enough training to change every summary. Dropout is on, and a batch of 4 is accumulated from 2 x 2.
+RECIPE = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-new-tokens", "24")
+
+
+class Run(NamedTuple):
+    """A finished training: the folder it was started in, its run folder, and what it printed."""
+
+    home: Path
+    folder: Path
+    done: Done
+
+
+@pytest.fixture(scope="session")
+def trained(command, data, model_folder, tmp_path_factory):
+    """Three epochs of six steps, with the default names; several tests look at what is left. Do not write into it."""
+    home = tmp_path_factory.mktemp("home")
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, cwd=home)
+    assert done.code == 0, done
+    return Run(home, home / "runs" / "flan-t5-small-chats-lr=1e-2", done)

@@ -223,8 +223,6 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------------------------
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forked tokenizers
-os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")  # seconds; an unreachable Hub is noticed quickly
-os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: the Trainer would take all, by slow DataParallel
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
@@ -243,6 +241,7 @@ import re
 import resource
 import shutil
 import textwrap
+import threading
 import time
 import warnings
 
@@ -277,7 +276,8 @@ from matplotlib import pyplot as plt
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # notes between the libraries, not for users
 transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+if not sys.stderr.isatty():
+    transformers.logging.disable_progress_bar()
 datasets.logging.set_verbosity_error()
 datasets.disable_progress_bars()
 
@@ -306,23 +306,52 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
                "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
 
 
-def fetch(repo_id, repo_type, patterns, cache_dir=None):
-    """Downloads a Hub repository, or finds it in the cache, and returns its local folder (a Path).
+def fetch(repo_id, repo_type, cache_dir=None):
+    """Downloads what is needed of a Hub repository, or finds it in the cache; returns its local folder (a Path).
 
     Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
-    connection) the cached copy is used; without one a UserError names the ways out.
+    connection) the cached copy is used; without one a UserError names the way out.
     """
+    files, obstacle = ask_hub(repo_id, repo_type)
+    patterns = [f"*{suffix}" for suffix in FILE_TYPES]
+    if repo_type == "model":  # the weights only once: a repository may hold them in five formats
+        safe = any(name.endswith(".safetensors") for name in files)
+        patterns = ["*.json", "*.model", "*.safetensors" if safe else "*.bin"]
     try:
         with PartialState().main_process_first():
             return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
-                                                          cache_dir=cache_dir))
-    except huggingface_hub.errors.GatedRepoError:
-        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`") from None
-    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
-        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)") from None
-    except Exception as error:  # time-outs and refusals, in classes of the Hub client's HTTP library
-        raise UserError(f"cannot get {repo_type} {repo_id} from the Hub, and it is not in the cache ({first_line(error)}) "
-                        f"- offline, copy its files here and give the folder: --{repo_type} FOLDER") from None
+                                                          cache_dir=cache_dir, local_files_only=obstacle is not None))
+    except Exception as error:  # a broken connection, in classes of the Hub client's HTTP library; a full disk
+        raise UserError(f"cannot get {repo_type} {repo_id} from the Hub ({obstacle or first_line(error)}), and it is "
+                        f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
+
+
+def ask_hub(repo_id, repo_type, seconds=8):
+    """The file names of a repository, and None or the reason why the Hub does not answer.
+
+    The Hub's own functions try again for minutes, or wait without end when a server is silent or a name cannot be
+    looked up. One attempt, in a thread that can be left behind, tells within `seconds`.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return [], "HF_HUB_OFFLINE is set"
+    answer = [[], f"no answer within {seconds} seconds"]
+
+    def ask():
+        try:
+            info = huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=seconds)
+            answer[:] = [file.rfilename for file in info.siblings], None
+        except Exception as error:
+            answer[:] = [], error
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    files, obstacle = answer
+    if isinstance(obstacle, huggingface_hub.errors.GatedRepoError):
+        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`")
+    if isinstance(obstacle, (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
+        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
+    return files, first_line(obstacle) if isinstance(obstacle, Exception) else obstacle
 
 
 def read_file(path):
@@ -385,10 +414,10 @@ def find_files(folder):
             names = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
             if len(names) == 1:
                 splits.setdefault(names.pop(), []).append(path)
-    folders = {path.parent for paths in splits.values() for path in paths}
-    if len(folders) > 1:
-        listed = ", ".join(str(f.relative_to(folder)) for f in sorted(folders))
-        raise UserError(f"{folder} has data in several folders ({listed}): give one of them, as --dataset FOLDER")
+    for split, paths in splits.items():
+        folders = sorted({str(path.parent) for path in paths})
+        if len(folders) > 1:  # several configurations of a Hub data set, for example
+            raise UserError(f"{folder} has {split} files in several folders: give one of them, {' or '.join(folders)}")
     return splits
 
 
@@ -407,7 +436,7 @@ def load_splits(name, cache_dir=None):
     if not path.is_dir():
         if looks_like_path(name) or "/" not in str(path):
             raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
-        path = fetch(str(path), "dataset", [f"*{suffix}" for suffix in FILE_TYPES], cache_dir)
+        path = fetch(str(path), "dataset", cache_dir)
     files = find_files(path)
     missing = [split for split in ("train", "validation", "test") if split not in files]
     if missing:
@@ -535,10 +564,7 @@ def find_model(name, cache_dir=None):
     if not path.is_dir():
         if name not in MODELS and (looks_like_path(name) or "/" not in name):
             raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
-        texts = ["*.json", "*.model"]
-        path = fetch(str(path), "model", [*texts, "*.safetensors"], cache_dir)
-        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            path = fetch(MODELS.get(name, name), "model", [*texts, "*.bin"], cache_dir)
+        path = fetch(str(path), "model", cache_dir)
     return path
 
 
@@ -681,6 +707,7 @@ def generate_summaries(model, tokenizer, sources, args, precision, batch_size=No
     batch_size = batch_size or max(1, (256 if device.type == "cuda" else 64) // args.num_beams)
     autocast = torch.autocast(device.type, precision, enabled=precision != model.dtype)
     summaries, start = {}, 0
+    bar = tqdm(total=len(mine), desc="summaries", unit="row", leave=False, dynamic_ncols=True, disable=None)
     while start < len(mine):
         if stop():
             raise Interrupted
@@ -699,6 +726,8 @@ def generate_summaries(model, tokenizer, sources, args, precision, batch_size=No
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         summaries.update(zip(rows, (text.strip() for text in texts), strict=True))
         start += len(rows)
+        bar.update(len(rows))
+    bar.close()
     if state.num_processes > 1:
         parts = [None] * state.num_processes
         torch.distributed.all_gather_object(parts, summaries)
@@ -772,7 +801,7 @@ def protocol(args, data):
 
 def describe(protocol):
     rows = ", ".join(f"{count} {split} ({protocol['truncated'][split]:.1%} truncated)"
-                     for split, count in protocol["rows"].items() if split != "train")
+                     for split, count in protocol["rows"].items() if split != "train" or len(protocol["rows"]) == 1)
     return (f"Protocol: {protocol['decoding']}, at most {protocol['max_new_tokens']} new tokens; {protocol['rouge']} "
             f"with stemmer, sentences {protocol['sentences']}; rows: {rows} to {protocol['max_source_length']} tokens; "
             f"in brackets the {protocol['interval']}.")
@@ -994,7 +1023,8 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True,
-                            disable=not sys.stderr.isatty())
+                            disable=None)  # a bar at a terminal only
+            self.last_line = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -1047,9 +1077,10 @@ class Reporter(TrainerCallback):
         self.writer.add_text("validation/examples", text, state.global_step)
         self.writer.flush()
         self.report.write(state.log_history)
-        rows = table(self.report.epochs(state.log_history)).splitlines()
-        fresh, self.header_shown = rows[-2:] if self.header_shown else rows, True
-        self.bar.write("\n".join(fresh), file=sys.stdout)
+        entry = self.report.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
+        lines = table([entry]).splitlines()
+        self.bar.write("\n".join(lines[2:] if self.header_shown else lines), file=sys.stdout)
+        self.header_shown = True
         sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -1116,17 +1147,20 @@ class Report:
 
 def table(epochs):
     """The scores as a Markdown table: two rows per epoch, each score with its 95% interval."""
-    lines = ["| epoch | training loss | split | " + " | ".join(ROUGE_TYPES.values()) + " |",
-             "|---:|---:|:---|" + "---:|" * len(ROUGE_TYPES)]
+    names = " | ".join(f"{name:20}" for name in ROUGE_TYPES.values())
+    lines = [f"| {'epoch':8} | {'loss':7} | {'split':10} | {names} |",
+             "|---------:|--------:|:-----------|" + "---------------------:|" * len(ROUGE_TYPES)]
     for entry in epochs:
-        loss = "" if entry.get("train_loss") is None else f"{entry['train_loss']:.4f}"
-        label = f"{entry['epoch']:g}" + (" (best)" if entry.get("best") and len(epochs) > 1 else "")
+        loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
+        epoch = f"{entry['epoch']:g}" + (" (best)" if entry["best"] else "")
         for split in ("validation", "test"):
-            if split in entry:
-                lines.append(f"| {label} | {loss} | {split} | " + " | ".join(
-                    f"{entry[split][kind]:.2f} [{entry[split][kind + '_interval'][0]:.1f}, "
-                    f"{entry[split][kind + '_interval'][1]:.1f}]" for kind in ROUGE_TYPES) + " |")
+            lines.append(f"| {epoch:>8} | {loss:>7} | {split:10} | {cells(entry[split])} |")
     return "\n".join(lines)
+
+
+def cells(scores):
+    intervals = {kind: "[{:.1f}, {:.1f}]".format(*scores[kind + "_interval"]) for kind in ROUGE_TYPES}
+    return " | ".join(f"{scores[kind]:5.2f} {intervals[kind]:>14}" for kind in ROUGE_TYPES)
 
 
 def plot_loss(curve, path, title):
@@ -1239,8 +1273,8 @@ def train(args):
     model = model.requires_grad_(True) if args.full else add_lora(model, args)
     if args.gradient_checkpointing:  # the re-entrant kind would need gradients at the frozen embeddings' output
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # PEFT counts packed 4-bit weights as what they are, two to a byte.
+    trainable, total = [model.num_parameters()] * 2 if args.full else model.get_nb_trainable_parameters()
 
     checkpoint = find_checkpoint(args.output_dir) if args.resume else None
     run = args.output_dir if args.resume else new_run_folder(args)
@@ -1341,6 +1375,8 @@ def finish(run, report, log, writer, args):
         writer.add_hparams(values, {f"best/{split}_{kind}": best[split][kind] for split in ("validation", "test")
                                     for kind in ROUGE_TYPES}, run_name=".")
         say("", table(epochs), "", describe(report.facts["protocol"]))
+        if best["step"] == 0 and len(epochs) > 1:
+            say("No epoch was better than the model before training: another --lr, or more --epochs?")
     writer.close()
     shutil.rmtree(run / "checkpoint.incomplete", ignore_errors=True)
     if epochs:
@@ -1447,7 +1483,8 @@ def evaluate_split(args):
     rows = tokenize(datasets.DatasetDict({args.split: data[args.split]}), tokenizer, args)
     with merged_adapter(model):
         scores, _ = score(model, tokenizer, rows[args.split], args, precision)
-    say(table([{"epoch": 0, args.split: scores}]), "", describe(protocol(args, rows)))
+    say("| split | " + " | ".join(ROUGE_TYPES.values()) + " |", "|:---|" + "---:|" * len(ROUGE_TYPES),
+        f"| {args.split} | {cells(scores)} |", "", describe(protocol(args, rows)))
     return 0
 
 

@@ -1,0 +1,214 @@
+"""flan-t5_samsum.py: generation keeps the order of the rows, and ROUGE with its interval is what it should be."""
+
+import fake_hub
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def model(flan, model_folder):
+    return flan.load_base(model_folder, *flan.get_device())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(flan, model_folder):
+    return flan.load_tokenizer_and_config(model_folder)[0]
+
+
+@pytest.fixture(scope="module")
+def sources(tokenizer):
+    """Token ids of 20 dialogues of very different lengths. Without the prefix the model does summarise."""
+    texts = [row["dialogue"].replace("\r\n", "\n") for row in fake_hub.samsum_rows("sources", 20)]
+    texts = [text[: 20 + 7 * (11 * i % 20)] for i, text in enumerate(texts)]
+    sources = tokenizer(texts).input_ids
+    assert len(set(map(len, sources))) > 10 and sources != sorted(sources, key=len)
+    return sources
+
+
+@pytest.fixture(scope="module")
+def summarise(flan, model, tokenizer, sources):
+    def summarise(*flags, sources=sources, model=model, **options):
+        args = flan.parse_arguments(["--max-new-tokens", "24", *flags])
+        return flan.generate_summaries(model, tokenizer, sources, args, flan.torch.float32, **options)
+
+    return summarise
+
+
+@pytest.fixture(scope="module")
+def by_hand(flan, model_folder, tokenizer, sources):
+    """Greedy summaries one row at a time and one token at a time, without padding, cache or `generate`."""
+    torch = flan.torch
+    plain = flan.transformers.T5ForConditionalGeneration.from_pretrained(model_folder).eval()
+    summaries = []
+    for row in sources:
+        tokens = [0]
+        while len(tokens) <= 24 and tokens[-1] != 1:
+            with torch.inference_mode():
+                logits = plain(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([tokens])).logits
+            tokens.append(int(logits[0, -1].argmax()))
+        summaries.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    assert len(set(summaries)) > 10
+    return summaries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_summaries_come_in_the_order_of_the_rows(summarise, by_hand, batch_size):
+    assert summarise(batch_size=batch_size) == by_hand
+
+
+def test_beam_search_is_that_of_transformers_with_nothing_else_set(flan, summarise, sources, model_folder, tokenizer):
+    plain = flan.transformers.T5ForConditionalGeneration.from_pretrained(model_folder).eval()
+    plain.generation_config = flan.GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    expected = []
+    for row in sources:
+        output = plain.generate(flan.torch.tensor([row]), num_beams=3, max_new_tokens=24)
+        expected.append(tokenizer.decode(output[0], skip_special_tokens=True).strip())
+    assert summarise("--num-beams", "3") == expected
+
+
+@pytest.mark.parametrize("limit", [5, 60])
+def test_only_max_new_tokens_limits_a_summary(flan, model_folder, summarise, sources, monkeypatch, limit):
+    """Neither the folder's max_length of 20, nor its beams, nor task_specific_params: a model that never ends shows."""
+    endless = flan.load_base(model_folder, *flan.get_device())
+    assert (endless.generation_config.max_length, endless.generation_config.num_beams) == (20, 4)
+    endless.lm_head.weight.data[1] = 0  # the end token never has the largest logit
+    lengths, generate = [], endless.generate
+
+    def spy(**inputs):
+        output = generate(**inputs)
+        lengths.append(output.shape[1] - 1)  # the start token is not new
+        return output
+
+    monkeypatch.setattr(endless, "generate", spy)
+    summarise("--max-new-tokens", str(limit), sources=sources[:3], model=endless)
+    assert lengths == [limit]
+
+
+def test_out_of_memory_halves_the_batch(flan, model, summarise, by_hand, monkeypatch):
+    generate, sizes = model.generate, []
+
+    def small_memory(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise flan.torch.OutOfMemoryError("no room")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    assert summarise() == by_hand
+    assert sizes == [20, 10, 5, *[2] * 10]
+
+
+def test_out_of_memory_with_one_row_is_not_hidden(flan, model, summarise, monkeypatch):
+    def no_memory(**inputs):
+        raise flan.torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model, "generate", no_memory)
+    with pytest.raises(flan.torch.OutOfMemoryError):
+        summarise()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ROUGE
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rouge(flan, prediction, reference):
+    scores = flan.Rouge(keep_in_memory=True).compute(predictions=[prediction], references=[reference])
+    return [scores[kind][0] for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
+
+
+@pytest.mark.parametrize("prediction, reference, expected", [
+    # 4 of 5 and of 6 words agree, as "the" counts once: 2 * 4 / 11. One of 4 and of 5 pairs: 2 * 1 / 9.
+    # The longest common subsequence is "the cat on mat".
+    ("the cat on a mat", "the cat sat on the mat", (800 / 11, 200 / 9, 800 / 11, 800 / 11)),
+    # Sentence by sentence both are found; in one piece only three words of six stand in order. Pairs: 4 of 5.
+    ("Bob drinks tea. Anna eats cake!", "Anna eats cake. Bob drinks tea.", (100, 80, 50, 100)),
+    # The stemmer makes meeting and meets one word; case and punctuation do not count.
+    ("Ann MEETS Tom?", "Ann: meeting Tom", (100, 100, 100, 100)),
+    ("", "Ann meets Tom", (0, 0, 0, 0)),
+    ("...", "Ann meets Tom", (0, 0, 0, 0)),
+])  # fmt: skip
+def test_rouge_on_paper(flan, prediction, reference, expected):
+    assert rouge(flan, prediction, reference) == pytest.approx(expected)
+
+
+def test_rouge_is_rouge_score_called_by_hand(flan):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rows = fake_hub.samsum_rows("rouge", 30)
+    references = [row["summary"] + " They are running late." for row in rows]
+    predictions = ["They run late! " + row["summary"].replace("a", "the ") for row in rows[::-1]]
+    metric = flan.Rouge(keep_in_memory=True).compute(predictions=predictions, references=references)
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert list(metric) == kinds
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    for i, (reference, prediction) in enumerate(zip(references, predictions, strict=True)):
+        by_hand = scorer.score(reference.replace(". ", ".\n"), prediction.replace("! ", "!\n"))
+        for kind in kinds:
+            assert metric[kind][i] == pytest.approx(100 * by_hand[kind].fmeasure), (kind, i)
+    assert metric["rougeLsum"] != metric["rougeL"] and 0 < np.mean(metric["rouge2"]) < 100
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ([7.5], (7.5, 7.5)),
+    ([3.0] * 9, (3, 3)),
+    # Both draws are 0 in a quarter of the samples, both 1 in another: far more than 2.5% at each end.
+    ([0.0, 1.0], (0, 1)),
+    # Ones among ten draws are binomial(10, 1/2): P(at most 1) = 1.07% < 2.5% < 5.47% = P(at most 2).
+    ([0.0, 100.0] * 5, (20, 80)),
+    # binomial(20, 1/4): P(at most 0) = 0.3%, at most 1 = 2.43%, 2 = 9.1%; at most 8 = 95.9%, 9 = 98.6%. The lower end
+    # is so close to 2.5% that 1 and 2 are both right.
+    ([100.0, 0, 0, 0] * 5, ({5, 7.5, 10}, 45)),
+])  # fmt: skip
+def test_bootstrap_interval_on_paper(flan, scores, expected):
+    for value, allowed in zip(flan.bootstrap_interval(scores), expected, strict=True):
+        assert value in allowed if isinstance(allowed, set) else value == allowed
+
+
+def test_bootstrap_interval_of_many_rows_is_the_normal_one(flan):
+    scores = np.random.default_rng(1).uniform(20, 60, 800)
+    half = 1.96 * scores.std() / np.sqrt(len(scores))
+    low, high = flan.bootstrap_interval(scores)
+    # The ends are quantiles of 1000 samples: their own standard error is about 0.085 of the half width.
+    assert low == pytest.approx(scores.mean() - half, abs=0.3 * half)
+    assert high == pytest.approx(scores.mean() + half, abs=0.3 * half)
+    assert flan.bootstrap_interval(scores) == [low, high]  # no chance: the same scores have one interval
+
+
+def test_bootstrap_leaves_the_global_generators_alone(flan):
+    """Otherwise an evaluation would change the training that follows it."""
+    state, numpy_state = flan.torch.get_rng_state(), np.random.get_state()[1].copy()
+    flan.bootstrap_interval([1.0, 2.0, 3.0])
+    assert flan.torch.equal(flan.torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_score_compares_whole_references_row_by_row(flan, model, tokenizer, data, tmp_path, monkeypatch):
+    """Labels cut to 4 tokens are for training: a perfect summary still scores 100."""
+    args = flan.parse_arguments(["--dataset", str(data), "--max-target-length", "4", "--cache-dir", str(tmp_path)])
+    rows = flan.tokenize(flan.load_data(args), tokenizer, args)["validation"]
+    assert max(map(len, rows["labels"])) == 4
+    predictions = list(rows["summary"])
+    predictions[2], predictions[5] = "Nobody knows.", ""
+
+    def fake(model, tokenizer, sources, *rest, **options):
+        assert list(sources) == list(rows["input_ids"])
+        return predictions
+
+    monkeypatch.setattr(flan, "generate_summaries", fake)
+    scores, examples = flan.score(model, tokenizer, rows, args, flan.torch.float32)
+    assert [row["rouge1"] for row in examples] == [100, 100, 0, 100, 100, 0, 100]
+    for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        assert scores[kind] == pytest.approx(500 / 7)
+        low, high = scores[kind + "_interval"]
+        assert 0 <= low < 500 / 7 < high <= 100
+    originals = fake_hub.samsum_rows("validation", 7)
+    assert [row["id"] for row in examples] == [row["id"] for row in originals]
+    assert [row["dialogue"] for row in examples] == [row["dialogue"].replace("\r\n", "\n") for row in originals]
+    assert [row["reference"] for row in examples] == [row["summary"] for row in originals]
+    assert [row["prediction"] for row in examples] == predictions

@@ -611,8 +611,10 @@ def load_base(folder, device, dtype, quantization=None):
         raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
     if report["missing_keys"]:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
-    model.eval()
-    return model
+    # `generate` would fill what its settings leave open from the checkpoint's own (no_repeat_ngram_size, max_length).
+    tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in tokens})
+    return model.eval()
 
 
 def quantization_of(args):
@@ -665,17 +667,32 @@ def merged_adapter(model):
             layer.get_base_layer().weight.data = original
 
 
-def save_result(model, tokenizer, folder, base_name):
+def save_model(model, tokenizer, folder, args):
+    """Writes a whole model that every version of transformers reads alike and that summarises as long as it did here.
+
+    transformers 5.23 writes `tie_word_embeddings: true` for every T5, also for Flan-T5, whose head is a matrix of its
+    own; another version would then tie the two and drop the head.
+    """
+    model.generation_config.update(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams)  # else 20 tokens
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        path = folder / "config.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False})
+
+
+def save_result(model, tokenizer, folder, args):
     """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
     temporary = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     if isinstance(model, PeftModel):
-        model.peft_config["default"].base_model_name_or_path = base_name  # not the folder of the Hub's cache
+        base = MODELS.get(args.model, args.model)  # its name, not its folder in the Hub's cache
+        model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the Hub at every save
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        tokenizer.save_pretrained(temporary)
     else:
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+        save_model(model, tokenizer, temporary, args)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -693,14 +710,10 @@ def generate_summaries(model, tokenizer, sources, args, precision, batch_size=No
 
     All text of this script is generated here. Batches hold rows of similar length, the longest first, so that little is
     padded and memory that does not suffice shows at once: then the batch is halved. Several processes share the rows.
-    The generation settings are complete and new, so none of a checkpoint's own (the 20-token limit!) can leak in.
+    Without `max_new_tokens` a summary would end after 20 tokens.
     """
     device = model.device
-    settings = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, do_sample=False,
-        decoder_start_token_id=model.config.decoder_start_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings = GenerationConfig(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, do_sample=False)
     state = PartialState()
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
     mine = order[state.process_index :: state.num_processes]
@@ -898,9 +911,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
     - the log has samples/s, tokens/s and memory.
     """
 
-    def __init__(self, *, run, data, settings, precision, base_name, stop, **kwargs):
-        self.run, self.data, self.settings, self.precision = run, data, settings, precision
-        self.base_name, self.stop = base_name, stop
+    def __init__(self, *, run, data, settings, precision, stop, **kwargs):
+        self.run, self.data, self.settings, self.precision, self.stop = run, data, settings, precision, stop
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
         self.sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed)
         super().__init__(train_dataset=data["train"].select_columns(["input_ids", "labels"]),
@@ -960,7 +972,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
             for split, rows in examples.items():
                 write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch:g}.jsonl", rows)
             if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
-                save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.base_name)
+                save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.settings)
         self.log(entry)
         self.callback_handler.call_event("on_evaluate", self.args, self.state, self.control, examples=examples)
         self.model.train()
@@ -1298,8 +1310,7 @@ def train(args):
         if not checkpoint:
             report.write([])  # from now on the folder counts as a run
     trainer = SummarizationTrainer(
-        run=run, data=data, settings=args, precision=precision, stop=stop,
-        base_name=MODELS.get(args.model, args.model), model=model, processing_class=tokenizer,
+        run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
         args=training_arguments(args, run, device, precision, steps),
         data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
         callbacks=[Reporter(run, report, stop, writer)],
@@ -1497,8 +1508,7 @@ def merge(args):
     model = model.to(torch.bfloat16)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
-    model.save_pretrained(args.merge)
-    tokenizer.save_pretrained(args.merge)
+    save_model(model, tokenizer, args.merge, args)
     say(f"merged: AutoModelForSeq2SeqLM.from_pretrained({str(args.merge)!r}) loads it")
     return 0
 

@@ -236,6 +236,7 @@ import hashlib
 import importlib.metadata
 import io
 import math
+import pickle
 import platform
 import re
 import resource
@@ -245,6 +246,7 @@ import threading
 import time
 import warnings
 
+import bitsandbytes
 import datasets
 import evaluate
 import huggingface_hub
@@ -257,6 +259,7 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rouge_score import rouge_scorer
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import (
@@ -605,15 +608,20 @@ def load_base(folder, device, dtype, quantization=None):
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{folder} has weights with code in them, which is not run: use .safetensors") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
         raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
     if report["missing_keys"]:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
     # `generate` would fill what its settings leave open from the checkpoint's own (no_repeat_ngram_size, max_length).
     tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in tokens})
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False  # its packed inference kernel lets no gradient through afterwards
     return model.eval()
 
 

@@ -200,6 +200,16 @@ def say(text: str = "", end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """What stands in this block the first process does first; the others follow when it is done."""
+    if dist.is_initialized() and not is_main_process():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_main_process():
+        dist.barrier()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Model
 #
@@ -315,11 +325,6 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
-        # Padding rows must never be predicted: their logits are minus infinity. So their gradient is zero, and they
-        # stay what initialise() makes them, zero.
-        bias = torch.zeros(config.padded_vocab_size)
-        bias[config.vocab_size :] = -math.inf
-        self.register_buffer("head_bias", bias, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -352,7 +357,11 @@ class GPT(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
-        logits = F.linear(self.ln_f(x), self.wte.weight, self.head_bias)  # (B, T, C) @ (C, V)
+        # Padding rows must never be predicted: their logits become minus infinity. So their gradient is zero, and they
+        # stay what initialise() makes them, zero.
+        rows = torch.arange(self.config.padded_vocab_size, device=tokens.device)
+        bias = torch.where(rows < self.config.vocab_size, 0.0, -math.inf)
+        logits = F.linear(self.ln_f(x), self.wte.weight, bias)  # (B, T, C) @ (C, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
@@ -844,8 +853,11 @@ def prepare_tokens(settings: argparse.Namespace) -> TokenData:
     """
     if settings.fingerprint and (cached := Path(settings.cache_dir) / f"tokens-{settings.fingerprint}").exists():
         return open_tokens(cached)  # a resumed run needs its tokens, not the data
-    if dist.is_initialized() and not is_main_process():
-        dist.barrier()
+    with main_process_first():
+        return find_or_write_tokens(settings)
+
+
+def find_or_write_tokens(settings: argparse.Namespace) -> TokenData:
     source = open_source(settings)
     ready_made = None
     if settings.tokenizer not in ("bpe", "bytes"):
@@ -860,8 +872,6 @@ def prepare_tokens(settings: argparse.Namespace) -> TokenData:
     folder = Path(settings.cache_dir) / f"tokens-{fingerprint}"
     if not folder.exists():
         write_tokens(folder, source, settings.val_fraction, ready_made, vocab_size)
-    if dist.is_initialized() and is_main_process():
-        dist.barrier()
     return open_tokens(folder)
 
 
@@ -1147,17 +1157,20 @@ def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guar
 
 
 def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
-    """Continue from the newest checkpoint that can be read; say which ones cannot."""
-    for part in remove_leftovers(run / "checkpoints", "step-*.tmp-*", seconds=0):
-        say(f"passed over {part.name}: it was never finished")
-    for folder in find_checkpoints(run):
-        try:
-            progress = load_checkpoint(folder, model, optimiser, guard)
-        except UserError as error:
-            say(f"passed over {folder.name}: {error}")
-            continue
-        say(f"resumed from {folder} ({progress.step:,} steps done)")
-        return progress
+    """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so."""
+    with main_process_first():
+        if is_main_process():
+            for part in remove_leftovers(run / "checkpoints", "step-*.tmp-*", seconds=0):
+                say(f"passed over {part.name}: it was never finished")
+        for folder in find_checkpoints(run):
+            try:
+                progress = load_checkpoint(folder, model, optimiser, guard)
+            except UserError as error:
+                say(f"passed over {folder.name}: {error}")
+                os.rename(folder, folder.with_name(f"{folder.name}.damaged"))
+                continue
+            say(f"resumed from {folder} ({progress.step:,} steps done)")
+            return progress
     say(f"{run} has no checkpoint yet: starting at step 0")
     return Progress()
 
@@ -1177,7 +1190,7 @@ def evaluate(session: "Session") -> float:
     tokens, context, rows = session.data.validation, session.model.config.context, session.micro_batch
     targets_in_all = len(tokens) - 1
     total = torch.zeros((), dtype=torch.float64)
-    session.network.eval()
+    session.model.eval()
     for first in range(session.rank * rows * context, targets_in_all, session.world * rows * context):
         stretch = np.asarray(tokens[first : first + rows * context + 1], np.int64)
         inputs, targets = np.zeros(rows * context, np.int64), np.full(rows * context, -1)
@@ -1185,7 +1198,7 @@ def evaluate(session: "Session") -> float:
         batch = torch.from_numpy(np.stack([inputs, targets])).view(2, rows, context).to(session.device)
         with session.autocast():
             total += session.network(batch[0], batch[1]).double().cpu()
-    session.network.train()
+    session.model.train()
     total = total.to(session.device, torch.float32 if session.device.type == "mps" else torch.float64)
     if session.world > 1:
         dist.all_reduce(total)
@@ -1465,7 +1478,7 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
     session.micro_batch = settings.micro_batch if settings.micro_batch != "auto" else largest_micro_batch(session, rows)
     session.network, session.mode = compile_network(session)
     if world > 1:
-        session.network = nn.parallel.DistributedDataParallel(session.network, broadcast_buffers=False)
+        session.network = nn.parallel.DistributedDataParallel(session.network)
     return session
 
 
@@ -1672,7 +1685,7 @@ class RunLog:
     """The log of a run: a JSON object per line in metrics.jsonl, the same in TensorBoard, samples in samples.txt."""
 
     def __init__(self, run: Path, step: int):
-        kept = [line for line in read_log(run) if line["step"] <= step]  # what a resumed run will do again goes
+        kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
         self.lines = open(run / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
         for line in kept:
             self.lines.write(json.dumps(line) + "\n")
@@ -1789,7 +1802,7 @@ class Run:
             progress.step, progress.windows = progress.step + 1, progress.windows + windows_per_step
             batch = session.fetch_batch(progress.windows)
             arrived, waiting = waiting, (progress.step, start_reading(values))
-            stop = arrived is not None and self.note(*arrived)
+            stop = arrived is not None and self.note(*arrived) or (request.number is not None and session.world == 1)
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
             is_due = progress.step % settings.eval_every == 0 or progress.step == settings.max_steps
@@ -1951,7 +1964,7 @@ def plot(run: Path, bigram: float) -> None:
 
     lines = read_log(run)
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None and "skipped" not in line]
-    validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(9, 5))
     if training:
         steps, losses = np.array(training).T

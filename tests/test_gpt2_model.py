@@ -1,0 +1,251 @@
+"""The model of gpt2_from_scratch.py against Hugging Face's GPT-2, and its generation against itself without a cache."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpt2_from_scratch as gpt2
+
+TINY = {"vocab_size": 203, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4}
+END = gpt2.END_OF_TEXT
+
+
+def random_weights(model: torch.nn.Module, seed: int) -> None:
+    """Weights far from any initialisation (biases and norms too), so that a mistake in any of them shows.
+
+    The token embedding is small beside the rest: otherwise the tied head predicts the token that it has just read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.1 if "wte" in name else 0.4, generator=generator)
+            if "ln_" in name and name.endswith("weight"):
+                parameter.add_(1)
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """A tiny GPT2LMHeadModel with random weights, and the folder that it was saved in."""
+    config = GPT2Config(**TINY, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    random_weights(model, 0)
+    model.save_pretrained(tmp_path / "reference")
+    return model, tmp_path / "reference"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = [f"the quick brown fox number {i} jumps over the lazy dog\n" for i in range(40)]
+    return gpt2.train_tokenizer(iter(text), 300)
+
+
+def tokens_like(model: GPT2LMHeadModel, rows: int = 3, length: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, length or model.config.n_positions)
+    return torch.randint(model.config.vocab_size, shape, generator=generator)
+
+
+def assert_same_gradients(ours: gpt2.GPT, theirs: GPT2LMHeadModel) -> None:
+    for name, parameter in theirs.transformer.named_parameters():
+        gradient = dict(ours.named_parameters())[name].grad
+        if name.endswith(gpt2.TRANSPOSED):
+            gradient = gradient.t()
+        torch.testing.assert_close(gradient[: len(parameter)], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_loaded_logits_loss_and_gradients_equal_transformers(reference):
+    theirs, folder = reference
+    ours = gpt2.load_pretrained(folder)
+    tokens = tokens_like(theirs)
+    expected = theirs(tokens, labels=tokens)
+    logits = ours(tokens)
+    torch.testing.assert_close(logits[..., : TINY["vocab_size"]], expected.logits, rtol=1e-4, atol=1e-4)
+    assert logits[..., TINY["vocab_size"] :].eq(-torch.inf).all()
+
+    loss = ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs)
+    assert ours.wte.weight.grad[TINY["vocab_size"] :].eq(0).all()
+
+
+def test_export_of_own_weights_gives_transformers_the_same_function(tokenizer, tmp_path):
+    size = gpt2.vocabulary_size(tokenizer)
+    ours = gpt2.GPT(gpt2.GPTConfig(size, context=16, layers=2, heads=2, width=24)).eval()
+    random_weights(ours, 3)
+    with torch.no_grad():
+        ours.wte.weight[size:] = 0
+    gpt2.save_pretrained(ours, tokenizer, tmp_path)
+    theirs, notes = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"] and not notes["mismatched_keys"]
+    tokens = tokens_like(theirs)
+    torch.testing.assert_close(ours(tokens)[..., :size], theirs.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (size, 24)  # no padding rows
+
+    back = gpt2.load_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
+
+
+def test_exported_tokenizer_is_the_same_in_transformers(tokenizer, tmp_path):
+    model = gpt2.GPT(gpt2.GPTConfig(gpt2.vocabulary_size(tokenizer), context=8, layers=1, heads=1, width=8))
+    gpt2.save_pretrained(model, tokenizer, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the lazy fox", " a\n\tb  c\r\n", "naïve 🦊 日本語", ""):
+        assert theirs(text)["input_ids"] == gpt2.encode(tokenizer, text)
+        assert theirs.decode(theirs(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert theirs.eos_token_id == tokenizer.token_to_id(END)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_reads_every_layout_of_the_published_weights(reference, tmp_path, prefix, shards):
+    """OpenAI's upload has no prefix and holds the causal masks; a tied head may be written out; files may be sharded."""
+    theirs, folder = reference
+    weights = {prefix + name: tensor.clone() for name, tensor in theirs.transformer.state_dict().items()}
+    weights[f"{prefix}h.0.attn.bias"] = torch.ones(24, 24).tril()[None, None]
+    weights["lm_head.weight"] = theirs.lm_head.weight.clone()
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{shard}.safetensors" for shard in range(shards)] if shards > 1 else ["model.safetensors"]
+    where = {name: names[i % shards] for i, name in enumerate(weights)}
+    for name in names:
+        save_file({key: tensor for key, tensor in weights.items() if where[key] == name}, folder / name)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    tokens = tokens_like(theirs)
+    ours = gpt2.load_pretrained(folder)(tokens)[..., : TINY["vocab_size"]]
+    torch.testing.assert_close(ours, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_real_gpt2_shape_logits_and_gradients_equal_transformers(tmp_path):
+    """124M random weights, the published configuration, float32."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = gpt2.load_pretrained(tmp_path)
+    assert gpt2.count_parameters(ours) == 124_439_808 == sum(parameter.numel() for parameter in theirs.parameters())
+    tokens = tokens_like(theirs, rows=1, length=12)
+    expected = theirs(tokens, labels=tokens)
+    torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)
+    (ours(tokens[:, :-1], tokens[:, 1:]) / 11).backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_a_shorter_context_keeps_the_first_positions(reference):
+    theirs, folder = reference
+    tokens = tokens_like(theirs, length=10)
+    ours = gpt2.load_pretrained(folder, context=10)
+    assert ours.config.context == 10
+    torch.testing.assert_close(ours(tokens)[..., : TINY["vocab_size"]], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type"),
+        ({"activation_function": "gelu"}, "activation_function"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"n_inner": 77}, "n_inner"),
+        ({"n_layer": 4}, "lacks the weight h.3"),
+        ({"n_head": 5}, "multiple of the heads"),
+        ({"n_embd": 64}, "has shape"),
+        ({"n_head": "4"}, "whole number"),
+    ],
+)
+def test_refuses_what_is_not_gpt2(reference, change, message):
+    _, folder = reference
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(gpt2.UserError, match=message):
+        gpt2.load_pretrained(folder)
+
+
+def test_refuses_more_context_than_was_learned(reference):
+    with pytest.raises(gpt2.UserError, match="--context 25 .* 24 positions"):
+        gpt2.load_pretrained(reference[1], context=25)
+
+
+def test_initialisation_is_openai_s():
+    model = gpt2.GPT(gpt2.GPTConfig(1000, context=256, layers=8, heads=4, width=128))
+    model.initialise(0)
+    weights = dict(model.named_parameters())
+    std = {name: parameter[: 1000 if name == "wte.weight" else None].std().item() for name, parameter in weights.items()}
+    assert std["wte.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["wpe.weight"] == pytest.approx(0.01, rel=0.05)
+    assert std["h.3.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["h.3.attn.c_proj.weight"] == pytest.approx(0.02 / 4, rel=0.05)  # 1 / sqrt(2 x 8)
+    assert std["h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / 4, rel=0.05)
+    assert all(parameter.eq(0).all() for name, parameter in weights.items() if name.endswith("bias"))
+    assert all(weights[name].eq(1).all() for name in weights if "ln_" in name and name.endswith("weight"))
+
+
+def test_no_position_sees_the_future():
+    model = gpt2.GPT(gpt2.GPTConfig(50, context=12, layers=2, heads=2, width=16)).eval()
+    tokens = torch.arange(12)[None]
+    changed = tokens.clone()
+    changed[0, 7] = 40
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:, :50], after[:, 7:, :50])
+
+
+def greedy(model: gpt2.GPT, prompt: list[int], new: int, cached: bool, end: int = -1) -> list[list[int]]:
+    steps = gpt2.generate(model, prompt, 2, new, end, temperature=0, cached=cached)
+    return [list(column) for column in zip(*steps, strict=True)]
+
+
+def test_greedy_text_equals_generate_of_transformers(reference):
+    theirs, folder = reference
+    ours, prompt = gpt2.load_pretrained(folder), [5, 17, 3]
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=21, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    assert len(expected) == 21 and len(set(expected)) > 3
+    assert greedy(ours, prompt, 21, cached=True) == [expected, expected]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 9, 24, 30])
+def test_cached_and_uncached_greedy_tokens_are_equal_also_beyond_the_context(reference, prompt_length):
+    model = gpt2.load_pretrained(reference[1])
+    prompt = [(7 * i) % 200 for i in range(prompt_length)]
+    assert greedy(model, prompt, 40, cached=True) == greedy(model, prompt, 40, cached=False)
+
+
+def test_generation_stops_when_all_have_reached_the_end(reference):
+    model = gpt2.load_pretrained(reference[1])
+    free = greedy(model, [5, 17, 3], 10, cached=True)[0]
+    first = free.index(free[4])
+    assert greedy(model, [5, 17, 3], 10, cached=True, end=free[4]) == [free[: first + 1]] * 2
+
+
+def test_training_mode_is_as_it_was_after_generating(reference):
+    model = gpt2.load_pretrained(reference[1], dropout=0.5).train()
+    list(gpt2.generate(model, [1], 1, 3, end=-1))
+    assert model.training
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])).expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = lambda **how: gpt2.choose(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how, generator=generator)
+    share = torch.bincount(drawn().flatten(), minlength=5) / 4000
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.03, rtol=0)
+    assert set(drawn(top_k=2).flatten().tolist()) == {1, 3}
+    assert set(drawn(top_p=0.75).flatten().tolist()) == {1, 3, 4}  # 0.4 + 0.3 < 0.75 <= 0.4 + 0.3 + 0.15
+    assert set(drawn(top_p=0.69).flatten().tolist()) == {1, 3}
+    assert set(drawn(top_p=0.01).flatten().tolist()) == {1}
+    assert set(drawn(temperature=0).flatten().tolist()) == {1}
+    hot, cold = (torch.bincount(drawn(temperature=t).flatten(), minlength=5)[1] / 4000 for t in (5.0, 0.3))
+    assert hot < 0.3 < 0.6 < cold
+
+
+def test_padding_rows_are_never_drawn():
+    model = gpt2.GPT(gpt2.GPTConfig(3, context=8, layers=1, heads=1, width=8)).eval()
+    steps = list(gpt2.generate(model, [0], 64, 8, end=-1, temperature=50.0, top_k=0))
+    assert {token for step in steps for token in step} == {0, 1, 2}

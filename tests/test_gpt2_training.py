@@ -1,0 +1,473 @@
+"""Training with gpt2_from_scratch.py: steps, evaluation, the guard, checkpoints, interruption and resuming, processes."""
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpt2_from_scratch as gpt2
+
+SCRIPT = Path(gpt2.__file__).resolve()
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+SIZES = "--tokenizer bytes --layers 2 --heads 2 --width 32 --context 32 --batch-tokens 256 --lr 1e-2".split()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """40 kB of text in one file."""
+    choice = random.Random(0)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = (" ".join(choice.choice(WORDS) for _ in range(8)) + ".\n" for _ in range(900))
+    file.write_text("".join(lines))
+    return file
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(*words): the script's main() on these arguments, in a folder of its own. Returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    return lambda *words: gpt2.main(gpt2.parse_arguments([str(word) for word in words]))
+
+
+def make_session(folder: Path, text: Path, *words, model=None, **changes) -> gpt2.Session:
+    """What train() trains with: SIZES, and `words` and `changes` over them."""
+    arguments = gpt2.parse_arguments(["--data", str(text), "--cache-dir", str(folder / "cache"), *SIZES, *words])
+    settings = argparse.Namespace(**vars(gpt2.resolve(arguments)) | {"max_steps": 20} | changes)
+    data = gpt2.prepare_tokens(settings)
+    return gpt2.open_session(settings, (0, 1, CPU), data, model or gpt2.make_model(settings, data.tokenizer))
+
+
+def take_steps(session: gpt2.Session, count: int, first: int = 0) -> list[dict]:
+    readings, rows = [], session.settings.batch_tokens // session.order.context
+    for step in range(first, first + count):
+        values = gpt2.training_step(session, step, session.fetch_batch(step * rows))
+        readings.append(dict(zip(gpt2.STATS + gpt2.Guard.FIELDS, values.tolist(), strict=True)))
+    return readings
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / f"checkpoints/step-{step:08d}"
+    files = ("model.safetensors", "training.safetensors")
+    return {f"{file}:{name}": tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def assert_bit_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses_of(run: Path) -> list[tuple]:
+    """(step, loss) and (step, validation loss) as logged, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], name, line[name]) for line in lines for name in ("loss", "validation_loss") if name in line]
+
+
+# One step
+
+
+def test_decay_groups_cover_every_parameter_once():
+    model = gpt2.GPT(gpt2.GPTConfig(300, context=16, layers=2, heads=2, width=16))
+    decayed, others = gpt2.parameter_groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    grouped = [id(parameter) for group in (decayed, others) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].split(".")[-1] for p in others["params"]} == {"bias", "weight"}  # of norms, the latter
+    assert all("ln_" in names[id(p)] or names[id(p)].endswith("bias") for p in others["params"])
+    assert all(p.dim() == 2 for p in decayed["params"])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_accumulated_steps_equal_one_large_batch(tmp_path, text, micro_batch):
+    one = make_session(tmp_path, text, "--micro-batch", "8")
+    many = make_session(tmp_path, text, "--micro-batch", str(micro_batch))
+    a, b = take_steps(one, 3), take_steps(many, 3)
+    for key in ("loss", "norm"):
+        assert [x[key] for x in a] == pytest.approx([x[key] for x in b], rel=1e-5)
+    for p, q in zip(one.model.parameters(), many.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_textbook_step(tmp_path, text):
+    """Mean cross-entropy, clipping to norm 1 and AdamW written out by hand, on transformers' model."""
+    session = make_session(tmp_path, text, "--warmup-steps", "4", "--weight-decay", "0.5")
+    gpt2.save_pretrained(session.model, session.data.tokenizer, tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    batch = session.fetch_batch(0)
+    logits = theirs(batch[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in theirs.parameters()))
+    assert norm > 1
+    (values,) = take_steps(session, 1)
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5) and values["norm"] == pytest.approx(norm, rel=1e-5)
+    rate = 1e-2 / 4  # the first of four warm-up steps
+    for name, parameter in theirs.transformer.named_parameters():
+        g = parameter.grad / norm
+        decay = 0.5 if parameter.dim() == 2 else 0.0
+        # After one step both bias-corrected moments are the gradient itself.
+        expected = parameter * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
+        ours = dict(session.model.named_parameters())[name]
+        ours = (ours.t() if name.endswith(gpt2.TRANSPOSED) else ours)[: len(expected)]
+        sure = g.abs() > 1e-6  # elsewhere rounding decides the sign
+        torch.testing.assert_close(ours[sure], expected[sure], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_padding_rows_stay_zero(tmp_path, text):
+    session = make_session(tmp_path, text)
+    take_steps(session, 5)
+    assert session.model.wte.weight[257:].eq(0).all() and len(session.model.wte.weight) == 384
+
+
+def test_a_single_batch_is_overfitted(tmp_path, text):
+    session = make_session(tmp_path, text, "--max-steps", "150", "--warmup-steps", "10", "--width", "64")
+    batch = session.fetch_batch(0)
+    losses = [gpt2.training_step(session, step, batch)[0].item() for step in range(150)]
+    assert losses[0] > 5 and losses[-1] < 0.1
+
+
+def test_learning_rate_schedules():
+    rate = lambda step, schedule: gpt2.learning_rate(
+        step, argparse.Namespace(lr=2.0, schedule=schedule, warmup_steps=10, max_steps=110)
+    )
+    assert [rate(step, "cosine") for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert rate(60, "cosine") == pytest.approx(0.2 + 1.8 * 0.5)  # half-way between the peak and its tenth
+    assert rate(110, "cosine") == pytest.approx(0.2)
+    assert [rate(step, "wsd") for step in (0, 10, 87, 88)] == pytest.approx([0.2, 2.0, 2.0, 2.0])
+    assert [rate(step, "wsd") for step in (99, 109)] == pytest.approx([1.0, 2 / 22])
+
+
+def test_flops_are_those_that_torch_counts():
+    config = gpt2.GPTConfig(256, context=64, layers=3, heads=2, width=32)
+    model = gpt2.GPT(config)
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    # The plain form of attention: torch does not count the fused one on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(tokens)
+    assert gpt2.flops_per_token(config) == pytest.approx(3 * counter.get_total_flops() / tokens.numel(), rel=1e-6)
+
+
+def test_dropout_of_a_step_does_not_depend_on_the_steps_before(tmp_path, text):
+    straight, fresh = (make_session(tmp_path, text, "--dropout", "0.3") for _ in range(2))
+    take_steps(straight, 2)
+    torch.randn(17)
+    fresh.model.load_state_dict(straight.model.state_dict())
+    assert take_steps(straight, 1, first=2)[0]["loss"] == take_steps(fresh, 1, first=2)[0]["loss"]
+    assert take_steps(fresh, 1, first=3)[0]["loss"] != take_steps(fresh, 1, first=4)[0]["loss"]
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 8])
+def test_evaluation_is_the_mean_over_every_validation_token(tmp_path, text, micro_batch):
+    session = make_session(tmp_path, text, "--micro-batch", str(micro_batch), "--dropout", "0.5")
+    tokens = torch.from_numpy(np.asarray(session.data.validation, np.int64))
+    assert (len(tokens) - 1) % 32  # the last window is not full
+    total, model = 0.0, session.model.eval()
+    for first in range(0, len(tokens) - 1, 32):
+        window = tokens[first : first + 33]
+        logits = model(window[None, :-1])[0, :, :257]
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    model.train()
+    loss = gpt2.evaluate(session)
+    assert loss == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
+    assert session.model.training
+    # One token is one byte here.
+    assert gpt2.bits_per_byte(loss, session.data) == pytest.approx(loss / math.log(2), rel=1e-3)
+
+
+# Guard
+
+
+def poison(session: gpt2.Session, steps: set[int], factor: float) -> None:
+    """Multiply loss and gradient by `factor` in these steps, counted from 0."""
+    network, calls = session.network, iter(range(10**6))
+    session.network = lambda *batch: network(*batch) * (factor if next(calls) in steps else 1.0)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
+def test_a_poisoned_step_is_skipped_and_changes_nothing(tmp_path, text, factor):
+    session = make_session(tmp_path, text, max_steps=60)
+    poison(session, {30}, factor)
+    before = take_steps(session, 30)
+    assert not any(step["skip"] for step in before)
+    weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    moments = {p: session.optimiser.state[p]["exp_avg"].clone() for p in session.model.parameters()}
+    (bad,) = take_steps(session, 1, first=30)
+    assert bad["skip"] and bad["skipped"] == 1 and bad["mean_loss"] == before[-1]["mean_loss"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in session.model.state_dict().items())
+    assert all(torch.equal(moments[p], session.optimiser.state[p]["exp_avg"]) for p in moments)
+    after = take_steps(session, 5, first=31)
+    assert not any(step["skip"] for step in after) and all(math.isfinite(step["loss"]) for step in after)
+
+
+def test_guard_statistics_are_means_over_the_good_steps():
+    guard = gpt2.Guard(CPU)
+    losses = [3.0, 2.5, 2.0, 2.75]
+    for loss in [*losses, math.nan]:
+        guard.judge(torch.tensor(loss), torch.tensor(loss / 2))
+    state = dict(zip(guard.FIELDS, guard.state.tolist(), strict=True))
+    assert state["steps"] == 4 and state["skipped"] == 1
+    assert state["mean_loss"] == pytest.approx(np.mean(losses)) and state["mean_norm"] == pytest.approx(np.mean(losses) / 2)
+    assert state["variance"] == pytest.approx(np.var(losses))
+
+
+def test_a_slow_rise_of_the_loss_is_divergence():
+    guard, diverging = gpt2.Guard(CPU), []
+    for step in range(400):
+        guard.judge(torch.tensor(3.0 + 0.01 * max(0, step - 100)), torch.tensor(1.0))
+        diverging.append(guard.is_diverging(dict(zip(guard.FIELDS, guard.state.tolist(), strict=True))))
+    assert not any(diverging[:200]) and diverging[-1]
+
+
+def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys):
+    original = gpt2.open_session
+
+    def open_and_poison(*arguments):
+        session = original(*arguments)
+        poison(session, {13}, math.nan)  # counted with the evaluation batches
+        return session
+
+    monkeypatch.setattr(gpt2, "open_session", open_and_poison)
+    assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 50, "--output-dir", "run") == 0
+    assert "skipped: loss nan" in capsys.readouterr().out
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["status"] == "finished" and metrics["results"]["skipped_steps"] == 1
+
+
+def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command, text, monkeypatch, capsys):
+    original = gpt2.training_step
+
+    def bad_after_five(session, step, batch, stop=False):
+        if step == 5:
+            poison(session, set(range(10**6)), math.nan)
+        return original(session, step, batch, stop)
+
+    monkeypatch.setattr(gpt2, "training_step", bad_after_five)
+    assert command("--data", text, *SIZES, "--max-steps", 60, "--eval-every", 4, "--output-dir", "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: the run diverges at step 15") and "\n" not in error
+    kept = gpt2.find_checkpoints(Path("run"))
+    assert str(kept[0]) in error
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept[0] / "model.safetensors").values())
+    assert json.loads(Path("run/metrics.json").read_text())["status"] == "failed"
+
+
+# A whole run, interrupted and resumed
+
+RECIPE = [*SIZES, "--dropout", "0.2", "--micro-batch", "4", "--max-steps", "14", "--eval-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert gpt2.main(gpt2.parse_arguments(["--data", str(text), *RECIPE, "--output-dir", "run"])) == 0
+    finally:
+        os.chdir(before)
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == ["step-00000012", "step-00000014"]
+    metrics = json.loads((uninterrupted / "metrics.json").read_text())
+    assert metrics["status"] == "finished" and metrics["results"]["steps"] == 14
+    assert metrics["configuration"]["lr"] == 1e-2 and metrics["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 4, 8, 12, 14]
+    best = min(line["validation_loss"] for line in lines if "validation_loss" in line)
+    assert metrics["results"]["best_validation_loss"] == best
+    assert (uninterrupted / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "--- step 4\n" in (uninterrupted / "samples.txt").read_text()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(uninterrupted)).Reload()
+    assert {"loss", "validation_loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "mfu",
+            "memory_gib"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert [event.value for event in events.Scalars("validation_loss")] == pytest.approx(
+        [line["validation_loss"] for line in lines if "validation_loss" in line]
+    )
+
+
+def test_a_checkpoint_loads_in_transformers_as_it_is(uninterrupted):
+    folder = uninterrupted / "checkpoints/step-00000014"
+    theirs, ours = GPT2LMHeadModel.from_pretrained(folder).eval(), gpt2.load_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("alpha beta gamma", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[..., :257], rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(command, text, uninterrupted):
+    assert command("--data", text, *RECIPE, "--output-dir", "again") == 0
+    assert_bit_identical(weights_of(Path("again"), 14), weights_of(uninterrupted, 14))
+    assert losses_of(Path("again")) == losses_of(uninterrupted)
+    assert command("--data", text, *RECIPE, "--output-dir", "other", "--seed", 1) == 0
+    assert losses_of(Path("other"))[0] != losses_of(uninterrupted)[0]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 13])
+def test_stopped_dead_at_any_step_and_resumed_equals_uninterrupted(command, text, uninterrupted, monkeypatch, step):
+    original = gpt2.training_step
+
+    def die(session, number, batch, stop=False):
+        if number == step:
+            raise Killed
+        return original(session, number, batch, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2, "training_step", die)
+        with pytest.raises(Killed):
+            command("--data", text, *RECIPE, "--output-dir", "run")
+    assert command("--resume", "--output-dir", "run") == 0
+    assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
+    assert losses_of(Path("run")) == losses_of(uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
+    command, text, uninterrupted, monkeypatch, capsys, number, code
+):
+    original = gpt2.training_step
+
+    def send(session, step, batch, stop=False):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return original(session, step, batch, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2, "training_step", send)
+        assert command("--data", text, *RECIPE, "--output-dir", "run") == code
+    assert "--resume --output-dir run" in capsys.readouterr().out
+    assert gpt2.find_checkpoints(Path("run"))[0].name == "step-00000006"  # the step in which it came was finished
+    assert Path("run/training_loss.png").exists()
+    assert json.loads(Path("run/metrics.json").read_text())["status"] == "stopped"
+    assert command("--resume", "--output-dir", "run") == 0
+    assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
+    assert losses_of(Path("run")) == losses_of(uninterrupted)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import gpt2_from_scratch as gpt2
+
+original, files = gpt2.save_file, []
+
+def save_half(tensors, path, **options):
+    original(tensors, path, **options)
+    files.append(path)
+    if len(files) == {files}:
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+gpt2.save_file = save_half
+gpt2.main(gpt2.parse_arguments(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("files", [1, 2, 3, 4])
+def test_kill_9_in_the_middle_of_a_save(command, text, uninterrupted, capsys, files):
+    """The first or second file of the first or second checkpoint is half written when the process dies."""
+    code = KILLED_WHILE_SAVING.format(folder=str(SCRIPT.parent), files=files)
+    words = ["--data", str(text), *RECIPE, "--output-dir", "run"]
+    died = subprocess.run([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert died.returncode == -signal.SIGKILL
+    assert any(".tmp-" in path.name for path in Path("run/checkpoints").iterdir())
+    assert command("--resume", "--output-dir", "run") == 0
+    out = capsys.readouterr().out
+    assert "it was never finished" in out
+    assert ("resumed from run/checkpoints/step-00000004" if files > 2 else "no checkpoint yet") in out
+    assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
+def test_a_damaged_checkpoint_is_passed_over(command, text, uninterrupted, capsys, file):
+    """Damaged by the disk: its name says that it is complete."""
+    assert command("--data", text, *RECIPE, "--output-dir", "run") == 0
+    damaged = Path("run/checkpoints/step-00000014") / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    assert command("--resume", "--output-dir", "run") == 0
+    out = capsys.readouterr().out
+    assert "passed over step-00000014" in out and Path("run/checkpoints/step-00000014.damaged").exists()
+    assert "resumed from run/checkpoints/step-00000012" in out
+    assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
+
+
+def test_more_steps_can_be_asked_for(command, text):
+    assert command("--data", text, *SIZES, "--max-steps", 4, "--output-dir", "run", "--schedule", "wsd") == 0
+    assert command("--resume", "--output-dir", "run", "--max-steps", 6) == 0
+    assert gpt2.find_checkpoints(Path("run"))[0].name == "step-00000006"
+
+
+def test_the_last_two_and_the_best_checkpoint_are_kept(command, text, monkeypatch):
+    losses = iter([9, 5, 3, 4, 6, 7, 8])  # at steps 0, 2, 4, ...
+    monkeypatch.setattr(gpt2, "evaluate", lambda session: next(losses))
+    assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 2, "--output-dir", "run") == 0
+    assert [path.name for path in gpt2.find_checkpoints(Path("run"))] == [f"step-{n:08d}" for n in (12, 10, 4)]
+    settings = gpt2.resolve(gpt2.parse_arguments(["--init", "run"]))
+    assert settings.init.endswith("step-00000004")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(command, text, monkeypatch, capsys):
+    original, saved = gpt2.save_file, []
+
+    def fill_up(tensors, path, **options):
+        saved.append(path)
+        if len(saved) == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, **options)
+
+    monkeypatch.setattr(gpt2, "save_file", fill_up)
+    assert command("--data", text, *RECIPE, "--output-dir", "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert "No space left on device" in error and "step-00000004" in error and "\n" not in error
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000004"]
+
+
+# Several processes
+
+
+def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, str(SCRIPT), *map(str, words)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_equal_one(command, text, tmp_path):
+    """Same losses, weights and validation loss up to rounding; with accumulation, and with one writer."""
+    words = ["--data", str(text), *SIZES, "--max-steps", "6", "--eval-every", "3", "--micro-batch", "2"]
+    done = torchrun(*words, "--output-dir", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best validation loss") == 1
+    assert command(*words, "--output-dir", "one") == 0
+    one, two = losses_of(Path("one")), losses_of(Path("two"))
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    assert [entry[2] for entry in one] == pytest.approx([entry[2] for entry in two], rel=1e-5)
+    a, b = weights_of(Path("one"), 6), weights_of(Path("two"), 6)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)

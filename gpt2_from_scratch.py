@@ -1605,6 +1605,7 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     if "cache_dir" in given:
         settings["hub_cache"] = str(Path(given["cache_dir"]) / "hub")
     settings = argparse.Namespace(**settings)
+    settings.cache_dir = str(Path(settings.cache_dir).resolve())
     if settings.init and not saved:
         for name in ("layers", "heads", "width"):
             if name in given:
@@ -1636,14 +1637,18 @@ def find_weights(settings: argparse.Namespace) -> Path:
     return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
 
 
+def short(value: float) -> str:
+    """0.00025 as 2.5e-4."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def claim_run_folder(settings: argparse.Namespace, data_name: str) -> Path:
     """Make this run's folder, which no other run has: a taken default name gets a suffix."""
     if settings.output_dir:
         return make_folder(Path(settings.output_dir))
-    mantissa, exponent = f"{settings.lr:e}".split("e")
-    rate = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     size = settings.name if settings.name.startswith("gpt2") else f"gpt2-{settings.name}"
-    base = f"{size}-{data_name}-lr={rate}"
+    base = f"{size}-{data_name}-lr={short(settings.lr)}"
     make_folder(Path("runs"))
     for number in range(1, 10_000):
         folder = Path("runs") / (base if number == 1 else f"{base}-{number}")
@@ -1995,7 +2000,7 @@ def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
     """The model of --init (default: the newest run's best) and its tokenizer."""
     folder = find_weights(settings)
     tokenizer = load_tokenizer(folder)
-    model = load_pretrained(folder, settings.context)
+    model = load_pretrained(folder)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has more tokens than the model ({model.config.vocab_size})")
     return model.eval(), tokenizer, folder

@@ -1,0 +1,423 @@
+"""gpt2_from_scratch.py as its user meets it: flags, bad input, run folders, sampling, export, plan, and the Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpt2_from_scratch as gpt2
+
+SCRIPT = Path(gpt2.__file__).resolve()
+TEXT = "".join(f"Line {i} of a text about {'cats dogs birds fish'.split()[i % 4]} and their food.\n" for i in range(400))
+SIZES = "--layers 2 --heads 2 --width 32 --context 32 --batch-tokens 256 --max-steps 4 --vocab-size 300".split()
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command(*words): main() on these arguments in an empty folder. Returns exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    Path("text.txt").write_text(TEXT)
+
+    def run(*words):
+        try:
+            code = gpt2.main(gpt2.parse_arguments([str(word) for word in words]))
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def process(*words, cwd, **options) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(SCRIPT), *map(str, words)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with text.txt and one finished run under its default name."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert gpt2.main(gpt2.parse_arguments(["--data", "text.txt", *SIZES])) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_help_and_wrong_flags_are_answered_before_torch_is_loaded(tmp_path):
+    code = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+finally:
+    print("loaded:", sorted({"torch", "numpy", "tokenizers"} & sys.modules.keys()), file=sys.stderr)
+"""
+    for words, exit_code in ((["--help"], 0), (["--bogus"], 2), (["--lr", "fast"], 2)):
+        done = subprocess.run([sys.executable, "-c", code, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == exit_code and "loaded: []" in done.stderr
+
+
+def test_every_flag_is_in_the_help_and_has_a_default():
+    flags = vars(gpt2.parse_arguments([]))
+    assert all(value is None for value in flags.values())
+    sizes = {"layers", "heads", "width", "context", "lr", "batch_tokens"}  # every preset has its own
+    assert flags.keys() == gpt2.DEFAULTS.keys() | sizes
+    assert all(preset.keys() >= sizes for preset in gpt2.PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "gpt5"], ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "fast"],
+        ["--max-steps", "0"], ["--max-steps", "1.5"], ["--epochs", "0"], ["--micro-batch", "0"], ["--micro-batch", "many"],
+        ["--dropout", "1"], ["--dropout", "-0.1"], ["--val-fraction", "0"], ["--val-fraction", "0.9"],
+        ["--vocab-size", "256"], ["--temperature", "-1"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-k", "-1"],
+        ["--seed", "-1"], ["--dtype", "fp16"], ["--schedule", "linear"], ["--num-samples", "0"], ["--context", "0"],
+        ["--sample", "a", "--plan"], ["--unknown"], ["stray"],
+    ],
+)  # fmt: skip
+def test_absurd_flags_are_one_line(command, words):
+    code, out, error = command(*words)
+    assert code == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1
+
+
+def folder_of(name: str, files: dict[str, str | bytes]) -> str:
+    for file, content in files.items():
+        path = Path(name, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+def a_model(**changes) -> str:
+    """A tiny exported GPT-2 of context 16 and vocabulary 300, with changes to its config.json."""
+    tokenizer = gpt2.train_tokenizer(iter([TEXT]), 300)
+    model = gpt2.GPT(gpt2.GPTConfig(gpt2.vocabulary_size(tokenizer), context=16, layers=1, heads=2, width=8))
+    model.initialise(0)
+    Path("model").mkdir()
+    gpt2.save_pretrained(model, tokenizer, Path("model"))
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | changes))
+    return "model"
+
+
+def cut_in_half(file: str) -> None:
+    content = Path(file).read_bytes()
+    Path(file).write_bytes(content[: len(content) // 2])
+
+
+def parquet_of(**columns) -> str:
+    pyarrow.parquet.write_table(pyarrow.table(columns), "texts.parquet")
+    return "texts.parquet"
+
+
+BAD = {  # name: (what it prepares and returns as arguments, what the line must say)
+    "missing file": (lambda: ["--data", "nothing.txt"], "no such file"),
+    "missing folder": (lambda: ["--data", "a/b/c"], "no such file"),
+    "empty file": (lambda: ["--data", folder_of("d", {"x.txt": ""}) + "/x.txt"], "no text"),
+    "empty folder": (lambda: [Path("d").mkdir(), "--data", "d"][1:], "no file in it matches"),
+    "glob without match": (lambda: ["--data", folder_of("d", {"x.txt": TEXT}), "--glob", "*.py"], "'*.py'"),
+    "not UTF-8": (lambda: ["--data", folder_of("d", {"x.txt": b"\xff\xfe\x00a" * 500}) + "/x.txt"], "not UTF-8"),
+    "binary folder": (lambda: ["--data", folder_of("d", {"x": b"\0" * 500, "y": b"\0" * 9})], "no text"),
+    "too little text": (lambda: ["--data", folder_of("d", {"x.txt": "Hello, world."}) + "/x.txt"], "too little text"),
+    "too little for one context": (lambda: ["--data", "text.txt", *SIZES, "--context", "20000", "--batch-tokens", "20000"],
+                                   "do not fill one context of 20000"),
+    "broken JSONL": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": "a"}\n{"text": \n'}) + "/x.jsonl"], "line 2"),
+    "JSONL without the column": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"body": "a"}\n'}) + "/x.jsonl"], "body"),
+    "JSONL of numbers": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": 7}\n'}) + "/x.jsonl"], "int, not text"),
+    "JSONL of lists": (lambda: ["--data", folder_of("d", {"x.jsonl": '["a"]\n'}) + "/x.jsonl"], "line 1"),
+    "JSONL not UTF-8": (lambda: ["--data", folder_of("d", {"x.jsonl": b'{"text": "\xff"}\n'}) + "/x.jsonl"], "line 1"),
+    "Parquet without the column": (lambda: ["--data", parquet_of(body=["a", "b"])], "body"),
+    "Parquet of numbers": (lambda: ["--data", parquet_of(text=[1, 2])], "int, not text"),
+    "broken Parquet": (lambda: ["--data", folder_of("d", {"x.parquet": b"PAR1 nonsense"}) + "/x.parquet"], "Parquet"),
+    "truncated Parquet": (lambda: [parquet_of(text=[TEXT]), cut_in_half("texts.parquet"), "--data", "texts.parquet"][2:],
+                          "Parquet"),
+    "tokenizer folder without files": (lambda: [Path("t").mkdir(), "--tokenizer", "t", "--data", "text.txt"][1:],
+                                       "neither tokenizer.json nor"),
+    "no such tokenizer": (lambda: ["--tokenizer", "tiktoken", "--data", "text.txt"], "no such folder"),
+    "broken tokenizer.json": (lambda: ["--tokenizer", folder_of("t", {"tokenizer.json": "{}"}), "--data", "text.txt"],
+                              "cannot be read"),
+    "tokenizer without end of text": (
+        lambda: ["--tokenizer", folder_of("t", {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}),
+                 "--data", "text.txt"], "<|endoftext|>"),
+    "width not a multiple of heads": (lambda: ["--data", "text.txt", *SIZES, "--heads", "3"], "multiple of the heads"),
+    "batch not a multiple of context": (lambda: ["--data", "text.txt", *SIZES, "--batch-tokens", "250"], "no multiple of 32"),
+    "micro-batch does not divide": (lambda: ["--data", "text.txt", *SIZES, "--micro-batch", "3"], "--micro-batch 3"),
+    "bf16 without hardware": (lambda: ["--data", "text.txt", *SIZES, "--dtype", "bf16"], "does not have it"),
+    "no such weights": (lambda: ["--init", "nowhere", "--data", "text.txt"], "no such folder"),
+    "weights of nothing": (lambda: [Path("m").mkdir(), "--init", "m", "--data", "text.txt"][1:], "neither tokenizer"),
+    "weights without weights": (lambda: [a_model(), Path("model/model.safetensors").unlink(), "--init", "model",
+                                         "--data", "text.txt"][2:], "no model.safetensors"),
+    "truncated weights": (lambda: [a_model(), cut_in_half("model/model.safetensors"), "--init", "model",
+                                   "--data", "text.txt"][2:], "damaged"),
+    "weights of another architecture": (lambda: ["--init", a_model(model_type="llama"), "--data", "text.txt"], "model_type"),
+    "weights of another shape": (lambda: ["--init", a_model(n_embd=16), "--data", "text.txt"], "has shape"),
+    "context beyond the weights'": (lambda: ["--init", a_model(), "--context", "17", "--data", "text.txt"], "16 positions"),
+    "geometry against the weights": (lambda: ["--init", a_model(), "--layers", "2", "--data", "text.txt"], "--layers"),
+    "tokenizer larger than the embedding": (
+        lambda: ["--init", a_model(), "--tokenizer", "bpe", "--vocab-size", "310", "--data", "text.txt"], "310 tokens"),
+    "nothing to resume": (lambda: ["--resume"], "no run"),
+    "resume of nothing": (lambda: ["--resume", "--output-dir", "nowhere"], "no run"),
+    "no run to sample from": (lambda: ["--sample", "a"], "no run"),
+    "no run to export": (lambda: ["--export", "there"], "no run"),
+    "output is a file": (lambda: ["--data", "text.txt", "--output-dir", "text.txt"], "text.txt"),
+    "export into something": (lambda: ["--init", a_model(), "--export", folder_of("d", {"x": "y"})], "not empty"),
+    "cache is a file": (lambda: ["--data", "text.txt", "--cache-dir", "text.txt"], "text.txt"),
+    "damaged metrics of a run": (lambda: ["--resume", "--output-dir", folder_of("r", {"metrics.json": "{"})], "JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_nothing_is_overwritten(command, name):
+    prepare, expected = BAD[name]
+    words = prepare()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    code, _, error = command(*words)
+    assert code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
+    assert {path: path.read_bytes() for path in before} == before
+    assert not Path("runs").exists() or not any(Path("runs").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0 or os.name == "nt", reason="root may write everywhere")
+def test_unwritable_folders_are_one_line(command):
+    Path("locked").mkdir(mode=0o500)
+    for words in (["--output-dir", "locked/run"], ["--cache-dir", "locked/cache"]):
+        code, _, error = command("--data", "text.txt", *SIZES, *words)
+        assert code == 2 and "locked" in error and error.count("\n") == 1
+
+
+def test_a_pickle_is_never_opened(command):
+    """A folder whose only weights are a pickle that would leave a file behind if it were loaded."""
+    a_model()
+    Path("model/model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, ("exploded", "w"))
+
+    torch.save({"wte.weight": Bomb()}, "model/pytorch_model.bin")
+    code, _, error = command("--init", "model", "--data", "text.txt")
+    assert code == 2 and "no model.safetensors" in error and not Path("exploded").exists()
+
+
+# Run folders
+
+
+def test_default_names_never_collide(command):
+    words = ["--data", "text.txt", *SIZES, "--max-steps", "1"]
+    assert command(*words)[0] == command(*words)[0] == command(*words, "--lr", "2.5e-4")[0] == 0
+    names = ["gpt2-nano-text-lr=2.5e-4"] + [f"gpt2-nano-text-lr={gpt2.short(gpt2.PRESETS['nano']['lr'])}{n}" for n in ("", "-2")]
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (2.5e-4, "2.5e-4"), (6e-4, "6e-4"), (0.1, "1e-1"), (1.0, "1e0")])
+def test_learning_rates_in_names(value, text):
+    assert gpt2.short(value) == text
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_out(command):
+    words = ["--data", "text.txt", *SIZES, "--output-dir", "mine"]
+    assert command(*words)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")}
+    code, _, error = command(*words)
+    assert code == 2 and "--resume" in error and "another" in error
+    assert {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")} == before
+
+
+def test_a_resumed_run_keeps_its_settings(command):
+    assert command("--data", "text.txt", *SIZES, "--output-dir", "mine")[0] == 0
+    code, _, error = command("--resume", "--output-dir", "mine", "--lr", "0.5")
+    assert code == 2 and "--lr" in error and error.count("\n") == 1
+    code, _, error = command("--resume", "--output-dir", "mine", "--layers", "3")
+    assert code == 2 and "--layers" in error
+    assert command("--resume", "--output-dir", "mine", "--data", "text.txt", *SIZES)[0] == 0  # the same again is fine
+
+
+def test_a_run_can_be_resumed_from_another_folder_and_without_its_data(command, tmp_path, monkeypatch):
+    assert command("--data", "text.txt", *SIZES, "--output-dir", "mine")[0] == 0
+    Path("text.txt").unlink()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, out, error = command("--resume", "--output-dir", tmp_path / "mine", "--max-steps", "6")
+    assert code == 0, error
+    assert gpt2.find_checkpoints(tmp_path / "mine")[0].name == "step-00000006"
+
+
+def test_resume_notices_other_data(command):
+    assert command("--data", "text.txt", *SIZES, "--output-dir", "mine")[0] == 0
+    next(Path("cache").glob("tokens-*")).rename("gone")
+    Path("text.txt").write_text(TEXT + "more")
+    code, _, error = command("--resume", "--output-dir", "mine", "--max-steps", "6")
+    assert code == 2 and "changed" in error
+
+
+# Sampling, export, plan
+
+
+def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert gpt2.main(gpt2.parse_arguments(["--sample", "Line 7", "--max-new-tokens", "8", "--temperature", "0"])) == 0
+    out = capsys.readouterr().out
+    run = next(Path("runs").iterdir())
+    folder = gpt2.find_weights(gpt2.resolve(gpt2.parse_arguments([])))
+    assert run in folder.parents
+    theirs, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("Line 7", return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(theirs.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
+    assert out.split("\n", 1)[1].startswith(expected)
+
+
+def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):
+    done = process("--sample", "--max-new-tokens", "5", "--num-samples", "3", cwd=trained, input="Line\n\nMore é\n")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("--- 1\n") == done.stdout.count("--- 3\n") == 3
+    assert done.stdout.count("\nLine") >= 3 and done.stdout.count("\nMore é") >= 3
+
+
+def test_streamed_text_is_the_sampled_text(trained):
+    folder = next((trained / "runs").iterdir()) / "checkpoints"
+    model, tokenizer = gpt2.load_pretrained(max(folder.iterdir())), gpt2.load_tokenizer(max(folder.iterdir()))
+    settings = gpt2.resolve(gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"]))
+    heard = []
+    (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, listen=heard.append)
+    assert "".join(heard) == text and len(heard) > 10
+
+
+def test_export_loads_in_transformers(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert gpt2.main(gpt2.parse_arguments(["--export", str(tmp_path / "out/model")])) == 0
+    theirs, tokenizer = GPT2LMHeadModel.from_pretrained(tmp_path / "out/model"), AutoTokenizer.from_pretrained(tmp_path / "out/model")
+    assert theirs.config.vocab_size == len(tokenizer) == 300
+    tokens = tokenizer(TEXT[:300], return_tensors="pt")["input_ids"][:, :32]
+    ours = gpt2.load_pretrained(tmp_path / "out/model").eval()
+    torch.testing.assert_close(ours(tokens)[..., :300], theirs.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_from_exported_weights(command):
+    """The first validation loss of the second run is the last of the first."""
+    assert command("--data", "text.txt", *SIZES, "--output-dir", "first")[0] == 0
+    assert command("--init", "first", "--export", "model")[0] == 0
+    sizes = ["--batch-tokens", "256", "--max-steps", "1"]
+    code, out, error = command("--init", "model", "--data", "text.txt", *sizes, "--output-dir", "second")
+    assert code == 0, error
+    first, second = (
+        [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("first", "second")
+    )
+    assert second[0]["step"] == 0 and second[0]["validation_loss"] == pytest.approx(
+        [line["validation_loss"] for line in first if "validation_loss" in line][-1], rel=1e-5
+    )
+    assert any(path.name.startswith("second") for path in Path().iterdir())
+
+
+def test_plan_tells_the_figures_and_leaves_no_run(command):
+    code, out, error = command("--data", "text.txt", *SIZES, "--plan")
+    assert code == 0, error
+    tokenizer_size, width = 300, 32
+    parameters = tokenizer_size * width + 32 * width + 2 * (12 * width**2 + 13 * width) + 2 * width
+    assert f"{parameters:,}" in out
+    for word in ("memory", "FLOP", "per epoch", "tokens/s", "MFU"):
+        assert word in out
+    assert not Path("runs").exists()
+
+
+def test_gpt2_presets_have_the_published_sizes():
+    """Parameters as counted on the published checkpoints: 124M, 355M, 774M, 1558M."""
+    expected = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, parameters in expected.items():
+        sizes = {key: gpt2.PRESETS[name][key] for key in ("layers", "heads", "width", "context")}
+        with torch.device("meta"):
+            assert gpt2.count_parameters(gpt2.GPT(gpt2.GPTConfig(50257, **sizes))) == parameters
+
+
+# The Hub, as tests/fake_hub.py serves it
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    fake_hub.gpt2_repo(root)
+    folder = root / "datasets/someone/stories"
+    folder.mkdir(parents=True)
+    rows = [{"id": i, "text": f"Story {i}. " + TEXT[40 * i : 40 * i + 900]} for i in range(60)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+    with fake_hub.FakeHub(root) as server:
+        yield server
+
+
+def test_weights_and_tokenizer_from_the_hub_then_offline_from_the_cache(hub, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["--init", "openai-community/gpt2", "--data", "text.txt", "--batch-tokens", "256", "--context", "64"]
+    hub.forget()
+    done = process(*words, "--max-steps", "2", "--output-dir", "one", cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert set(hub.downloads("openai-community/gpt2")) <= {"config.json", "model.safetensors", "tokenizer.json",
+                                                           "vocab.json", "merges.txt"}  # fmt: skip
+    hub.forget()
+    offline = hub.environment(tmp_path / "hf", offline=True)
+    done = process(*words, "--max-steps", "2", "--output-dir", "two", cwd=tmp_path, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests
+    one, two = (load_file(tmp_path / run / "checkpoints/step-00000002/model.safetensors") for run in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_tokenizer_gpt2_comes_from_the_hub(hub, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["--tokenizer", "gpt2", "--data", "text.txt", *SIZES, "--output-dir", "one"]
+    done = process(*words, cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    theirs = AutoTokenizer.from_pretrained(hub.root / "models/openai-community/gpt2")
+    ours = gpt2.load_tokenizer(tmp_path / "one/checkpoints/step-00000004")
+    assert gpt2.encode(ours, TEXT) == theirs(TEXT)["input_ids"]
+
+
+def test_a_data_set_is_streamed_once_and_read_offline_afterwards(hub, tmp_path):
+    words = ["--data", "someone/stories", "--val-fraction", "0.3", *SIZES]
+    done = process(*words, "--output-dir", "one", cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    facts = json.loads((tmp_path / "one/metrics.json").read_text())["data"]
+    assert sum(facts["documents"].values()) == 60 and facts["documents"]["validation"] > 0
+    done = process(*words, "--output-dir", "two", cwd=tmp_path, env=hub.environment(tmp_path / "hf", offline=True))
+    assert done.returncode == 0, done.stderr
+    assert "tokenised" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data", "someone/nothing"], "no such data set"),
+        (["--data", "someone/stories", "--text-column", "body"], "columns id, text"),
+        (["--init", "someone/nothing", "--data", "text.txt"], "no such model"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, words, expected):
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = process(*words, cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--init", "openai-community/gpt2", "--data", "text.txt"], ["--data", "someone/stories"],
+                                   ["--tokenizer", "gpt2", "--data", "text.txt"]])  # fmt: skip
+@pytest.mark.parametrize("kind", ["silent", "refused", "offline"])
+def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, words, kind):
+    (tmp_path / "text.txt").write_text(TEXT)
+    with fake_hub.FakeHub(tmp_path, silent=True) as server:
+        endpoint = server.endpoint if kind == "silent" else "http://127.0.0.1:9"
+        environment = fake_hub.environment(endpoint, tmp_path / "hf", offline=kind == "offline")
+        done = process(*words, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, done.stderr

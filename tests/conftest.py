@@ -78,7 +78,7 @@ def start(*words, cwd, env=None, launcher=()):
     return subprocess.Popen(
         [sys.executable, *launcher, str(SCRIPT), *map(str, words)], cwd=cwd,
         env={key: value for key, value in environment.items() if value is not None},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -86,9 +86,9 @@ def wait(process, timeout=120):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s\n{out}\n{err}") from None
     return Done(process.returncode, out, err)
 
 

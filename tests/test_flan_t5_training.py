@@ -1,0 +1,341 @@
+"""flan-t5_samsum.py: training is what a plain PyTorch loop does, whatever the micro-batch, precision or processes."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+
+import fake_hub
+import pytest
+from conftest import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def no_dropout(model_folder, tmp_path_factory):
+    """The model without dropout, so that two ways of computing can be compared."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("model") / "no-dropout")
+    config = json.loads((folder / "config.json").read_text()) | {"dropout_rate": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Eleven training rows whose summaries have 5 to 62 words: a mean of means would be far from the mean."""
+    folder = tmp_path_factory.mktemp("data") / "uneven"
+    rows = [{"dialogue": f"Femi: row {i}{' and so on' * (i % 4)}", "summary": "Esra gives" + " Femi a tent" * length}
+            for i, length in enumerate((1, 20, 2, 15, 1, 3, 9, 1, 6, 18, 2))]  # fmt: skip
+    write_jsonl(folder / "train.jsonl", rows)
+    for split in ("validation", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows[:1])
+    return folder
+
+
+class Recorder:
+    """Watches one training: the starting weights, the rows of each forward pass, the gradient of each step."""
+
+    def __init__(self, flan, monkeypatch):
+        self.batches, self.gradients, self.model, self.start = [], [], None, None
+        torch, collate, add_lora, load_base = flan.torch, flan.Collator.__call__, flan.add_lora, flan.load_base
+
+        def watch(model):
+            self.model = model
+            self.start = {name: value.clone() for name, value in model.state_dict().items()}
+            return model
+
+        def watched_add_lora(model, args):
+            model = add_lora(model, args)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at first, when no gradient would reach A
+                    torch.nn.init.normal_(parameter, std=0.05)
+            return watch(model)
+
+        def watched_collate(collator, rows):
+            self.batches.append([(row["input_ids"], row["labels"]) for row in rows])
+            return collate(collator, rows)
+
+        def clip(accelerator, parameters, max_norm, norm_type=2):
+            parameters = list(parameters)
+            self.gradients.append({name: p.grad.clone() for name, p in self.named() if p.grad is not None})
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+        monkeypatch.setattr(flan, "add_lora", watched_add_lora)
+        monkeypatch.setattr(flan, "load_base", lambda *args: watch(load_base(*args)))
+        monkeypatch.setattr(flan.Collator, "__call__", watched_collate)
+        monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", clip)
+
+    def named(self):
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+
+def plain_loop(torch, model, steps, learning_rates):
+    """AdamW over `steps`, lists of (source, target) ids, row by row and without padding; loss and gradient per step."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    model.train()
+    losses, gradients = [], []
+    for rows, lr in zip(steps, learning_rates, strict=True):
+        optimizer.zero_grad()
+        tokens = sum(len(target) for _, target in rows)
+        loss = 0
+        for source, target in rows:
+            shifted = torch.tensor([[0, *target[:-1]]])
+            logits = model(input_ids=torch.tensor([source]), decoder_input_ids=shifted).logits[0]
+            loss -= torch.log_softmax(logits, -1)[range(len(target)), target].sum() / tokens
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in parameters.items()})
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    return losses, gradients
+
+
+def curve(run):
+    return json.loads((run / "metrics.json").read_text())["curve"]
+
+
+@pytest.mark.parametrize("kind, micro_batch_size", [("lora", 8), ("lora", 4), ("lora", 2), ("lora", 1), ("full", 2)])
+def test_training_is_a_plain_loop_whatever_the_micro_batch(
+    flan, command, no_dropout, uneven, tmp_path, monkeypatch, kind, micro_batch_size
+):
+    """Losses, gradients and final weights over four steps of 8, 3, 8 and 3 rows."""
+    torch = flan.torch
+    with monkeypatch.context() as patch:
+        seen = Recorder(flan, patch)
+        done = command(
+            "--model", no_dropout, "--dataset", uneven, "--output-dir", tmp_path / "run", "--epochs", "2",
+            "--batch-size", "8", "--micro-batch-size", micro_batch_size, "--lr", "1e-2", "--max-new-tokens", "2",
+            "--lora-dropout", "0", *(["--full"] if kind == "full" else []), cwd=tmp_path,
+        )  # fmt: skip
+    assert done.code == 0, done
+    rows = [row for batch in seen.batches for row in batch]
+    assert max(map(len, seen.batches)) == micro_batch_size
+    assert sorted(rows[:11]) == sorted(rows[11:]) and len({str(row) for row in rows[:11]}) == 11
+    steps = [rows[:8], rows[8:11], rows[11:19], rows[19:]]
+
+    reference = flan.load_base(no_dropout, torch.device("cpu"), torch.float32)
+    if kind == "lora":
+        reference = flan.peft.get_peft_model(reference, seen.model.peft_config["default"])
+    else:
+        reference.requires_grad_(True)
+    reference.load_state_dict(seen.start)
+    # One step of warm-up (5% of 4, rounded up) from 0, then down to 0 after the last.
+    losses, gradients = plain_loop(torch, reference, steps, [0, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    logged = curve(tmp_path / "run")
+    assert [entry["loss"] for entry in logged] == pytest.approx(losses, rel=1e-5)
+    assert [e["learning_rate"] for e in logged] == pytest.approx([0, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    means = [torch.tensor([len(target) for _, target in step]).float().std() for step in steps]
+    assert min(means) > 5  # tokens per row: uneven indeed
+    assert len(seen.gradients) == 4
+    for step, (found, expected) in enumerate(zip(seen.gradients, gradients, strict=True)):
+        assert set(found) == set(expected)
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in expected.values()))
+        assert logged[step]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=2e-5 * norm, rtol=1e-3)
+    trained = dict(reference.named_parameters())
+    for name, parameter in seen.named():
+        assert not parameter.equal(seen.start[name]), name
+        torch.testing.assert_close(parameter, trained[name], atol=2e-4, rtol=0)  # Adam magnifies rounding
+    frozen = {name for name, _ in seen.model.named_parameters()} - {name for name, _ in seen.named()}
+    assert all(seen.model.get_parameter(name).equal(seen.start[name]) for name in frozen)
+    assert bool(frozen) == (kind == "lora")
+
+
+def test_gradient_checkpointing_changes_nothing(command, no_dropout, uneven, tmp_path):
+    losses = {}
+    for flags in ((), ("--gradient-checkpointing",), ("--gradient-checkpointing", "--int8"), ("--int8",)):
+        run = tmp_path / " ".join(("run", *flags))
+        done = command("--model", no_dropout, "--dataset", uneven, "--output-dir", run, "--max-steps", "4", "--lr",
+                       "1e-2", "--lora-dropout", "0", "--max-new-tokens", "2", *flags, cwd=tmp_path)  # fmt: skip
+        assert done.code == 0, done
+        losses[flags] = [entry["loss"] for entry in curve(run)]
+    assert losses["--gradient-checkpointing",] == pytest.approx(losses[()], rel=1e-5)
+    assert losses["--gradient-checkpointing", "--int8"] == pytest.approx(losses["--int8",], rel=1e-4)
+    assert losses[()][3] < losses[()][0]
+
+
+def test_learning_rate_warms_up_over_5_percent_and_falls_linearly(trained):
+    """18 steps: one of warm-up, then a line from the peak to 0."""
+    found = [entry["learning_rate"] for entry in curve(trained.folder)]
+    assert found == pytest.approx([0, *(1e-2 * (18 - step) / 17 for step in range(1, 18))])
+
+
+def test_learning_rate_of_many_steps(flan):
+    """100 steps: five of warm-up. The schedule is built as the Trainer builds it, from the script's arguments."""
+    args = flan.parse_arguments(["--lr", "2e-3"])
+    arguments = flan.training_arguments(args, flan.Path("run"), flan.torch.device("cpu"), flan.torch.float32, 100)
+    optimizer = flan.torch.optim.SGD([flan.torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    schedule = flan.transformers.get_scheduler(arguments.lr_scheduler_type, optimizer,
+                                               arguments.get_warmup_steps(100), 100)  # fmt: skip
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([2e-3 * i / 5 for i in range(5)] + [2e-3 * (100 - i) / 95 for i in range(5, 100)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of the rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sample(flan):
+    """sample(rows, batch_size, seed, epoch): the lengths of the rows and the order of one epoch."""
+
+    def sample(rows=1003, batch_size=8, seed=1, epoch=0):
+        lengths = random.Random(rows).choices(range(5, 500), k=rows)
+        sampler = flan.LengthGroupedSampler(lengths, batch_size, seed)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == rows
+        return lengths, list(sampler)
+
+    return sample
+
+
+def padded(lengths, order, size):
+    """Tokens after padding each batch to its longest row, per real token."""
+    batches = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    return sum(max(batch) * len(batch) for batch in batches) / sum(map(sum, batches))
+
+
+@pytest.mark.parametrize("rows, batch_size", [(1003, 8), (8, 8), (7, 8), (1, 1), (401, 8), (400, 8), (50, 1), (9, 4)])
+def test_every_epoch_is_a_permutation(sample, rows, batch_size):
+    for epoch in range(3):
+        _, order = sample(rows, batch_size, epoch=epoch)
+        assert sorted(order) == list(range(rows))
+
+
+def test_rows_of_a_batch_have_similar_lengths_but_batches_come_in_random_order(sample):
+    lengths, order = sample(epoch=3)
+    assert padded(lengths, order, 8) < 1.05 < 1.5 < padded(lengths, range(len(lengths)), 8)
+    longest = [max(lengths[i] for i in order[start : start + 8]) for start in range(0, 1000, 8)]
+    rises = sum(a < b for a, b in itertools.pairwise(longest))
+    assert 0.35 * len(longest) < rises < 0.65 * len(longest)
+
+
+def test_rows_meet_other_rows_in_other_epochs(sample):
+    """Sorting all rows by length would make the same batches in every epoch."""
+    batches = [{frozenset(order[start : start + 8]) for start in range(0, 1000, 8)}
+               for order in (sample(epoch=epoch)[1] for epoch in (1, 2))]  # fmt: skip
+    assert not batches[0] & batches[1]
+
+
+def test_the_longest_batch_comes_first_so_that_memory_that_does_not_suffice_shows(sample):
+    lengths, order = sample()
+    assert max(lengths) == max(lengths[i] for i in order[:8])
+
+
+def test_the_order_follows_from_seed_and_epoch_alone(flan, sample):
+    flan.transformers.set_seed(5)
+    orders = [sample(seed=1, epoch=4)[1]]
+    flan.transformers.set_seed(6)
+    orders += [sample(seed=1, epoch=4)[1], sample(seed=2, epoch=4)[1], sample(seed=1, epoch=5)[1]]
+    assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
+
+
+def test_a_run_takes_a_new_order_in_each_epoch(flan, command, no_dropout, uneven, tmp_path, monkeypatch):
+    seen = Recorder(flan, monkeypatch)
+    done = command("--model", no_dropout, "--dataset", uneven, "--epochs", "3", "--batch-size", "1",
+                   "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    rows = [batch[0] for batch in seen.batches]
+    epochs = [rows[:11], rows[11:22], rows[22:]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] and epochs[1] != epochs[2] and epochs[0] != epochs[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, base_dtype", [("--int8", "int8"), ("--int4", "uint8")])
+def test_quantised_training_evaluates_and_reloads(
+    flan, command, model_folder, data, tmp_path, monkeypatch, flag, base_dtype
+):
+    with monkeypatch.context() as patch:
+        seen = Recorder(flan, patch)
+        done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--lr", "1e-2", "--batch-size", "4",
+                       "--micro-batch-size", "2", "--max-new-tokens", "24", flag, cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    query = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.base_layer"
+    weight = seen.model.get_submodule(query).weight.data
+    assert str(weight.dtype) == f"torch.{base_dtype}" and weight.equal(seen.start[f"{query}.weight"])
+    assert {"lora" in name for name, _ in seen.named()} == {True}
+
+    run = next((tmp_path / "runs").iterdir())
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["configuration"][flag.strip("-")] is True
+    losses = [entry["loss"] for entry in metrics["curve"]]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    best = next(entry for entry in metrics["epochs"] if entry["best"])
+    assert best["epoch"] > 0 and best["test"]["rouge1"] > metrics["epochs"][0]["test"]["rouge1"]
+
+    evaluated = command("--evaluate", cwd=tmp_path)  # the precision is that of the run
+    assert evaluated.code == 0, evaluated
+    assert f"{best['test']['rouge1']:.2f}" in evaluated.out.splitlines()[2]
+    predictions = (run / f"predictions/test-epoch-{best['epoch']:g}.jsonl").read_text("utf-8").splitlines()
+    predictions = [json.loads(line) for line in predictions]
+    file = write_jsonl(tmp_path / "chats.jsonl", [{"dialogue": row["dialogue"]} for row in predictions])
+    assert command("--summarize", file, cwd=tmp_path).out.splitlines() == [row["prediction"] for row in predictions]
+
+
+def test_full_trains_all_weights_and_leaves_a_model(flan, command, model_folder, data, tmp_path):
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--lr", "3e-3", "--batch-size", "4",
+                   "--max-new-tokens", "24", "--full", cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    run = next((tmp_path / "runs").iterdir())
+    metrics = json.loads((run / "metrics.json").read_text())
+    stored = fake_hub_weights(model_folder)
+    assert metrics["trainable_parameters"] == metrics["parameters"] == sum(p.numel() for p in stored.values())
+    model = flan.AutoModelForSeq2SeqLM.from_pretrained(run / "model")
+    assert all(not model.get_parameter(name).equal(value) for name, value in stored.items())
+    assert not (run / "adapter").exists()
+    assert not model.lm_head.weight.equal(model.shared.weight)
+    best = next(entry for entry in metrics["epochs"] if entry["best"])
+    assert best["epoch"] > 0
+    evaluated = command("--evaluate", "--split", "validation", cwd=tmp_path)
+    assert evaluated.code == 0 and f"{best['validation']['rouge1']:.2f}" in evaluated.out.splitlines()[2], evaluated
+
+
+def fake_hub_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
+    """Same losses to rounding as one process with the same batch, every row scored once and in order, one writer."""
+    data = tmp_path / "chats"
+    for split, count in {"train": 21, "validation": 7, "test": 5}.items():
+        write_jsonl(data / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
+    flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-2", "--epochs", "2", "--batch-size", "8",
+             "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4")  # fmt: skip
+    one = command(*flags, "--output-dir", tmp_path / "one", cwd=tmp_path)
+    assert one.code == 0, one
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = process(*flags, "--output-dir", tmp_path / "two", cwd=tmp_path, launcher=launcher, timeout=240)
+    assert two.code == 0, two
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert [m["processes"] for m in metrics] == [1, 2]
+    losses = [[entry["loss"] for entry in m["curve"]] for m in metrics]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    norms = [[entry["grad_norm"] for entry in m["curve"]] for m in metrics]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    for split, count in (("validation", 7), ("test", 5)):
+        for epoch in (0, 1, 2):
+            lines = (tmp_path / f"two/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
+            expected = (tmp_path / f"one/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
+            assert len(lines) == count and lines == expected
+    assert two.out.count("Protocol:") == 1 and two.out.count("parameters:") == 1
+    assert len(list((tmp_path / "two").glob("events.out.tfevents.*.0"))) == 1

@@ -151,7 +151,7 @@ def test_quantised_weights_are_the_nearest_values(flan, load, model_folder):
         exact = stored[f"{name}.weight"]
         weight = int8.get_submodule(name).weight
         largest = exact.abs().amax(1, keepdim=True)
-        assert ((weight.data * weight.SCB[:, None] / 127 - exact).abs() <= largest / 127 * 0.51).all(), name
+        assert ((weight.data * weight.SCB[:, None] / 127 - exact).abs() <= largest / 127 * 0.6).all(), name  # via fp16
         weight = int4.get_submodule(name).weight
         blocks = exact.reshape(-1, 64)
         largest = blocks.abs().amax(1, keepdim=True)

@@ -4,38 +4,39 @@
     python gpt2_from_scratch.py                               # a small GPT-2 on Python's own source: minutes on a CPU
     python gpt2_from_scratch.py --sample "def main("          # let the newest run continue a text; no text: ask for one
     python gpt2_from_scratch.py --model gpt2 --data texts/    # GPT-2 (124M) on a folder of text, on one GPU
-    torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/      # the same run on eight GPUs
-    python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                    # what that will cost, beforehand
-    python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt --lr 1e-4 # go on from OpenAI's weights
+    torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
+    python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                      # what that will cost, beforehand
+    python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt --lr 1e-4   # go on from OpenAI's weights
     python gpt2_from_scratch.py --resume                      # continue the newest run exactly where it stopped
     python gpt2_from_scratch.py --export my-gpt2/             # the newest run's best model, for transformers
     tensorboard --logdir runs                                 # watch all runs
 
 A run leaves in runs/<name>/: checkpoints/ (each loads in Hugging Face transformers as it is), metrics.jsonl (the log),
-metrics.json (configuration, versions, device, results), training_loss.png, samples.txt and TensorBoard events.
+metrics.json (configuration, versions, device, results), training_loss.png and TensorBoard events.
 
 The sections, in the order in which the data flows:
 
-    1 Command line     every flag. Stands first, so that --help answers before PyTorch is loaded
-    2 Model            attention, MLP, block, GPT: exactly GPT-2 (Radford et al. 2019)
-    3 Hugging Face     GPT-2 folders read, written, and fetched from the Hub
-    4 Tokenizer        byte-level BPE, trained here or GPT-2's own
-    5 Data             documents -> token files -> windows of tokens in a seeded order
-    6 Optimiser        AdamW, the learning-rate schedule, a guard against bad steps
-    7 Checkpoints      exact, atomic, without pickle
-    8 Evaluation       the whole validation slice, and a bigram model to compare with
-    9 Generation       KV cache, temperature, top-k, top-p
-    10 Training step   forward, backward, update: what runs a million times
-    11 Session         device, precision, compilation, processes, micro-batch: how it runs here
-    12 Training loop   steps, evaluations, checkpoints, log, plot, table
-    13 Using a model   --sample, --export, --plan
-    14 Main
+    1  Command line     every flag. Stands first, so that --help answers before PyTorch is loaded
+    2  Model            attention, MLP, block, GPT: exactly GPT-2 (Radford et al. 2019)
+    3  Hugging Face     GPT-2 folders read, written, and fetched from the Hub
+    4  Tokenizer        byte-level BPE, trained here or GPT-2's own
+    5  Documents        from files, columns or the Hub to pieces of text for training and validation
+    6  Tokens           from documents to files of tokens, and from these to windows in a seeded order
+    7  Optimiser        AdamW, the learning-rate schedule, a guard against bad steps
+    8  Checkpoints      exact, atomic, without pickle
+    9  Generation       KV cache, temperature, top-k, top-p
+    10 Training step    forward, backward, update: what runs a million times
+    11 Evaluation       the whole validation slice, and a bigram model to compare with
+    12 Session          device, precision, compilation, processes, micro-batch: how it runs here
+    13 Training run     steps, evaluations, checkpoints, log, plot, table
+    14 Main             settings, --sample, --export, --plan
 """
 
 import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -52,28 +53,26 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 1. Command line -------------------------------------------------------------------------------------------
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
+SIZES = ("layers", "heads", "width", "context", "lr", "batch_tokens")
 PRESETS = {
-    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 256, "lr": 4e-3, "batch_tokens": 4096, "max_steps": 500, "vocab_size": 4096},
-    "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
-    "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
-    "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
-    "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024, "lr": 2e-4, "batch_tokens": 2**20},
+    "nano": dict(zip(SIZES, (4, 4, 128, 128, 4e-3, 1024), strict=True)) | {"max_steps": 2000, "vocab_size": 2048},
+    "gpt2": dict(zip(SIZES, (12, 12, 768, 1024, 6e-4, 2**19), strict=True)),
+    "gpt2-medium": dict(zip(SIZES, (24, 16, 1024, 1024, 3e-4, 2**19), strict=True)),
+    "gpt2-large": dict(zip(SIZES, (36, 20, 1280, 1024, 2.5e-4, 2**19), strict=True)),
+    "gpt2-xl": dict(zip(SIZES, (48, 25, 1600, 1024, 2e-4, 2**20), strict=True)),
 }
 DEFAULTS = {
     "model": "nano", "init": None, "dropout": 0.0,
-    "data": "stdlib", "glob": "*", "text_column": "text", "limit": None, "tokenizer": None, "vocab_size": 50257, "val_fraction": 0.05,
-    "schedule": "cosine", "warmup_steps": None, "weight_decay": 0.1, "micro_batch": "auto", "epochs": 1.0, "max_steps": None,
-    "eval_every": None, "seed": 0, "dtype": "auto", "compile": True, "deterministic": True,
-    "output_dir": None, "cache_dir": "cache", "resume": False,
-    "plan": False, "sample": None, "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
+    "data": "stdlib", "glob": "*", "text_column": "text", "limit": None, "tokenizer": None, "vocab_size": 50257,
+    "val_fraction": 0.05, "schedule": "cosine", "warmup_steps": None, "weight_decay": 0.1, "micro_batch": "auto",
+    "epochs": 1.0, "max_steps": None, "eval_every": None, "seed": 0, "dtype": "auto", "compile": True,
+    "deterministic": True, "output_dir": None, "cache_dir": "cache", "resume": False, "plan": False, "sample": None,
+    "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
 }  # fmt: skip
-# What the flags below may change when a run is resumed. Everything else is the run's own and stays as it was.
-FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}
+FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # everything else stays the run's own
 
 
 class UserError(Exception):
@@ -102,12 +101,11 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A flag that was not given is None: section 12 fills in presets, saved runs, defaults."""
+    """Read the command line. A flag that was not given is None; resolve_settings() fills in what it is then."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    count = number(int, 1)
-    off = {"action": "store_false", "default": None}
+    count, off = number(int, 1), {"action": "store_false", "default": None}
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=PRESETS, help="a preset of the sizes below (default: nano)")
@@ -125,10 +123,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--glob", metavar="PATTERN", help="files of a folder, for example '*.py' (default: every text file)")
     flag("--text-column", metavar="NAME", help="column of .jsonl, .parquet and Hub data (default: text)")
     flag("--limit", type=count, metavar="N", help="only the first N documents, to try things")
-    flag("--tokenizer", metavar="WHAT", help="bpe, trained on the data (default; with --init: that model's own), bytes, "
-         "gpt2 (from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt")
+    flag("--tokenizer", metavar="WHAT", help="bpe, trained on the data (default; with --init: that model's own), "
+         "bytes, gpt2 (from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt")
     flag("--vocab-size", type=number(int, 257, 2**20), metavar="N",
-         help="of --tokenizer bpe (default: 50257; nano: 4096)")
+         help="of --tokenizer bpe (default: 50257; nano: 2048)")
     flag("--val-fraction", type=number(float, 0, 0.5, above=True), metavar="P",
          help="share of documents held out for validation; of a single document, its end (default: 0.05)")
 
@@ -137,14 +135,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--schedule", choices=["cosine", "wsd"], help="cosine down to a tenth (default), or warm-up-stable-decay: "
          "constant, then linear to zero over the last fifth")
     flag("--warmup-steps", type=number(int, 0), metavar="N", help="linear warm-up (default: a twentieth, at most 2000)")
-    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="of matrices; nothing else decays (default: 0.1)")
+    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="of matrices; the rest has none (default: 0.1)")
     flag("--batch-tokens", type=count, metavar="N", help="tokens per optimiser step, all processes together")
     flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
          help="sequences per forward pass and process; the rest accumulates (default: auto, the most that fits)")
     flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
-    flag("--max-steps", type=count, metavar="N", help="optimiser steps; goes before --epochs")
+    flag("--max-steps", type=count, metavar="N", help="optimiser steps; goes before --epochs (nano: 2000)")
     flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
-         "(default: a tenth, at most 1000)")
+         "(default: a tenth of all, at most 1000)")
     flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
     flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it)")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
@@ -157,13 +155,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--resume", action="store_true", default=None,
          help="go on from the last checkpoint of --output-dir (default: of the newest run)")
 
-    mode = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
-    mode.add_argument("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init "
-                      "(default: the newest run); without PROMPT, one per line of standard input")
-    mode.add_argument("--export", metavar="DIR", help="write the model of --init (default: the newest run) as a folder "
-                      "that transformers loads")
-    mode.add_argument("--plan", action="store_true", default=None,
-                      help="print parameters, memory, FLOPs, speed and time to the end; train nothing")
+    flag = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
+    flag("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init (default: the "
+         "newest run); without PROMPT, every line of standard input")
+    flag("--export", metavar="DIR", help="write the model of --init (default: the newest run) for transformers")
+    flag("--plan", action="store_true", default=None, help="print parameters, memory, FLOPs, speed, time to the end")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--max-new-tokens", type=count, metavar="N", help="longest continuation (default: 200)")
@@ -210,12 +206,73 @@ def main_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Model
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UserError when it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Under a temporary name first, so that whoever reads the file finds the old content or the new."""
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, with those above it. UserError when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write to {folder}")
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when it is complete and on disk: after a crash it is there or not.
+
+    Until then it is called <name>.tmp-<process id>. A folder that already has the name is replaced.
+    """
+    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in [*part.iterdir(), part] if os.name == "posix" else ():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        remove_folder(folder)
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename first: half-deleted, a folder must not pass for a complete one."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.tmp-deleted")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+# ---------- 2. Model --------------------------------------------------------------------------------------------------
 #
 # B: sequences in a batch, T: tokens in a sequence, C: width, H: heads, D = C / H: width of a head, V: vocabulary.
 # The parameters have OpenAI's names (wte, wpe, h, ln_1, c_attn, ...), so that weights map one to one.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,6 +285,13 @@ class GPTConfig:
     heads: int = 12
     width: int = 768
     dropout: float = 0.0  # Radford et al. trained with 0.1; for one pass over much data 0 is better
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "dropout" and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.width % self.heads:
+            raise UserError(f"the width ({self.width}) must be a multiple of the heads ({self.heads})")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -243,10 +307,8 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device):
         shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
-        self.keys = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.slots = torch.arange(config.context, device=device)
-        self.length = 0  # tokens held so far
+        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.slots, self.length = torch.arange(config.context, device=device), 0
 
     def advance(self, tokens: int) -> None:
         """Make room for `tokens` new ones: their positions (T,), and who sees whom as a mask (T, context)."""
@@ -352,8 +414,7 @@ class GPT(nn.Module):
         With `targets` (B, T) to the summed cross-entropy in nats, a scalar; targets of -1 do not count. The sum, not
         the mean, because sums of micro-batches add up to exactly the batch's sum.
         """
-        T = tokens.shape[1]
-        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
+        positions = cache.positions if cache else torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
@@ -383,39 +444,19 @@ def flops_per_token(config: GPTConfig) -> float:
     return 6 * matrices + 12 * config.layers * config.width * config.context
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Hugging Face
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 3. Hugging Face -------------------------------------------------------------------------------------------
 
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Hugging Face keeps OpenAI's (in, out) layout
 MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
-# Settings of Hugging Face's GPT2Config that change the function. Whatever differs is another model, not GPT-2.
-PLAIN_GPT2 = {
-    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
-    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
-    "tie_word_embeddings": [True],
+HF_NAMES = {  # our name: that in Hugging Face's GPT2Config
+    "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
 }  # fmt: skip
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UserError when it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Under a temporary name first, so that whoever reads the file finds the old content or the new."""
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+# Settings of GPT2Config that change the function. With another value it is another model, not GPT-2.
+PLAIN_GPT2 = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+}  # fmt: skip
 
 
 def load_pretrained(folder: Path, context: int | None = None, dropout: float = 0.0) -> GPT:
@@ -424,69 +465,55 @@ def load_pretrained(folder: Path, context: int | None = None, dropout: float = 0
     A shorter `context` drops the positions beyond it. Raises UserError for anything but a plain, complete GPT-2.
     """
     settings = read_json(folder / "config.json")
-    for name, allowed in PLAIN_GPT2.items():
-        if settings.get(name, allowed[0]) not in allowed:
+    for name, value in PLAIN_GPT2.items():
+        if settings.get(name, value) != value:
             raise UserError(f"{folder} is no plain GPT-2: {name} is {settings[name]!r}")
-    try:
-        sizes = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} does not say {error}") from None
-    if settings.get("n_inner") not in (None, 4 * sizes["width"]):
+    sizes = {ours: settings.get(theirs) for ours, theirs in HF_NAMES.items()}
+    learned = GPTConfig(**sizes, dropout=dropout)
+    if settings.get("n_inner") not in (None, 4 * learned.width):
         raise UserError(f"{folder} is no plain GPT-2: n_inner is {settings['n_inner']}")
-    if context and context > sizes["context"]:
-        raise UserError(f"--context {context} is more than the {sizes['context']} positions that {folder} has learned")
-    config = GPTConfig(**sizes | {"context": context or sizes["context"], "dropout": dropout})
-    check_geometry(config)
+    if context and context > learned.context:
+        raise UserError(f"--context {context} is more than the {learned.context} positions that {folder} has learned")
 
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     weights = {}
-    for file in files:
+    for file in set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]:
         try:
             weights.update(load_file(folder / file))
         except FileNotFoundError:
-            raise UserError(f"{folder} has no {file} (weights in other formats are not read: they can run code)") from None
+            raise UserError(f"{folder} has no {file} (other formats are not read: they can carry code)") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is damaged ({error})") from None
+            raise UserError(f"{folder / file} is damaged ({first_line(error)})") from None
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
 
-    model = GPT(config)
+    model = GPT(GPTConfig(**sizes | {"context": context or learned.context}, dropout=dropout))
+    learned_rows = {"wte.weight": learned.vocab_size, "wpe.weight": learned.context}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights:
                 raise UserError(f"{folder} lacks the weight {name}")
             tensor = weights[name].t() if name.endswith(TRANSPOSED) else weights[name]
-            rows = {"wte.weight": config.vocab_size, "wpe.weight": config.context}.get(name, parameter.shape[0])
-            if name == "wpe.weight":
-                tensor = tensor[:rows]
-            if tensor.shape != (rows, *parameter.shape[1:]):
-                raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not {(rows, *parameter.shape[1:])}")
-            parameter.zero_()  # the padding rows of wte stay so
-            parameter[:rows] = tensor
+            expected = (learned_rows.get(name, len(parameter)), *parameter.shape[1:])
+            if tensor.shape != expected:
+                raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not {expected}")
+            rows = min(len(tensor), len(parameter))  # fewer of wpe with a shorter context, more of wte with padding
+            parameter.zero_()
+            parameter[:rows] = tensor[:rows]
     return model
 
 
-HF_NAMES = {  # GPTConfig: Hugging Face's GPT2Config
-    "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
-}  # fmt: skip
-
-
 def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what transformers' GPT2LMHeadModel and AutoTokenizer load; the padding rows of the vocabulary stay behind."""
-    config = model.config
+    """Write what transformers' GPT2LMHeadModel and AutoTokenizer load; the vocabulary's padding rows stay behind."""
+    config, end = model.config, tokenizer.token_to_id(END_OF_TEXT)
     weights = {}
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu()
-        if name == "wte.weight":
-            tensor = tensor[: config.vocab_size]
+        tensor = parameter.detach().cpu()[: config.vocab_size if name == "wte.weight" else None]
         weights[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    end = tokenizer.token_to_id(END_OF_TEXT)
     write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, "initializer_range": 0.02,
         **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "bos_token_id": end, "eos_token_id": end,
     })  # fmt: skip
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -496,20 +523,11 @@ def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     })  # fmt: skip
 
 
-def check_geometry(config: GPTConfig) -> None:
-    """UserError for sizes that make no transformer."""
-    for name, value in vars(config).items():
-        if name != "dropout" and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-    if config.width % config.heads:
-        raise UserError(f"the width ({config.width}) must be a multiple of the heads ({config.heads})")
-
-
 HUB_SECONDS = 10  # how long the Hub has to answer
 
 
-def why_hub_is_unreachable() -> str | None:
-    """One line, or None when the Hub answers.
+def why_no_hub() -> str | None:
+    """Why the Hub cannot be used, in one line; None when it answers.
 
     Asked before any download, because the Hub's client tries again for minutes when nothing answers. In a thread,
     because looking up a name knows no time limit.
@@ -534,75 +552,76 @@ def why_hub_is_unreachable() -> str | None:
     return answer[0]
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def is_hub_id(name: str) -> bool:
+    """owner/name, and no mistyped path: there the folder exists, or the name ends like a file's."""
+    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COLUMN_FILES)
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not is_path
 
 
-def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None = None) -> Path:
-    """The folder `name`, or the files of that model repository on the Hub: from the cache when there is no connection."""
+def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> Path:
+    """The folder `name`, or the files of that model on the Hub: from the cache when there is no connection."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not is_hub_id(name):
         raise UserError(f"{flag} {name}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import errors, snapshot_download
 
-    reason = why_hub_is_unreachable()
+    reason = why_no_hub()
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir, local_files_only=bool(reason)))
     except errors.RepositoryNotFoundError:
         raise UserError(f"{flag} {name}: the Hub has no such model (or it is private: `hf auth login`)") from None
     except Exception as error:
-        raise UserError(f"{flag} {name}: not in the cache, and the Hub cannot be reached ({reason or first_line(error)}). "
+        raise UserError(f"{flag} {name} is not in the cache, and the Hub cannot be reached ({reason or first_line(error)}). "
                         f"Offline, copy its files into a folder and give that: {flag} FOLDER") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Tokenizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 4. Tokenizer ----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_CHARACTERS = 100_000_000  # text that a tokenizer is trained on, at most; more hardly changes its merges
 
 
-def train_tokenizer(pieces: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's word pattern (Radford et al. 2019, section 2.2).
-
-    Its 256 first tokens are the bytes, so any text has an encoding; 257 tokens (with end-of-text) are bytes alone.
-    """
-    tokenizer = Tokenizer(models.BPE())
+def gpt2_pieces(bpe: models.BPE) -> Tokenizer:
+    """A tokenizer that cuts text into words with GPT-2's pattern and its bytes into the pieces of `bpe`."""
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(pieces, trainer)
-    return plain(tokenizer)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, section 2.2).
+
+    It knows all 256 bytes, so any text has an encoding. 257 tokens (with end-of-text) are the bytes alone.
+    """
+    tokenizer = gpt2_pieces(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return as_plain_text(tokenizer)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, or from OpenAI's pair vocab.json + merges.txt."""
-    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
+    """From tokenizer.json, or from OpenAI's pair vocab.json + merges.txt. UserError if neither can be read."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").exists():
+            tokenizer = gpt2_pieces(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
         else:
-            bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            tokenizer = Tokenizer(bpe)
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-    except Exception as error:  # the tokenizers library raises Exception itself
+            raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
+    except UserError:
+        raise
+    except Exception as error:  # the class that the tokenizers library raises
         raise UserError(f"the tokenizer in {folder} cannot be read ({first_line(error)})") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise UserError(f"the tokenizer in {folder} has no token {END_OF_TEXT}, which joins the documents")
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return plain(tokenizer)
+    return as_plain_text(tokenizer)
 
 
-def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Switch off what would change the text's tokens: cutting, padding, and reading "<|endoftext|>" in it as a token."""
+def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off what would change a text: cutting, padding, and reading "<|endoftext|>" in it as more than letters."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -610,7 +629,7 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows an embedding needs: the largest id plus one (ids may have gaps)."""
+    """Rows that an embedding needs: the largest id plus one (ids may have gaps)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -622,19 +641,12 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Data
-#
-# Documents become two files of tokens, train.bin and validation.bin, with an end-of-text token before each document.
-# They lie in the cache under a fingerprint of everything they depend on: a second run reads them at once.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 5. Documents ----------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "validation")
-STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 COLUMN_FILES = (".jsonl", ".parquet")
-PIECE_CHARACTERS = 2**18  # long documents are tokenised in pieces of about this size, so that one keeps all cores busy
-BATCH_CHARACTERS = 2**22  # tokenised at a time
-LINE_END = re.compile(r"\S\n(?=\S)")
+# The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
+STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 
 
 @dataclass
@@ -642,100 +654,34 @@ class Source:
     """Where documents come from."""
 
     name: str  # for the run's folder
-    identity: list  # JSON of all that its text depends on
-    documents: Callable[[], Iterator[str]]  # starts again at each call
-    files: list[Path]  # empty for a Hub data set
-    passed_over: set  # files that are no UTF-8 text
+    identity: list  # all that its text depends on, for the fingerprint of its token files
+    documents: Callable[[], Iterator[str]]  # begins anew at each call
+    files: list[Path]  # empty for a data set on the Hub, which is read only once
 
 
 def open_source(settings: argparse.Namespace) -> Source:
     """Find what --data names. Raises UserError when there is nothing, or nothing that can be read."""
-    path, column, passed_over = Path(settings.data), settings.text_column, set()
+    path, column = Path(settings.data), settings.text_column
     if settings.data != "stdlib" and not path.exists():
         return open_hub_source(settings)
     if settings.data == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        name, files, rows = "stdlib", list_files(root, "*.py", STDLIB_SKIP), False
+        root, name, has_columns = Path(sysconfig.get_paths()["stdlib"]), "stdlib", False
+        files = list_files(root, "*.py", STDLIB_SKIP)
     elif path.is_dir():
-        root, rows = path, settings.glob.endswith(COLUMN_FILES)  # in a folder of text a .jsonl is text like any other
-        name, files = path.resolve().name, list_files(path, settings.glob)
+        root, name = path, path.resolve().name
+        files, has_columns = list_files(path, settings.glob), settings.glob.endswith(COLUMN_FILES)
     else:
-        root, name, files, rows = path.parent, path.stem, [path], path.suffix in COLUMN_FILES
+        root, name, files, has_columns = path.parent, path.stem, [path], path.suffix in COLUMN_FILES
     if not files:
         raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
 
     def documents() -> Iterator[str]:
         for file in files:
-            if rows:
-                yield from read_rows(file, column)
-            else:
-                text = read_text(file)
-                if text is None and len(files) == 1:
-                    raise UserError(f"{file} is not UTF-8 text")
-                elif text is None:
-                    passed_over.add(file)
-                else:
-                    yield text
+            yield from read_column(file, column) if has_columns else read_text(file, is_alone=len(files) == 1)
 
     identity = [[file.relative_to(root).as_posix(), *stamp(file)] for file in files]
-    return Source(name, [identity, column if rows else None], limited(documents, settings.limit), files, passed_over)
-
-
-def open_hub_source(settings: argparse.Namespace) -> Source:
-    """A data set on the Hub, streamed. Its fingerprint holds the commit; offline, the one that was used last."""
-    repo, _, subset = settings.data.partition(":")
-    if not is_hub_id(repo):
-        raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
-    known = Path(settings.cache_dir) / "hub-commits" / f"{repo.replace('/', '--')}.json"
-    reason = why_hub_is_unreachable()
-    if reason is None:
-        from huggingface_hub import HfApi, errors
-
-        try:
-            commit = HfApi().dataset_info(repo, timeout=HUB_SECONDS).sha
-        except errors.RepositoryNotFoundError:
-            raise UserError(f"--data {repo}: the Hub has no such data set (or it is private: `hf auth login`)") from None
-        except Exception as error:
-            raise UserError(f"--data {repo}: the Hub gave no answer ({first_line(error)})") from None
-        if is_main_process():
-            make_folder(known.parent)
-            write_json(known, {"commit": commit})
-    elif known.exists():
-        commit = read_json(known)["commit"]
-    else:
-        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). "
-                        "Offline, copy its files into a folder and give that: --data FOLDER --glob '*.parquet'")
-
-    def documents() -> Iterator[str]:
-        if reason:
-            raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and {reason}")
-        import datasets
-
-        try:
-            stream = datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit)
-            for row in stream:
-                if settings.text_column not in row:
-                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                if row[settings.text_column]:
-                    yield str(row[settings.text_column])
-        except UserError:
-            raise
-        except Exception as error:  # of the network, of the file formats: datasets passes on what it meets
-            raise UserError(f"--data {settings.data} cannot be streamed: {first_line(error)}") from None
-
-    identity = [settings.data, commit, settings.text_column]
-    return Source(repo.split("/")[1], identity, limited(documents, settings.limit), [], set())
-
-
-def is_hub_id(name: str) -> bool:
-    """owner/name, and no path that was mistyped: there the folder exists, or the name ends like a file's."""
-    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COLUMN_FILES)
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not is_path
-
-
-def limited(documents: Callable[[], Iterator[str]], limit: int | None) -> Callable[[], Iterator[str]]:
-    """The first `limit` documents that are not empty."""
-    return lambda: (text for _, text in zip(range(limit or sys.maxsize), filter(None, documents()), strict=False))
+    first = lambda: itertools.islice(filter(None, documents()), settings.limit)
+    return Source(name, [identity, column if has_columns else None], first, files)
 
 
 def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
@@ -749,55 +695,100 @@ def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[P
 
 
 def stamp(file: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds: like make, this takes both unchanged for the same text."""
+    """Size in bytes and time of the last change in ns: if both are the same, so is the text (as make takes it)."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def read_text(file: Path) -> str | None:
-    """The text of a UTF-8 file, without a byte-order mark and with line feeds alone; None if it is something else."""
+def read_text(file: Path, is_alone: bool) -> Iterator[str]:
+    """The text of a UTF-8 file without byte-order mark and carriage returns. Other files are passed over in a folder."""
     content = file.read_bytes()
-    try:
-        return None if b"\0" in content else content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        return None
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\0" not in content:
+            yield content.decode("utf-8-sig").replace("\r\n", "\n")
+            return
+    if is_alone:
+        raise UserError(f"{file} is not UTF-8 text")
 
 
-def read_rows(file: Path, column: str) -> Iterator[str]:
-    """One column of a .jsonl or .parquet file. Empty and null fields are passed over."""
-    if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+def read_column(file: Path, column: str) -> Iterator[str]:
+    """One column of a .jsonl or .parquet file. Raises UserError with the place when it is broken or no text."""
+    for place, row in read_parquet(file, column) if file.suffix == ".parquet" else read_jsonl(file):
+        if not isinstance(row, dict) or column not in row:
+            columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
+            raise UserError(f"{place} has {columns}: choose one with --text-column")
+        text = row[column] if row[column] is not None else ""
+        if not isinstance(text, str):
+            raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
+        yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
 
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            if column not in table.schema_arrow.names:
-                raise UserError(f"{file} has the columns {', '.join(table.schema_arrow.names)}: choose --text-column")
-            for batch in table.iter_batches(columns=[column], batch_size=1000):
-                for value in batch.column(0).to_pylist():
-                    if value is not None and not isinstance(value, str):
-                        raise UserError(f"{file}: column {column!r} holds {type(value).__name__}, not text")
-                    yield value or ""
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} cannot be read as Parquet ({first_line(error)})") from None
-        return
+
+def read_jsonl(file: Path) -> Iterator[tuple[str, object]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                if line.strip():
+                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
                 raise UserError(f"{file}, line {number}: no JSON ({first_line(error)})") from None
-            if not isinstance(row, dict) or column not in row:
-                columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
-                raise UserError(f"{file}, line {number}: {columns}: choose one with --text-column")
-            if row[column] is not None and not isinstance(row[column], str):
-                raise UserError(f"{file}, line {number}: {column!r} holds {type(row[column]).__name__}, not text")
-            yield (row[column] or "").encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+
+
+def read_parquet(file: Path, column: str) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = [column] if column in table.schema_arrow.names else None  # all: for the error message
+        for batch in table.iter_batches(columns=columns, batch_size=1000):
+            yield from ((str(file), row) for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as Parquet ({first_line(error)})") from None
+
+
+def open_hub_source(settings: argparse.Namespace) -> Source:
+    """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
+    repo, _, subset = settings.data.partition(":")
+    if not is_hub_id(repo):
+        raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
+    from huggingface_hub import HfApi, errors
+
+    reason, note = why_no_hub(), Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
+    try:
+        if not reason:
+            make_folder(note.parent)
+            write_json(note, {"commit": HfApi().dataset_info(repo, timeout=HUB_SECONDS).sha})
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"--data {repo}: the Hub has no such data set (or it is private: `hf auth login`)") from None
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"--data {repo}: the Hub refuses it ({first_line(error)})") from None
+    if not note.exists():
+        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). "
+                        "Offline, copy its files into a folder and give that: --data FOLDER --glob '*.parquet'")
+    commit = read_json(note)["commit"]
+
+    def documents() -> Iterator[str]:
+        if reason:
+            raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
+                            f"({reason}). Offline, copy its files into a folder and give that: --data FOLDER")
+        import datasets
+
+        try:
+            for row in datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit):
+                if settings.text_column not in row:
+                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
+                yield str(row[settings.text_column] or "")
+        except UserError:
+            raise
+        except Exception as error:  # of the network or of a file format: datasets passes on what it meets
+            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)})") from None
+
+    first = lambda: itertools.islice(filter(None, documents()), settings.limit)
+    return Source(repo.split("/")[1], [settings.data, commit, settings.text_column], first, [])
 
 
 def content_hash(text: str) -> int:
+    """64 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
@@ -812,11 +803,11 @@ def split_documents(source: Source, val_fraction: float) -> tuple[Callable[[], I
         value = content_hash(text)
         lowest, highest, length = min(lowest, value), max(highest, value), length + len(text)
     if source.files and not length:
-        raise UserError("the data hold no text")
+        raise UserError(f"--data {source.name}: there is no text in it")
+    threshold = max(threshold, lowest + 1) if source.files else threshold
 
     def whole() -> Iterator[tuple[str, str]]:
-        for text in source.documents():
-            yield SPLITS[content_hash(text) < max(threshold, lowest + 1 if source.files else 0)], text
+        return ((SPLITS[content_hash(text) < threshold], text) for text in source.documents())
 
     def cut() -> Iterator[tuple[str, str]]:
         text = next(source.documents())
@@ -826,53 +817,48 @@ def split_documents(source: Source, val_fraction: float) -> tuple[Callable[[], I
     return cut if lowest == highest else whole, length or None
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS and (match := LINE_END.search(text, start + PIECE_CHARACTERS)):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
+# ---------- 6. Tokens -------------------------------------------------------------------------------------------------
+#
+# Documents become two files of tokens, train.bin and validation.bin, with an end-of-text token before each document.
+# They lie in the cache under a fingerprint of everything they depend on: a second run reads them at once.
+
+PIECE = 2**18  # characters: long documents are tokenised in pieces of about this size, so that one keeps all cores busy
+BATCH = 2**22  # characters tokenised at a time
+TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
+LINE_END = re.compile(r"\S\n(?=\S)")
 
 
 @dataclass
 class TokenData:
     """The two token files of a data set, and what is known of them."""
 
-    folder: Path
     tokenizer: Tokenizer
-    facts: dict  # meta.json: name, and by split: documents, tokens, bytes of text
+    facts: dict  # facts.json: the source's name, and by split: documents, tokens, bytes of text
     train: np.memmap  # (tokens,) of uint16 or uint32
     validation: np.memmap
 
 
 def prepare_tokens(settings: argparse.Namespace) -> TokenData:
-    """Token files for these settings: from the cache, or made now.
-
-    With several processes the first one makes them while the others wait.
-    """
-    if settings.fingerprint and (cached := Path(settings.cache_dir) / f"tokens-{settings.fingerprint}").exists():
-        return open_tokens(cached)  # a resumed run needs its tokens, not the data
+    """Token files for these settings: from the cache, or made now, by the first process while the others wait."""
+    cache = Path(settings.cache_dir)
+    if settings.fingerprint and (cache / f"tokens-{settings.fingerprint}").exists():
+        return open_tokens(cache / f"tokens-{settings.fingerprint}")  # a resumed run needs its tokens, not the data
     with main_process_first():
-        return find_or_write_tokens(settings)
-
-
-def find_or_write_tokens(settings: argparse.Namespace) -> TokenData:
-    source = open_source(settings)
-    ready_made = None
-    if settings.tokenizer not in ("bpe", "bytes"):
-        name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
-        ready_made = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
-    vocab_size = 257 if settings.tokenizer == "bytes" else settings.vocab_size
-    identity = [source.identity, settings.limit, settings.val_fraction, ready_made.to_str() if ready_made else vocab_size]
-    fingerprint = hashlib.sha256(json.dumps([1, identity]).encode()).hexdigest()[:16]
-    if settings.fingerprint not in (None, fingerprint):
-        raise UserError(f"--data {settings.data} has changed since this run began, and its tokens are gone from the cache")
-    settings.fingerprint = fingerprint
-    folder = Path(settings.cache_dir) / f"tokens-{fingerprint}"
-    if not folder.exists():
-        write_tokens(folder, source, settings.val_fraction, ready_made, vocab_size)
-    return open_tokens(folder)
+        source, tokenizer, vocab_size = open_source(settings), None, settings.vocab_size
+        if settings.tokenizer == "bytes":
+            vocab_size = 257
+        elif settings.tokenizer != "bpe":
+            name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
+            tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
+        identity = [source.identity, settings.limit, settings.val_fraction, tokenizer.to_str() if tokenizer else vocab_size]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        if settings.fingerprint not in (None, fingerprint):
+            raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are "
+                            f"no longer in {cache}: start a new run")  # fmt: skip
+        settings.fingerprint, folder = fingerprint, cache / f"tokens-{fingerprint}"
+        if not folder.exists():
+            write_tokens(folder, source, settings.val_fraction, tokenizer, vocab_size)
+        return open_tokens(folder)
 
 
 def open_tokens(folder: Path) -> TokenData:
@@ -882,108 +868,92 @@ def open_tokens(folder: Path) -> TokenData:
         file = folder / f"{split}.bin"
         if not file.exists() or file.stat().st_size != facts["tokens"][split] * dtype.itemsize:
             raise UserError(f"{file} is damaged: delete {folder}, and it is made anew")
-    arrays = [np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in SPLITS]
-    return TokenData(folder, load_tokenizer(folder), facts, *arrays)
+    return TokenData(load_tokenizer(folder), facts, *(np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS))
 
 
 def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    """Train the tokenizer unless there is one, tokenise everything once, and rename the finished folder into place."""
-    make_folder(folder.parent)
-    remove_leftovers(folder.parent, "tokens-*.tmp-*", seconds=86400)
+    """Train a tokenizer, unless there is one, and turn all documents into the files of `folder`."""
+    for part in make_folder(folder.parent).glob("tokens-*.tmp-*"):  # of processes that were killed
+        if time.time() - part.stat().st_mtime > 86400:
+            shutil.rmtree(part, ignore_errors=True)
     started, stamps = time.perf_counter(), [stamp(file) for file in source.files]
     documents, length = split_documents(source, val_fraction)
     if tokenizer is None:
-
-        def training_text() -> Iterator[str]:
-            left = TOKENIZER_CHARACTERS
-            for split, text in documents():
-                for piece in pieces(text) if split == "train" else ():
-                    yield piece
-                    left -= len(piece)
-                    if left < 0:
-                        return
-
-        tokenizer = train_tokenizer(training_text(), vocab_size)
-        say(f"tokenizer: byte-level BPE, {vocabulary_size(tokenizer):,} tokens, trained on the training documents "
+        tokenizer = train_tokenizer(training_text(documents()), vocab_size)
+        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training documents "
             f"in {time.perf_counter() - started:.1f} s")  # fmt: skip
-    end = tokenizer.token_to_id(END_OF_TEXT)
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
-    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    part.mkdir()
-    try:
-        with contextlib.ExitStack() as stack:
-            files = {split: stack.enter_context(open(part / f"{split}.bin", "wb")) for split in SPLITS}
-            bar = stack.enter_context(tqdm(total=length, unit=" characters", unit_scale=True, desc="tokenising", disable=None))
-
-            def write(batch: list[tuple[str, str, bool]]) -> None:
-                encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-                for (split, text, first), encoding in zip(batch, encodings, strict=True):
-                    tokens = np.array([end, *encoding.ids] if first else encoding.ids, dtype)
-                    files[split].write(tokens.tobytes())
-                    for name, amount in (("documents", first), ("tokens", len(tokens)), ("bytes", len(text.encode()))):
-                        counts[name][split] += int(amount)
-                    bar.update(len(text))
-
-            batch, characters = [], 0
-            for split, document in documents():
-                for i, text in enumerate(pieces(document)):
-                    batch.append((split, text, i == 0))
-                    characters += len(text)
-                    if characters >= BATCH_CHARACTERS:
-                        write(batch)
-                        batch, characters = [], 0
-            write(batch)
+    facts = {"name": source.name, "dtype": dtype.name}
+    facts |= {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
+    with contextlib.ExitStack() as stack:
+        part = stack.enter_context(new_folder(folder))
+        with contextlib.ExitStack() as files:
+            outputs = {split: files.enter_context(open(part / f"{split}.bin", "wb")) for split in SPLITS}
+            bar = files.enter_context(tqdm(total=length, unit="char", unit_scale=True, desc="tokenising", disable=None))
+            for batch in batches_of_pieces(documents()):
+                tokenise(batch, tokenizer, outputs, facts)
+                bar.update(sum(len(text) for _, text, _ in batch))
         for split in SPLITS:
-            if not counts["tokens"][split]:
+            if not facts["tokens"][split]:
                 raise UserError(f"too little text: no document fell to {split} (--val-fraction {val_fraction})")
         if stamps != [stamp(file) for file in source.files]:
             raise UserError(f"--data {source.name}: a file changed while it was being read")
         tokenizer.save(str(part / "tokenizer.json"))
-        write_json(part / "facts.json", {"name": source.name, "dtype": dtype.name, **counts})
-        publish(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    passed_over = f", {len(source.passed_over)} files that are no UTF-8 text passed over" if source.passed_over else ""
-    say(f"tokenised: {sum(counts['documents'].values()):,} documents, {sum(counts['bytes'].values()) / 1e6:.1f} MB, "
-        f"{sum(counts['tokens'].values()):,} tokens in {time.perf_counter() - started:.1f} s{passed_over}")  # fmt: skip
+        write_json(part / "facts.json", facts)
+    documents, size, tokens = (sum(facts[name].values()) for name in ("documents", "bytes", "tokens"))
+    say(f"tokenised: {documents:,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens in {time.perf_counter() - started:.1f} s")
 
 
-def make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write to {folder}")
-    except OSError as error:
-        raise UserError(f"cannot make or write the folder {folder} ({error})") from None
-    return folder
+def training_text(documents: Iterator[tuple[str, str]]) -> Iterator[str]:
+    """Text for the tokenizer: of the training documents only."""
+    left = TOKENIZER_TEXT
+    for split, document in documents:
+        for text in pieces(document) if split == "train" else ():
+            yield text
+            left -= len(text)
+            if left < 0:
+                return
 
 
-def publish(part: Path, folder: Path) -> None:
-    """Put a finished folder in its place in one step: on disk first, so that after a crash it is complete or absent."""
-    for file in [*part.iterdir(), part] if os.name == "posix" else ():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if not folder.exists():  # another process may have been first, with the same content
-        os.rename(part, folder)
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
+    start = 0
+    while len(text) - start > PIECE and (match := LINE_END.search(text, start + PIECE)):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
 
 
-def remove_leftovers(folder: Path, pattern: str, seconds: float) -> list[Path]:
-    """Delete folders that a killed process left unfinished: those in which nothing has changed for so long."""
-    parts = list(folder.glob(pattern))
-    old = [part for part in parts if time.time() - max(file.stat().st_mtime for file in [part, *part.iterdir()]) > seconds]
-    for part in old:
-        shutil.rmtree(part, ignore_errors=True)
-    return old
+def batches_of_pieces(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str, bool]]]:
+    """(split, text, whether a document begins here) in lists that are worth sharing out among the cores."""
+    batch, size = [], 0
+    for split, document in documents:
+        for i, text in enumerate(pieces(document)):
+            batch.append((split, text, i == 0))
+            size += len(text)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def tokenise(batch: list[tuple[str, str, bool]], tokenizer: Tokenizer, outputs: dict, facts: dict) -> None:
+    """Write the tokens of a batch of pieces to the files of their splits, and count."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+    for (split, text, begins), encoding in zip(batch, encodings, strict=True):
+        tokens = np.array([end, *encoding.ids] if begins else encoding.ids, facts["dtype"])
+        outputs[split].write(tokens.tobytes())
+        for name, amount in (("documents", int(begins)), ("tokens", len(tokens)), ("bytes", len(text.encode()))):
+            facts[name][split] += amount
 
 
 class TrainingOrder:
     """Which windows of the token stream each training step reads: a seeded permutation, without replacement.
 
-    An epoch cuts the stream at a random offset into windows of `context` + 1 tokens that overlap by one (each token is
-    once a target), and visits all of them in random order. A position in this endless order is one whole number, so a
-    checkpoint needs no more than that, and neither micro-batch nor number of processes changes what a step learns from.
+    An epoch cuts the stream at a random offset into windows of `context` + 1 tokens that overlap by one (so each token
+    is a target once), and visits all of them in random order. A position in this endless order is one whole number, so
+    a checkpoint needs no more, and neither micro-batch nor number of processes changes what a step learns from.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int):
@@ -1002,17 +972,14 @@ class TrainingOrder:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng([self.seed, epoch])
-            slack = len(self.tokens) - 1 - self.per_epoch * self.context
-            self.offset, self.order, self.epoch = int(random.integers(slack + 1)), random.permutation(self.per_epoch), epoch
+            self.offset = int(random.integers(len(self.tokens) - self.per_epoch * self.context))
+            self.order, self.epoch = random.permutation(self.per_epoch), epoch
         return self.offset + int(self.order[index]) * self.context
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Optimiser
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 7. Optimiser ----------------------------------------------------------------------------------------------
 
-BETAS = (0.9, 0.95)  # Brown et al. 2020, appendix B, as is the clipping
-CLIP = 1.0  # largest gradient norm
+BETAS, CLIP = (0.9, 0.95), 1.0  # and the largest gradient norm: Brown et al. 2020, appendix B
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
@@ -1022,19 +989,13 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def make_optimiser(model: GPT, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), its whole update in one fused kernel."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS, eps=1e-8, fused=True)
-
-
 def learning_rate(step: int, settings: argparse.Namespace) -> float:
     """For step 0, 1, ...: linear warm-up, then cosine to a tenth, or constant and linear to zero (wsd)."""
     warmup, last = settings.warmup_steps, settings.max_steps
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     if settings.schedule == "wsd":  # Hu et al. 2024 (MiniCPM), section 4
-        decay = max(1, last // 5)
-        return settings.lr * min(1.0, (last - step) / decay)
+        return settings.lr * min(1.0, (last - step) / max(1, last // 5))
     progress = (step - warmup) / max(1, last - warmup)
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -1049,54 +1010,48 @@ class Guard:
 
     FIELDS = ("steps", "mean_loss", "variance", "mean_norm", "lowest", "in_a_row", "skipped")
     LEARN = 20  # steps that are watched before any counts as an outlier
-    PATIENCE = 10
 
     def __init__(self, device: torch.device):
-        self.state = torch.zeros(len(self.FIELDS), device=device)
-        self.state[self.FIELDS.index("lowest")] = math.inf
+        self.state = torch.tensor([0, 0, 0, 0, math.inf, 0, 0], device=device)
 
     @torch.no_grad()
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Take note of a step. Returns 1.0 on the device if it must be skipped, otherwise 0.0."""
         steps, mean, variance, mean_norm, lowest, in_a_row, skipped = self.state.unbind()
-        far = loss > mean + torch.clamp(10 * variance.sqrt(), min=0.5)
-        steep = norm > torch.clamp(10 * mean_norm, min=CLIP)
-        skip = ~torch.isfinite(loss + norm) | ((steps >= self.LEARN) & (far | steep))
+        is_far = loss > mean + torch.clamp(10 * variance.sqrt(), min=0.5)
+        is_steep = norm > torch.clamp(10 * mean_norm, min=CLIP)
+        skip = ~torch.isfinite(loss + norm) | ((steps >= self.LEARN) & (is_far | is_steep))
+        bad = torch.stack([steps, mean, variance, mean_norm, lowest, in_a_row + 1, skipped + 1])
         rate = torch.clamp(1 / (steps + 1), min=0.02)  # a plain mean at first, then an exponential one
-        change = loss - mean
-        mean = mean + rate * change
-        variance = (1 - rate) * (variance + rate * change**2)
-        mean_norm = mean_norm + rate * (norm - mean_norm)
+        variance = (1 - rate) * (variance + rate * (loss - mean) ** 2)
+        mean, mean_norm = mean + rate * (loss - mean), mean_norm + rate * (norm - mean_norm)
         lowest = torch.where(steps >= self.LEARN, torch.minimum(lowest, mean), lowest)
         good = torch.stack([steps + 1, mean, variance, mean_norm, lowest, torch.zeros_like(steps), skipped])
-        bad = torch.stack([*self.state.unbind()[:5], in_a_row + 1, skipped + 1])
         self.state = torch.where(skip, bad, good)
         return skip.float()
 
-    @classmethod
-    def is_diverging(cls, state: dict[str, float]) -> bool:
-        return state["in_a_row"] >= cls.PATIENCE or state["mean_loss"] > state["lowest"] + 1
+    @staticmethod
+    def is_diverging(state: dict[str, float]) -> bool:
+        return state["in_a_row"] >= 10 or state["mean_loss"] > state["lowest"] + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Checkpoints
+# ---------- 8. Checkpoints --------------------------------------------------------------------------------------------
 #
 # checkpoints/step-00000500/ is a Hugging Face folder (section 3) with two more files: training.safetensors (AdamW's
-# moments, the guard's statistics) and training.json (step, position in the data, time, best loss). There is no
-# generator state to keep: every step seeds all generators from (seed, step, process), see section 10, and the order of
-# the data is a function of the seed. The learning rate is a function of the step.
-# ----------------------------------------------------------------------------------------------------------------------
+# moments, the guard's statistics) and training.json (step, position in the data, time, best loss). Learning rate and
+# order of the data are functions of step and seed. There is no generator state to keep either: every step seeds all
+# generators from (seed, step, process), see section 10, so that they are restored by knowing the step.
 
 
 @dataclass
 class Progress:
-    """How far a run has come: whole numbers and floats only, so that JSON keeps it exactly."""
+    """How far a run has come."""
 
     step: int = 0  # optimiser steps taken
     windows: int = 0  # position in the training order
     seconds: float = 0.0  # spent on training steps
-    validation_loss: float = math.inf  # the last one, nats per token
-    best_loss: float = math.inf
+    validation_loss: float | None = None  # the last one, nats per token
+    best_loss: float | None = None
     best_step: int = 0
 
 
@@ -1104,49 +1059,39 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, progress: Progress,
-                    tokenizer: Tokenizer) -> None:  # fmt: skip
-    """Write a checkpoint under a temporary name and rename it; then keep the last two and the best."""
-    folder = checkpoint_folder(run, progress.step)
-    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        save_pretrained(model, tokenizer, part)
-        tensors = {"guard": guard.state}
-        for name, parameter in model.named_parameters():
-            for key, value in optimiser.state[parameter].items():  # exp_avg, exp_avg_sq, step
-                tensors[f"{key}.{name}"] = value.contiguous()
-        save_file(tensors, part / "training.safetensors")
-        write_json(part / "training.json", vars(progress))
-        publish(part, folder)
-    except (OSError, SafetensorError) as error:
-        kept = find_checkpoints(run)
-        raise UserError(f"the checkpoint of step {progress.step} cannot be written ({first_line(error)}); "
-                        f"the last good one is {kept[0] if kept else 'none'}") from None  # fmt: skip
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for old in find_checkpoints(run)[2:]:
-        if old != checkpoint_folder(run, progress.best_step):
-            doomed = old.with_name(f"{old.name}.tmp-0")
-            os.rename(old, doomed)  # first out of sight: half-deleted, it must not pass for a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
 def find_checkpoints(run: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, progress: Progress,
+                    tokenizer: Tokenizer) -> None:  # fmt: skip
+    """Write a checkpoint; then keep the last two and the best."""
+    tensors = {"guard": guard.state}
+    for name, parameter in model.named_parameters():  # exp_avg, exp_avg_sq and step of each
+        tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimiser.state[parameter].items()}
+    try:
+        with new_folder(checkpoint_folder(run, progress.step)) as folder:
+            save_pretrained(model, tokenizer, folder)
+            save_file(tensors, folder / "training.safetensors")
+            write_json(folder / "training.json", vars(progress))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint of step {progress.step} cannot be written ({first_line(error)}); the last good "
+                        f"one is {next(iter(find_checkpoints(run)), 'none')}") from None  # fmt: skip
+    for old in find_checkpoints(run)[2:]:
+        if old != checkpoint_folder(run, progress.best_step):
+            remove_folder(old)
+
+
 def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
     """Fill model, optimiser and guard from a checkpoint. Raises UserError, and leaves them alone, when it is damaged."""
-    progress = Progress(**read_json(folder / "training.json"))
-    saved = load_pretrained(folder)
+    progress, saved = Progress(**read_json(folder / "training.json")), load_pretrained(folder)
     try:
         tensors = load_file(folder / "training.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / 'training.safetensors'} is damaged ({first_line(error)})") from None
-    shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
-    if shapes != [(name, parameter.shape) for name, parameter in saved.named_parameters()]:
+    shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, model))
+    if shapes != expected:
         raise UserError(f"{folder} is the checkpoint of a model of another shape")
     model.load_state_dict(saved.state_dict())
     for name, parameter in model.named_parameters():
@@ -1159,9 +1104,9 @@ def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guar
 def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
     """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so."""
     with main_process_first():
-        if is_main_process():
-            for part in remove_leftovers(run / "checkpoints", "step-*.tmp-*", seconds=0):
-                say(f"passed over {part.name}: it was never finished")
+        for part in (run / "checkpoints").glob("*.tmp-*") if is_main_process() else ():
+            say(f"passed over {part.name}: it was never finished")
+            shutil.rmtree(part, ignore_errors=True)
         for folder in find_checkpoints(run):
             try:
                 progress = load_checkpoint(folder, model, optimiser, guard)
@@ -1175,66 +1120,7 @@ def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) ->
     return Progress()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(session: "Session") -> float:
-    """Mean loss in nats over every token of the validation slice but the first, in windows of one context.
-
-    Batches have one shape; what is missing to fill the last has target -1 and does not count. Each process takes every
-    world-th batch, and the sums are added up.
-    """
-    tokens, context, rows = session.data.validation, session.model.config.context, session.micro_batch
-    targets_in_all = len(tokens) - 1
-    total = torch.zeros((), dtype=torch.float64)
-    session.model.eval()
-    for first in range(session.rank * rows * context, targets_in_all, session.world * rows * context):
-        stretch = np.asarray(tokens[first : first + rows * context + 1], np.int64)
-        inputs, targets = np.zeros(rows * context, np.int64), np.full(rows * context, -1)
-        inputs[: len(stretch) - 1], targets[: len(stretch) - 1] = stretch[:-1], stretch[1:]
-        batch = torch.from_numpy(np.stack([inputs, targets])).view(2, rows, context).to(session.device)
-        with session.autocast():
-            total += session.network(batch[0], batch[1]).double().cpu()
-    session.model.train()
-    total = total.to(session.device, torch.float32 if session.device.type == "mps" else torch.float64)
-    if session.world > 1:
-        dist.all_reduce(total)
-    return total.item() / targets_in_all
-
-
-BIGRAM_TOKENS = 50_000_000  # training tokens that the bigram model counts, at most
-
-
-def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
-    """Validation loss in nats per token of a bigram model, the yardstick that a language model must beat.
-
-    Interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999, section 2.7): every count is discounted
-    by d = n1 / (n1 + 2 n2), and what that frees goes to tokens by the number of different tokens they follow.
-    """
-    train, validation = train[:BIGRAM_TOKENS].astype(np.int64), validation.astype(np.int64)
-    size = int(max(train.max(), validation.max())) + 1
-    pairs, counts = np.unique(train[:-1] * size + train[1:], return_counts=True)
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / (once + 2 * twice) if once else 0.5
-    followers = np.bincount(pairs // size, minlength=size)  # different tokens seen after each token
-    total = np.bincount(pairs // size, counts, size)
-    preceders = np.bincount(pairs % size, minlength=size) + 0.5  # the half: no token may have probability 0
-    lower = preceders / preceders.sum()
-
-    first, second = validation[:-1], validation[1:]
-    place = np.minimum(np.searchsorted(pairs, first * size + second), len(pairs) - 1)
-    count = np.where(pairs[place] == first * size + second, counts[place], 0)
-    seen = np.maximum(total[first], 1)
-    freed = np.where(total[first] > 0, discount * followers[first] / seen, 1)
-    return float(-np.log(np.maximum(count - discount, 0) / seen + freed * lower[second]).mean())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Generation
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 9. Generation ---------------------------------------------------------------------------------------------
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
@@ -1269,7 +1155,7 @@ def generate(
     device, context = model.wte.weight.device, model.config.context
     generator = torch.Generator(device).manual_seed(seed)
     sequence = torch.tensor([prompt] * count, device=device)
-    visible, cache = min(len(prompt), context), None  # `visible`: the newest tokens, those that the model sees
+    visible, cache = min(len(prompt), context), None  # `visible`: how many of the newest tokens the model sees
     finished = torch.zeros(count, 1, dtype=torch.bool, device=device)
     was_training = model.training
     model.eval()
@@ -1277,11 +1163,9 @@ def generate(
         for _ in range(max_new_tokens):
             if visible > context:
                 visible, cache = max(1, context // 2), None
-            if cached and cache is None:
-                cache, new = KVCache(model.config, count, device), visible
-            else:
-                new = 1 if cached else visible
+            new = 1 if cache else visible
             if cached:
+                cache = cache or KVCache(model.config, count, device)
                 cache.advance(new)
             logits = model(sequence[:, -new:], cache=cache)[:, -1]  # (count, V)
             token = choose(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
@@ -1295,32 +1179,28 @@ def generate(
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: argparse.Namespace,
-                 listen: Callable[[str], None] | None = None) -> list[str]:  # fmt: skip
-    """Continuations of a prompt as texts, without prompt and end of text. `listen` gets the first one's text as it grows."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    start = encode(tokenizer, prompt) or [end]  # without a prompt: a new document
-    columns, told = [[] for _ in range(settings.num_samples)], ""
-    for tokens in generate(model, start, settings.num_samples, settings.max_new_tokens, end, settings.temperature,
-                           settings.top_k, settings.top_p, settings.seed):  # fmt: skip
-        for column, token in zip(columns, tokens, strict=True):
-            if token != end:
-                column.append(token)
-        if listen:
-            text = decode(tokenizer, columns[0])
-            if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
-                listen(text[len(told) :])
-                told = text
-    return [decode(tokenizer, column) for column in columns]
+                 listen: Callable[[str], None] = lambda text: None) -> list[str]:  # fmt: skip
+    """Continuations of a prompt as texts, without the prompt. `listen` gets the first one bit by bit, as it grows."""
+    end, told = tokenizer.token_to_id(END_OF_TEXT), ""
+    tokens = [[] for _ in range(settings.num_samples)]
+    for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
+                         settings.temperature, settings.top_k, settings.top_p, settings.seed):  # fmt: skip
+        for sequence, token in zip(tokens, step, strict=True):
+            sequence.extend([token] if token != end else [])
+        text = decode(tokenizer, tokens[0])
+        if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
+            listen(text[len(told) :])
+            told = text
+    listen(text[len(told) :])
+    return [decode(tokenizer, sequence) for sequence in tokens]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Training step
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 10. Training step -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Session:
-    """Everything a training step needs, put together in section 11."""
+    """Everything a training step needs. Section 12 puts it together."""
 
     settings: argparse.Namespace
     rank: int  # number of this process, of `world`
@@ -1337,50 +1217,51 @@ class Session:
     mode: str  # "compiled", or why not
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        on = self.dtype is torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
     def fetch_batch(self, first_window: int) -> torch.Tensor:
-        """This process's windows of the step that begins at `first_window`: (rows, context + 1), on its way to the device.
+        """This process's windows of the step that begins at `first_window`: (rows, context + 1), bound for the device.
 
         A step reads the same windows however many processes share it: each takes its own stretch of them.
         """
         rows = self.settings.batch_tokens // self.order.context // self.world
         batch = torch.from_numpy(self.order.windows(first_window + self.rank * rows, rows))
-        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch.to(self.device)
+        is_cuda = self.device.type == "cuda"  # from pinned memory the copy overlaps with the step before
+        return (batch.pin_memory() if is_cuda else batch).to(self.device, non_blocking=is_cuda)
 
 
-STATS = ("loss", "norm", "skip", "stop")  # what a training step returns, followed by the guard's fields
+STATS = ("loss", "norm", "skip", "stop")  # what a training step returns, before Guard.FIELDS
 
 
 def training_step(session: Session, step: int, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
     """One optimiser step on `batch` (rows, context + 1). Returns STATS and Guard.FIELDS as a vector on the device.
 
-    Nothing in here waits for the device: skipping a bad step happens there. `stop` says that this process was asked to
-    end; it comes back as a number that is positive in all processes, so that all end after the same step.
+    Nothing in here waits for the device: even whether the step is skipped is decided there. `stop` says that this
+    process was asked to end; it comes back positive in all processes, so that all of them end after the same step.
     """
-    seed_step(session.settings.seed, step, session.rank)
-    for group in session.optimiser.param_groups:
-        group["lr"] = learning_rate(step, session.settings)
+    settings, optimiser = session.settings, session.optimiser
+    seed_step(settings.seed, step, session.rank)
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(step, settings)
+    totals = torch.zeros(2, device=session.device)  # loss and stop, summed over micro-batches and processes
     micro_batches = batch.split(session.micro_batch)
-    targets = session.settings.batch_tokens  # over all micro-batches and processes: each token counts the same
-    totals = torch.zeros(2, device=session.device)
-    for number, windows in enumerate(micro_batches):
-        # Processes exchange gradients during the last backward pass only: the earlier ones just add up.
-        is_last = number == len(micro_batches) - 1
+    for windows in micro_batches:
+        # Processes exchange gradients during the last backward pass only: before, they just add up.
+        is_last = windows is micro_batches[-1]
         with contextlib.nullcontext() if is_last or session.world == 1 else session.network.no_sync():
             with session.autocast():
-                loss = session.network(windows[:, :-1], windows[:, 1:]) / targets
-            (loss * session.world).backward()  # DDP divides by the number of processes, this takes it back
+                # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
+                loss = session.network(windows[:, :-1], windows[:, 1:]) / settings.batch_tokens
+            (loss * session.world).backward()  # DDP takes the mean over processes; this makes it the sum
         totals[0] += loss.detach()
     totals[1] += float(stop)
     if session.world > 1:
         dist.all_reduce(totals)
     norm = nn.utils.clip_grad_norm_(session.model.parameters(), CLIP)
     skip = session.guard.judge(totals[0], norm)
-    session.optimiser.found_inf = skip  # the fused kernel leaves weights and moments alone where this is 1
-    session.optimiser.step()
-    session.optimiser.zero_grad(set_to_none=True)
+    optimiser.found_inf = skip  # the fused kernel leaves weights and moments alone where this is 1
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
     return torch.cat([torch.stack([totals[0], norm, skip, totals[1]]), session.guard.state])
 
 
@@ -1389,113 +1270,163 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 11. Session
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 11. Evaluation --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(session: Session) -> float:
+    """Mean loss in nats over every token of the validation slice but the first, in windows of one context.
+
+    Batches have one shape; what is missing to fill the last has target -1 and does not count. Each process takes every
+    world-th batch, and the sums are added up.
+    """
+    tokens, context, rows = session.data.validation, session.model.config.context, session.micro_batch
+    losses = [torch.zeros((), device=session.device)]
+    session.model.eval()
+    for first in range(session.rank * rows * context, len(tokens) - 1, session.world * rows * context):
+        stretch = torch.from_numpy(np.asarray(tokens[first : first + rows * context + 1], np.int64))
+        batch = torch.stack([torch.zeros(rows * context, dtype=torch.long), torch.full((rows * context,), -1)])
+        batch[0, : len(stretch) - 1], batch[1, : len(stretch) - 1] = stretch[:-1], stretch[1:]
+        inputs, targets = batch.view(2, rows, context).to(session.device)
+        with session.autocast():
+            losses.append(session.network(inputs, targets))
+    session.model.train()
+    total = torch.stack(losses).cpu().double().sum()
+    if session.world > 1:
+        total = total.to(session.device)
+        dist.all_reduce(total)
+    return total.item() / (len(tokens) - 1)
+
+
+def bits_per_byte(loss: float, data: TokenData) -> float:
+    """Validation loss in bits per byte of text: unlike nats per token, it can be compared across tokenizers."""
+    return loss * (len(data.validation) - 1) / data.facts["bytes"]["validation"] / math.log(2)
+
+
+BIGRAM_TOKENS = 50_000_000  # training tokens that the bigram model counts, at most
+
+
+def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
+    """Validation loss in nats per token of a bigram model, the yardstick that a language model must beat.
+
+    Interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999, section 2.7): every count is discounted
+    by d = n1 / (n1 + 2 n2), and what that frees goes to tokens by the number of different tokens they follow.
+    """
+    train, validation = train[:BIGRAM_TOKENS].astype(np.int64), validation.astype(np.int64)
+    size = int(max(train.max(), validation.max())) + 1
+    pairs, counts = np.unique(train[:-1] * size + train[1:], return_counts=True)
+    once, twice = (counts == 1).sum(), (counts == 2).sum()
+    discount = once / (once + 2 * twice) if once else 0.5
+    followers = np.bincount(pairs // size, minlength=size)  # different tokens seen after each token
+    total = np.bincount(pairs // size, counts, size)
+    preceders = np.bincount(pairs % size, minlength=size) + 0.5  # the half: no token may have probability 0
+
+    first, second = validation[:-1], validation[1:]
+    place = np.minimum(np.searchsorted(pairs, first * size + second), len(pairs) - 1)
+    count = np.where(pairs[place] == first * size + second, counts[place], 0)
+    seen = np.maximum(total[first], 1)
+    freed = np.where(total[first] > 0, discount * followers[first] / seen, 1)
+    probability = np.maximum(count - discount, 0) / seen + freed * (preceders / preceders.sum())[second]
+    return float(-np.log(probability).mean())
+
+
+# ---------- 12. Session -----------------------------------------------------------------------------------------------
+
+COMPILE_FLOPS = 1e15  # a run of fewer FLOPs on a GPU is over before compiling would have paid
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device. torchrun says the first two in the environment; alone, they are 0 and 1."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+    """Rank, number of processes, device. torchrun gives the first two in the environment; a single process has 0 and 1."""
+    rank, world, local = (int(os.environ.get(name, alone)) for name, alone in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
+            raise UserError(f"there is no GPU for process {local}: this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if world > 1 and not dist.is_initialized():  # the others wait long while the first one tokenises
+    if world > 1 and not dist.is_initialized():  # hours, because the others wait while the first one tokenises
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return rank, world, device
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware really has it: a GPU of compute capability 8.0. (Older ones emulate it, slower than fp32.)"""
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if wanted == "bf16" and not has_bf16:
-        raise UserError(f"--dtype bf16: {device_name(device)} does not have it")
-    return torch.bfloat16 if has_bf16 and wanted != "fp32" else torch.float32
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
 def make_model(settings: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
-    """A fresh model, or that of --init. Notes the geometry in the settings, for a resumed run and for the log."""
+    """A fresh model, or that of --init. Notes its geometry in the settings."""
     size = vocabulary_size(tokenizer)
     if settings.init:
         model = load_pretrained(Path(settings.init), settings.context, settings.dropout)
         if size > model.config.vocab_size:
-            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, the model of --init only "
-                            f"{model.config.vocab_size}")  # fmt: skip
+            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the {model.config.vocab_size} "
+                            "that the model of --init knows")  # fmt: skip
     else:
-        config = GPTConfig(size, settings.context, settings.layers, settings.heads, settings.width, settings.dropout)
-        check_geometry(config)
-        model = GPT(config)
+        model = GPT(GPTConfig(size, settings.context, settings.layers, settings.heads, settings.width, settings.dropout))
         model.initialise(settings.seed)
-    for name in ("context", "layers", "heads", "width"):
-        setattr(settings, name, getattr(model.config, name))
+    vars(settings).update({name: getattr(model.config, name) for name in ("context", "layers", "heads", "width")})
     return model
 
 
-def finish_settings(settings: argparse.Namespace, windows_per_epoch: int) -> None:
-    """Fill in what depends on the data: steps, warm-up, evaluation interval."""
+def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData, model: GPT) -> Session:
+    """Put the model on the device and find out how it runs best there. Fills in the settings that depend on the data."""
+    rank, world, device = processes
+    order = TrainingOrder(data.train, settings.context, settings.seed)
+    rows, rest = divmod(settings.batch_tokens, settings.context * world)
+    if rest:
+        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x {world} "
+                        "(processes)")  # fmt: skip
+    if settings.micro_batch != "auto" and rows % settings.micro_batch:
+        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process has "
+                        "per step (--batch-tokens / context / processes)")  # fmt: skip
     if settings.max_steps is None:
-        steps = settings.epochs * windows_per_epoch * settings.context / settings.batch_tokens
-        settings.max_steps = max(1, round(steps))
+        settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
     if settings.warmup_steps is None:
         settings.warmup_steps = min(2000, settings.max_steps // 20)
     if settings.eval_every is None:
         settings.eval_every = min(1000, max(1, settings.max_steps // 10))
 
-
-def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData, model: GPT) -> Session:
-    """Put the model on the device, and find out how it runs best there."""
-    rank, world, device = processes
-    context = model.config.context
-    order = TrainingOrder(data.train, context, settings.seed)
-    if settings.batch_tokens % (context * world):
-        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {context} (context) x {world} (processes)")
-    rows = settings.batch_tokens // context // world
-    if settings.micro_batch != "auto" and rows % settings.micro_batch:
-        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process has "
-                        "per step (--batch-tokens / context / processes)")  # fmt: skip
-    finish_settings(settings, order.per_epoch)
-    dtype = choose_dtype(settings.dtype, device)
+    # bf16 where the hardware really has it. Older GPUs claim it too, but emulate it.
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if settings.dtype == "bf16" and not has_bf16:
+        raise UserError(f"--dtype bf16: {device_name(device)} does not have it")
+    dtype = torch.bfloat16 if has_bf16 and settings.dtype != "fp32" else torch.float32
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+
     model.to(device).train()
-    optimiser = make_optimiser(model, settings.weight_decay)
+    optimiser = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=0.0, betas=BETAS, fused=True)
     session = Session(settings, rank, world, device, dtype, data, order, model, model, optimiser, Guard(device), rows, "")
-    session.micro_batch = settings.micro_batch if settings.micro_batch != "auto" else largest_micro_batch(session, rows)
+    if settings.micro_batch == "auto":
+        settings.micro_batch = largest_micro_batch(session, rows)  # from now on fixed: a resumed run must use the same
+    session.micro_batch = settings.micro_batch
     session.network, session.mode = compile_network(session)
     if world > 1:
         session.network = nn.parallel.DistributedDataParallel(session.network)
     return session
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
 def largest_micro_batch(session: Session, rows: int) -> int:
-    """The largest divisor of `rows` that fits: tried out on a GPU, a fixed number of tokens elsewhere."""
-    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
+    """The largest divisor of `rows` that fits: tried out on a GPU, elsewhere of at most 8,192 tokens."""
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     if session.device.type != "cuda":
-        return next(size for size in divisors if size == 1 or size * session.order.context <= 8192)
+        return next(size for size in sizes if size == 1 or size * session.order.context <= 8192)
     # Room for what comes later: AdamW's two moments, and the buffers in which processes exchange gradients.
     reserve = [torch.empty_like(p) for p in session.model.parameters() for _ in range(2 + (session.world > 1))]
-    for size in divisors:
-        try:
+    for size in sizes:
+        with contextlib.suppress(torch.OutOfMemoryError):
             run_once(session, session.model, size)
             break
-        except torch.OutOfMemoryError:
-            session.optimiser.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        session.optimiser.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
     else:
         raise UserError("not even one sequence fits this GPU: choose a smaller --model or --context")
     del reserve
@@ -1518,16 +1449,17 @@ def run_once(session: Session, network: Callable, rows: int) -> None:
 
 
 def compile_network(session: Session) -> tuple[Callable, str]:
-    """torch.compile where it works and pays; otherwise the model as it is, and one line of reason."""
+    """torch.compile where it works and pays; otherwise the model as it is, and the reason in a few words."""
     settings = session.settings
+    flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps / session.world
     if not settings.compile:
         return session.model, "eager (--no-compile)"
     if session.device.type != "cuda":
         return session.model, f"eager (compiling rarely pays on {session.device.type.upper()})"
-    if flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps < COMPILE_FLOPS * session.world:
+    if flops < COMPILE_FLOPS:
         return session.model, "eager (so short a run is over before it is compiled)"
     try:
-        network = torch.compile(session.model)
+        network = torch.compile(session.model, dynamic=False)
         run_once(session, network, session.micro_batch)
         return network, "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
@@ -1535,30 +1467,25 @@ def compile_network(session: Session) -> tuple[Callable, str]:
         return session.model, f"eager (torch.compile failed: {first_line(error)[:100]})"
 
 
-COMPILE_FLOPS = 1e15  # about a minute of an older GPU, and what compiling takes
-
-
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, as the yardstick for MFU."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 10)
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(3):  # the first warms up
         synchronise(device)
         started = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(10):
             a @ b
         synchronise(device)
-        best = min(best, (time.perf_counter() - started) / repeats)
+        best = min(best, (time.perf_counter() - started) / 10)
     return 2 * size**3 / best
 
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1569,103 +1496,10 @@ def peak_memory(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 12. Training loop
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
-    """All settings: what was given, over the resumed run's own, over the preset's, over the defaults."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    for name in ("data", "tokenizer", "init", "cache_dir"):  # so that a run can be resumed from another folder
-        if name in given and Path(given[name]).exists() and given[name] not in ("stdlib", "bpe", "bytes", "gpt2"):
-            given[name] = str(Path(given[name]).resolve())
-    saved = {}
-    if given.get("resume"):
-        run = Path(given["output_dir"]) if "output_dir" in given else newest_run()
-        if not run.is_dir():
-            raise UserError(f"--resume: there is no run in {run}")
-        given["output_dir"] = str(run)
-        if (run / "metrics.json").exists():
-            saved = read_json(run / "metrics.json").get("configuration", {})
-        for name in given.keys() - FREE_ON_RESUME:
-            if name in saved and saved[name] != given[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}: a resumed run keeps its settings. "
-                                f"Leave {flag} out, or start a new run")  # fmt: skip
-    preset = PRESETS[given.get("model") or saved.get("model") or DEFAULTS["model"]]
-    if "epochs" in given:
-        preset = preset | {"max_steps": None}
-    settings = {"fingerprint": None, "hub_cache": None, "name": given.get("model") or DEFAULTS["model"]}
-    settings |= DEFAULTS | preset | saved | given
-    if "cache_dir" in given:
-        settings["hub_cache"] = str(Path(given["cache_dir"]) / "hub")
-    settings = argparse.Namespace(**settings)
-    settings.cache_dir = str(Path(settings.cache_dir).resolve())
-    if settings.init and not saved:
-        for name in ("layers", "heads", "width"):
-            if name in given:
-                raise UserError(f"--{name} cannot be changed: --init {settings.init} has its own")
-        settings.context = given.get("context")  # None: that of the weights
-        settings.name = Path(settings.init).name
-        settings.init = str(find_weights(settings))
-    if settings.tokenizer is None:
-        settings.tokenizer = settings.init or "bpe"
-    return settings
-
-
-def newest_run() -> Path:
-    runs = sorted(Path("runs").glob("*/metrics.json"), key=lambda file: file.stat().st_mtime)
-    runs = [file.parent for file in runs if (file.parent / "checkpoints").is_dir()]
-    if not runs:
-        raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
-    return runs[-1]
-
-
-def find_weights(settings: argparse.Namespace) -> Path:
-    """The Hugging Face folder that --init means: itself, a run's best checkpoint (default: the newest run's), the Hub's."""
-    run = Path(settings.init) if settings.init else newest_run()
-    if (run / "checkpoints").is_dir():
-        for folder in find_checkpoints(run):
-            best = checkpoint_folder(run, read_json(folder / "training.json")["best_step"])
-            return best if best.exists() else folder
-        raise UserError(f"{run} has no finished checkpoint")
-    return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
-
-
-def short(value: float) -> str:
-    """0.00025 as 2.5e-4."""
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def claim_run_folder(settings: argparse.Namespace, data_name: str) -> Path:
-    """Make this run's folder, which no other run has: a taken default name gets a suffix."""
-    if settings.output_dir:
-        return make_folder(Path(settings.output_dir))
-    size = settings.name if settings.name.startswith("gpt2") else f"gpt2-{settings.name}"
-    base = f"{size}-{data_name}-lr={short(settings.lr)}"
-    make_folder(Path("runs"))
-    for number in range(1, 10_000):
-        folder = Path("runs") / (base if number == 1 else f"{base}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-    raise UserError(f"runs/{base} and its numbered successors are all taken: clear up, or choose --output-dir")
-
-
-def check_output_dir(settings: argparse.Namespace) -> None:
-    """Refuse a folder that holds something, before minutes of work are done for it."""
-    folder = Path(settings.output_dir or "runs")
-    if settings.output_dir and not settings.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --output-dir")
-    parent = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UserError(f"cannot write to {parent}, where {folder} should be")
+# ---------- 13. Training run ------------------------------------------------------------------------------------------
 
 
 class StopRequest:
@@ -1679,7 +1513,8 @@ class StopRequest:
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
-        os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n" if is_main_process() else b"")
+        if is_main_process():
+            os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
 
     def restore(self) -> None:
         for number, handler in self.former.items():
@@ -1687,32 +1522,29 @@ class StopRequest:
 
 
 class RunLog:
-    """The log of a run: a JSON object per line in metrics.jsonl, the same in TensorBoard, samples in samples.txt."""
+    """The log of a run: metrics.jsonl, one JSON object per line, and the same in TensorBoard."""
 
     def __init__(self, run: Path, step: int):
-        kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
-        self.lines = open(run / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
-        for line in kept:
-            self.lines.write(json.dumps(line) + "\n")
         from torch.utils.tensorboard import SummaryWriter
 
+        kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
+        self.lines = open(run / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self.lines.writelines(json.dumps(line) + "\n" for line in kept)
         self.board = SummaryWriter(str(run), purge_step=step + 1)
-        self.samples = open(run / "samples.txt", "a", encoding="utf-8", buffering=1)
 
-    def write(self, step: int, values: dict[str, float], board: bool = True) -> None:
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
+    def write(self, step: int, board: bool = True, **values: float | str) -> None:
+        """One line; with `board`, TensorBoard too. What is not finite becomes null: JSON has no word for it."""
+        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if board else ():
-            if value is not None:
+            if isinstance(value, str):
+                self.board.add_text(name, f"```\n{value}\n```", step)
+            elif value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def sample(self, step: int, text: str) -> None:
-        self.samples.write(f"--- step {step}\n{text}\n")
-        self.board.add_text("sample", f"```\n{text}\n```", step)
-
     def close(self) -> None:
-        for file in (self.lines, self.board, self.samples):
-            file.close()
+        self.lines.close()
+        self.board.close()
 
 
 def read_log(run: Path) -> list[dict]:
@@ -1725,89 +1557,110 @@ def read_log(run: Path) -> list[dict]:
     return lines
 
 
+def claim_run_folder(settings: argparse.Namespace, data_name: str) -> Path:
+    """Make this run's folder, which no other run has: a default name that is taken gets a suffix."""
+    if settings.output_dir:
+        return make_folder(Path(settings.output_dir))
+    model = settings.name if settings.name.startswith("gpt2") else f"gpt2-{settings.name}"
+    runs = make_folder(Path("runs"))
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            folder = runs / f"{model}-{data_name}-lr={short(settings.lr)}{suffix}"
+            folder.mkdir()
+            return folder
+
+
+def short(value: float) -> str:
+    """0.00025 as 2.5e-4."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 def train(settings: argparse.Namespace) -> int:
     """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
-    if is_main_process():
-        check_output_dir(settings)
+    folder = Path(settings.output_dir or "runs")
+    if settings.output_dir and not settings.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --output-dir")
+    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
+        raise UserError(f"cannot write to {parent}, where {folder} should be")
     processes = join_processes()
     data = prepare_tokens(settings)
     session = open_session(settings, processes, data, make_model(settings, data.tokenizer))
-    progress = Progress()
-    if settings.resume:
-        progress = resume(Path(settings.output_dir), session.model, session.optimiser, session.guard)
-    facts = describe(session)
+    progress = resume(folder, session.model, session.optimiser, session.guard) if settings.resume else Progress()
+    figures = describe(session)
     folder = None
     if is_main_process():
+        figures["bigram_loss"] = bigram_loss(data.train, data.validation)
+        say(f"yardstick: validation loss {figures['bigram_loss']:.4f} of a bigram model on the same tokens")
         folder = claim_run_folder(settings, data.facts["name"])
-        facts["bigram_loss"] = bigram_loss(data.train, data.validation)
-        say(f"yardstick: a bigram model of the same tokens has validation loss {facts['bigram_loss']:.3f}")
         say(f"folder: {folder}\n")
-    return Run(session, progress, folder, facts).train()
+    return Run(session, progress, folder, figures).train()
 
 
 def describe(session: Session) -> dict:
     """Say on a few lines what is about to run where. Returns the figures among it that the results need."""
     settings, config, facts = session.settings, session.model.config, session.data.facts
-    rate = measure_matmul_rate(session.device, session.dtype)
-    rows = settings.batch_tokens // config.context
-    epochs = settings.max_steps * rows / session.order.per_epoch
+    rate, rows = measure_matmul_rate(session.device, session.dtype), settings.batch_tokens // config.context
     say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, {config.heads} "
         f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")  # fmt: skip
     say(f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} validation "
         f"tokens of {facts['bytes']['validation'] / facts['tokens']['validation']:.2f} bytes")  # fmt: skip
     say(f"device: {session.world} x {device_name(session.device)}, {str(session.dtype).removeprefix('torch.')}, "
-        f"{session.mode}; matrix products at {rate / 1e12:.2f} TFLOP/s")  # fmt: skip
-    say(f"training: {settings.max_steps:,} steps of {rows} x {config.context} tokens ({epochs:.2f} epochs), micro-batch "
-        f"{session.micro_batch}, learning rate {settings.lr:g} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")
-    return {"parameters": count_parameters(session.model), "matmul_flops_per_second": rate}
+        f"{session.mode}; matrix products reach {rate / 1e12:.2f} TFLOP/s")  # fmt: skip
+    say(f"training: {settings.max_steps:,} steps of {rows} x {config.context} tokens "
+        f"({settings.max_steps * rows / session.order.per_epoch:.2f} epochs), micro-batch {session.micro_batch}, learning "
+        f"rate {short(settings.lr)} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")  # fmt: skip
+    return {"parameters": count_parameters(session.model), "matmul_flops_per_second": rate, "bigram_loss": math.nan}
 
 
 class Run:
     """The training loop and what stands around a step: readings, log, evaluations, checkpoints, results."""
 
-    def __init__(self, session: Session, progress: Progress, folder: Path | None, facts: dict):
+    def __init__(self, session: Session, progress: Progress, folder: Path | None, figures: dict):
         self.session, self.settings, self.progress = session, session.settings, progress
-        self.folder, self.facts = folder, facts  # no folder: not the main process, which writes for all
+        self.folder, self.figures = folder, figures  # no folder: not the main process, which writes for all
         self.report_every = max(1, self.settings.max_steps // 20)
         self.reported = self.began = (progress.step, progress.seconds)
 
     def train(self) -> int:
-        """Run to the end, to a signal, or to divergence. Whatever happens, log, table and plot are written."""
-        progress, settings, request = self.progress, self.settings, StopRequest()
+        """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
+        progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         if self.folder:
             self.write_metrics("running")
             self.log = RunLog(self.folder, progress.step)
-        status = "failed"
         try:
             if progress.step == 0:
                 self.evaluate()
             self.loop(request)
-            status = "finished" if progress.step == settings.max_steps else "stopped"
+            status = "finished" if progress.step >= settings.max_steps else "stopped"
         finally:
             request.restore()
             if self.folder:
                 self.write_metrics(status)
                 self.log.close()
-                plot(self.folder, self.facts["bigram_loss"])
-        self.finish()
-        if status == "finished":
-            return 0
-        say(f"\nstopped after step {progress.step}. To go on: "
-            f"python {Path(sys.argv[0]).name} --resume --output-dir {self.folder}")  # fmt: skip
-        return 128 + (request.number or signal.SIGTERM)
+                plot(self.folder, self.figures["bigram_loss"])
+        self.finish(status)
+        return 0 if status == "finished" else 128 + (request.number or signal.SIGTERM)
 
     def loop(self, request: StopRequest) -> None:
         """Step after step. The values of a step are read one step later, so that the device never waits for Python."""
         session, progress, settings = self.session, self.progress, self.settings
-        windows_per_step = settings.batch_tokens // session.order.context
         batch, waiting, stop = session.fetch_batch(progress.windows), None, False
         clock = time.perf_counter()
         while progress.step < settings.max_steps and not stop:
             values = training_step(session, progress.step, batch, request.number is not None)
-            progress.step, progress.windows = progress.step + 1, progress.windows + windows_per_step
+            progress.step += 1
+            progress.windows += settings.batch_tokens // settings.context
             batch = session.fetch_batch(progress.windows)
             arrived, waiting = waiting, (progress.step, start_reading(values))
-            stop = arrived is not None and self.note(*arrived) or (request.number is not None and session.world == 1)
+            stop = arrived is not None and self.note(*arrived)
+            stop = stop or (session.world == 1 and request.number is not None)
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
             is_due = progress.step % settings.eval_every == 0 or progress.step == settings.max_steps
@@ -1816,7 +1669,10 @@ class Run:
                 waiting = None
                 if is_due:
                     self.evaluate()
-                self.save()
+                if self.folder:
+                    save_checkpoint(self.folder, session.model, session.optimiser, session.guard, progress,
+                                    session.data.tokenizer)  # fmt: skip
+                    self.write_metrics("running")
                 clock = time.perf_counter()
 
     def note(self, step: int, reading: tuple) -> bool:
@@ -1824,112 +1680,105 @@ class Run:
 
         Raises UserError when the run is diverging.
         """
-        values, progress = read(reading), self.progress
-        line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": learning_rate(step - 1, self.settings)}
+        values, settings, seconds = finish_reading(reading), self.settings, self.progress.seconds
+        line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": learning_rate(step - 1, settings)}
         if values["skip"]:
-            line["skipped"] = True
-            first = (step - 1) * (self.settings.batch_tokens // self.session.order.context)
-            say(f"step {step:,} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g} "
-                f"(windows {first:,} and following; {values['skipped']:.0f} steps skipped so far)")  # fmt: skip
-        is_report = step % self.report_every == 0 or step == self.settings.max_steps
-        if is_report and step > self.reported[0]:
-            steps, seconds = step - self.reported[0], progress.seconds - self.reported[1]
-            self.reported = (step, progress.seconds)
-            line |= self.speed(steps, seconds) | {"memory_gib": peak_memory(self.session.device)}
-            left = (self.settings.max_steps - step) * seconds / steps
-            say(f"step {step:>{len(str(self.settings.max_steps))}}/{self.settings.max_steps} | loss {values['loss']:.4f} | "
-                f"norm {values['norm']:.2f} | lr {line['learning_rate']:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
-                f"MFU {line['mfu']:.0%} | {duration(left)} left")  # fmt: skip
+            line["skipped"] = values["skipped"]
+            say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}, windows from "
+                f"{(step - 1) * (settings.batch_tokens // settings.context)} of the training order")  # fmt: skip
+        is_report = step % self.report_every == 0 or step == settings.max_steps
+        if is_report and seconds > self.reported[1]:
+            pace = (seconds - self.reported[1]) / (step - self.reported[0])
+            self.reported = (step, seconds)
+            line |= self.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
+            say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
+                f"{values['norm']:.2f} | lr {line['learning_rate']:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
+                f"MFU {line['mfu']:.0%} | {duration((settings.max_steps - step) * pace)} left")  # fmt: skip
         if self.folder:
-            self.log.write(step, line, board=is_report or step % 10 == 0)
+            self.log.write(step, board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
             kept = find_checkpoints(self.folder) if self.folder else []
-            raise UserError(f"the run diverges at step {step} (loss {values['mean_loss']:.3f} on average, {values['in_a_row']:.0f} "
-                            f"steps skipped in a row): try a lower --lr or a longer --warmup-steps. "
-                            f"The last good checkpoint is {kept[0] if kept else 'none'}")  # fmt: skip
+            raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, {values['in_a_row']:.0f} "
+                            f"steps skipped in a row): try a lower --lr or more --warmup-steps; the last good checkpoint "
+                            f"is {next(iter(kept), 'none')}")  # fmt: skip
         return values["stop"] > 0
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
         """Tokens per second, and model FLOPs utilisation: the share of the measured matmul rate that training reaches."""
-        rate = steps * self.settings.batch_tokens / max(seconds, 1e-9)
-        peak = self.facts["matmul_flops_per_second"] * self.session.world
+        rate = steps * self.settings.batch_tokens / seconds
+        peak = self.figures["matmul_flops_per_second"] * self.session.world
         return {"tokens_per_second": rate, "mfu": rate * flops_per_token(self.session.model.config) / peak}
 
     def evaluate(self) -> None:
         """Validation loss and a sample, to the terminal and the log."""
         session, progress = self.session, self.progress
         progress.validation_loss = loss = evaluate(session)
-        if loss < progress.best_loss:
+        if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, progress.step
-        if not self.folder:
-            return
-        short = argparse.Namespace(**vars(self.settings) | {"num_samples": 1, "max_new_tokens": 100})
-        text = sample_texts(session.model, session.data.tokenizer, "", short)[0]
-        say(f"  validation loss {loss:.4f} ({bits_per_byte(loss, session.data):.3f} bits per byte)")
-        say(f"  sample: {text[:90]!r}")
-        self.log.write(progress.step, {"validation_loss": loss, "bits_per_byte": bits_per_byte(loss, session.data)})
-        self.log.sample(progress.step, text)
-
-    def save(self) -> None:
         if self.folder:
-            session = self.session
-            save_checkpoint(self.folder, session.model, session.optimiser, session.guard, self.progress, session.data.tokenizer)
-            self.write_metrics("running")
+            bits = bits_per_byte(loss, session.data)
+            short_one = argparse.Namespace(**vars(self.settings) | {"num_samples": 1, "max_new_tokens": 100})
+            text = sample_texts(session.model, session.data.tokenizer, "", short_one)[0]
+            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample: {text[:60]!r}")
+            self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
     def results(self) -> dict:
-        """What came out so far, for metrics.json and the table."""
+        """What has come out so far."""
         progress, session = self.progress, self.session
-        steps, seconds = progress.step - self.began[0], progress.seconds - self.began[1]  # of this process, not before
+        steps, seconds = progress.step - self.began[0], progress.seconds - self.began[1]  # since this process began
         return {
             "steps": progress.step,
             "tokens": progress.step * self.settings.batch_tokens,
             "epochs": progress.windows / session.order.per_epoch,
+            "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
             **(self.speed(steps, seconds) if steps else {}),
             "peak_memory_gib": peak_memory(session.device),
-            "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": progress.best_loss,
             "best_step": progress.best_step,
-            "bits_per_byte": bits_per_byte(progress.best_loss, session.data),
-            "bigram_validation_loss": self.facts["bigram_loss"],
+            "bits_per_byte": progress.best_loss and bits_per_byte(progress.best_loss, session.data),
+            "bigram_validation_loss": self.figures["bigram_loss"],
         }
 
     def write_metrics(self, status: str) -> None:
-        packages = ("torch", "tokenizers", "safetensors", "numpy")
-        versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-        session = self.session
-        device = {"name": device_name(session.device), "processes": session.world, "dtype": str(session.dtype),
-                  "mode": session.mode, "micro_batch": session.micro_batch}  # fmt: skip
+        """metrics.json: what ran, with what, where, and what came out. --resume reads the configuration from it."""
+        session, packages = self.session, ("torch", "tokenizers", "safetensors", "numpy")
         write_json(self.folder / "metrics.json", {
-            "status": status, "configuration": vars(self.settings), "versions": versions, "device": device,
-            "parameters": self.facts["parameters"], "matmul_flops_per_second": self.facts["matmul_flops_per_second"],
-            "data": session.data.facts, "results": self.results(),
+            "status": status,
+            "configuration": vars(self.settings),
+            "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+            "device": {"name": device_name(session.device), "processes": session.world, "mode": session.mode,
+                       "dtype": str(session.dtype), "matmul_flops_per_second": self.figures["matmul_flops_per_second"]},
+            "parameters": self.figures["parameters"],
+            "data": session.data.facts,
+            "results": self.results(),
         })  # fmt: skip
 
-    def finish(self) -> None:
-        """The table, a sample, and where everything is."""
-        if not self.folder:
+    def finish(self, status: str) -> None:
+        """The table, a sample, and how to go on."""
+        results, session, script = self.results(), self.session, Path(sys.argv[0]).name
+        if not self.folder or results["best_validation_loss"] is None:
             return
-        results, session = self.results(), self.session
         rows = {
-            "parameters": f"{self.facts['parameters']:,}",
-            "training tokens": f"{results['tokens']:,} ({results['epochs']:.2f} epochs, {results['steps']:,} steps, "
-                               f"{results['skipped_steps']} skipped)",
-            "training time": duration(results["training_seconds"]),
+            "parameters": f"{self.figures['parameters']:,}",
+            "training": f"{results['steps']:,} steps ({results['skipped_steps']} skipped), {results['tokens']:,} tokens, "
+                        f"{results['epochs']:.2f} epochs",
+            "time": f"{duration(results['training_seconds'])} in training steps",
             "speed": f"{results.get('tokens_per_second', 0):,.0f} tokens/s, MFU {results.get('mfu', 0):.0%}",
             "peak memory": f"{results['peak_memory_gib']:.2f} GiB",
-            "validation loss": f"{results['validation_loss']:.4f} nats per token",
-            "best validation loss": f"{results['best_validation_loss']:.4f} at step {results['best_step']:,} "
-                                    f"({results['bits_per_byte']:.3f} bits per byte)",
-            "bigram model": f"{results['bigram_validation_loss']:.4f} nats per token",
+            "best validation loss": f"{results['best_validation_loss']:.4f} nats per token at step {results['best_step']:,}, "
+                                    f"{results['bits_per_byte']:.3f} bits per byte",
+            "last validation loss": f"{results['validation_loss']:.4f}",
+            "bigram model": f"{results['bigram_validation_loss']:.4f}",
         }  # fmt: skip
-        width = max(map(len, rows))
-        say("\n" + "\n".join(f"| {name:{width}} | {value}" for name, value in rows.items()))
-        say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, '', self.settings)[0]}")
-        script = Path(sys.argv[0]).name
-        say(f"\n{self.folder}: checkpoints/, training_loss.png, metrics.json, metrics.jsonl, samples.txt, TensorBoard events")
-        say(f"use it: python {script} --init {self.folder} --sample")
+        say("\n" + "\n".join(f"| {name:20} | {value}" for name, value in rows.items()))
+        say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, '', self.settings)[0]}\n")
+        say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
+        if status == "finished":
+            say(f"Try it: python {script} --init {self.folder} --sample")
+        else:
+            say(f"Stopped after step {results['steps']}. Go on: python {script} --resume --output-dir {self.folder}")
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
@@ -1937,45 +1786,35 @@ def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
     if values.device.type != "cuda":
         return values, None
     host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return host, arrival
 
 
-def read(reading: tuple[torch.Tensor, object]) -> dict[str, float]:
-    """Wait for what start_reading() sent, by name."""
+def finish_reading(reading: tuple[torch.Tensor, object]) -> dict[str, float]:
+    """Wait for what start_reading() sent; the values by name."""
     values, arrival = reading
     if arrival:
         arrival.synchronize()
     return dict(zip(STATS + Guard.FIELDS, values.tolist(), strict=True))
 
 
-def bits_per_byte(loss: float, data: TokenData) -> float:
-    """Validation loss in bits per byte of text: unlike nats per token it can be compared across tokenizers."""
-    return loss * (data.facts["tokens"]["validation"] - 1) / data.facts["bytes"]["validation"] / math.log(2)
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
 def plot(run: Path, bigram: float) -> None:
-    """training_loss.png: the loss of every step and smoothed, validation with its minimum marked, and the bigram model."""
+    """training_loss.png: every step's loss and smoothed, validation with its minimum marked, and the bigram model."""
     import matplotlib
 
     matplotlib.use("Agg")  # draw into files: no screen is needed
     from matplotlib import pyplot
 
     lines = read_log(run)
-    training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None and "skipped" not in line]
-    validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+    training = [(line["step"], line["loss"]) for line in lines if line.get("loss") and "skipped" not in line]
+    validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss")]
     figure, axes = pyplot.subplots(figsize=(9, 5))
     if training:
         steps, losses = np.array(training).T
-        reach = max(1, len(losses) // 50)  # smoothed over a fiftieth of the run to both sides, less at the ends
+        reach, places = max(1, len(losses) // 100), np.arange(len(losses))  # a mean over 2 % of the run, less at its ends
+        low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(losses))
         sums = np.cumsum([0, *losses])
-        low, high = np.maximum(np.arange(len(losses)) - reach, 0), np.minimum(np.arange(len(losses)) + reach + 1, len(losses))
         axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="training, every step")
         axes.plot(steps, (sums[high] - sums[low]) / (high - low), color="C0", label="training, smoothed")
     if validation:
@@ -1991,28 +1830,75 @@ def plot(run: Path, bigram: float) -> None:
     pyplot.close(figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 13. Using a model
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------- 14. Main --------------------------------------------------------------------------------------------------
+
+
+def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
+    """All settings: what was given, over a resumed run's own, over the preset's, over the defaults."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
+        if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    saved = {}
+    if given.get("resume"):
+        run = Path(given["output_dir"]) if "output_dir" in given else newest_run()
+        if not run.is_dir():
+            raise UserError(f"--resume: there is no run in {run}")
+        given["output_dir"] = str(run)
+        saved = read_json(run / "metrics.json").get("configuration", {}) if (run / "metrics.json").exists() else {}
+        for name in given.keys() & saved.keys() - FREE_ON_RESUME:
+            if saved[name] != given[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
+                                f"settings: leave {flag} out, or start a new run")  # fmt: skip
+    name = given.get("model") or saved.get("model") or DEFAULTS["model"]
+    preset = PRESETS[name] | ({"max_steps": None} if "epochs" in given else {})
+    settings = argparse.Namespace(**{"name": name, "fingerprint": None, "hub_cache": None} | DEFAULTS | preset | saved | given)
+    settings.cache_dir = str(Path(settings.cache_dir).resolve())
+    if "cache_dir" in given:
+        settings.hub_cache = str(Path(settings.cache_dir) / "hub")
+    if settings.init and not saved:
+        for name in {"layers", "heads", "width"} & given.keys():
+            raise UserError(f"--{name} cannot be chosen: --init {settings.init} has its own")
+        settings.name, settings.context = Path(settings.init).name, given.get("context")  # None: that of the weights
+        settings.init = str(find_weights(settings))
+    settings.tokenizer = settings.tokenizer or settings.init or "bpe"
+    return settings
+
+
+def newest_run() -> Path:
+    runs = [file for file in Path("runs").glob("*/metrics.json") if (file.parent / "checkpoints").is_dir()]
+    if not runs:
+        raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
+    return max(runs, key=lambda file: file.stat().st_mtime).parent
+
+
+def find_weights(settings: argparse.Namespace) -> Path:
+    """The folder of weights that --init means: a run's best checkpoint (default: the newest run's), itself, the Hub's."""
+    run = Path(settings.init) if settings.init else newest_run()
+    if not (run / "checkpoints").is_dir():
+        return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
+    for folder in find_checkpoints(run):
+        best = checkpoint_folder(run, read_json(folder / "training.json")["best_step"])
+        return best if best.exists() else folder
+    raise UserError(f"{run} has no finished checkpoint")
 
 
 def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
-    """The model of --init (default: the newest run's best) and its tokenizer."""
+    """The model of --init (default: the newest run's best), its tokenizer, and where they were."""
     folder = find_weights(settings)
-    tokenizer = load_tokenizer(folder)
-    model = load_pretrained(folder)
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer in {folder} has more tokens than the model ({model.config.vocab_size})")
+        raise UserError(f"the tokenizer in {folder} has more tokens than the model's {model.config.vocab_size}")
     return model.eval(), tokenizer, folder
 
 
 def sample(settings: argparse.Namespace) -> int:
-    """Continue a prompt, or one prompt after another from standard input."""
+    """Continue a prompt, or one after the other from standard input."""
     model, tokenizer, folder = load_for_use(settings)
     model.to(join_processes()[2])
     say(f"model: {folder}")
-    prompts = [settings.sample] if settings.sample else read_prompts()
-    for prompt in prompts:
+    for prompt in [settings.sample] if settings.sample else read_prompts():
         if settings.num_samples == 1:
             say(prompt, end="")
             sample_texts(model, tokenizer, prompt, settings, listen=lambda text: say(text, end=""))
@@ -2025,107 +1911,82 @@ def sample(settings: argparse.Namespace) -> int:
 
 def read_prompts() -> Iterator[str]:
     """Lines of standard input until it ends; at a terminal, asked for."""
-    if sys.stdin.isatty():
-        say("type the beginning of a text and Enter; an empty line starts a new document; Ctrl-D ends")
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        say("Type the beginning of a text and press Enter. An empty line begins a new document, Ctrl-D ends.")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if is_terminal else "")
 
 
 def export(settings: argparse.Namespace) -> int:
-    """Write a Hugging Face folder."""
+    """Write a folder for transformers."""
     target = Path(settings.export)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--export {target}: not empty")
-    model, tokenizer, folder = load_for_use(settings)
-    part = make_folder(target.resolve().parent) / f"{target.name}.tmp-{os.getpid()}"
-    part.mkdir()
-    try:
-        save_pretrained(model, tokenizer, part)
-        if target.exists():
-            target.rmdir()
-        publish(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    say(f"{folder} -> {target}: transformers.GPT2LMHeadModel.from_pretrained({str(target)!r}) loads it")
+        raise UserError(f"--export {target}: this is not empty, choose another folder")
+    model, tokenizer, source = load_for_use(settings)
+    make_folder(target.resolve().parent)
+    with new_folder(target.resolve()) as folder:
+        save_pretrained(model, tokenizer, folder)
+    say(f"{source} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
     return 0
 
 
 def plan(settings: argparse.Namespace) -> int:
-    """Print what a run needs, measure a few steps of it, and leave nothing behind but the token files."""
+    """Print what a run needs, try a few of its steps, and leave nothing behind but the token files."""
     processes = join_processes()
     data = prepare_tokens(settings)
     model = make_model(settings, data.tokenizer)
-    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
-    say(f"parameters: {count_parameters(model):,}, and {numbers - count_parameters(model):,} of padding")
-    say(f"compute: {flops_per_token(config) / 1e9:.3f} GFLOP per token, forward and backward")
-    tokens = data.facts["tokens"]
-    say(f"data: {tokens['train']:,} training tokens = {tokens['train'] / settings.batch_tokens:,.1f} steps of "
-        f"{settings.batch_tokens:,} tokens per epoch; {tokens['validation']:,} validation tokens")  # fmt: skip
-    fixed = 16 * numbers / 2**30
-    say(f"memory: {fixed:.2f} GiB for weights, gradients and AdamW's two moments (4 bytes each, on every device)")
+    config, numbers, facts = model.config, sum(parameter.numel() for parameter in model.parameters()), data.facts
+    say(f"parameters: {count_parameters(model):,}, and {numbers - count_parameters(model):,} in padding rows")
+    say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
+    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each; about "
+        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")  # fmt: skip
+    say(f"data: {facts['tokens']['train']:,} training tokens, {facts['tokens']['train'] / settings.batch_tokens:,.1f} steps "
+        f"of {settings.batch_tokens:,} tokens per epoch; {facts['tokens']['validation']:,} validation tokens")  # fmt: skip
     session = open_session(settings, processes, data, model)
-    rows = session.micro_batch
-    estimate = activation_bytes(config, session.dtype) * rows * config.context / 2**30
-    say(f"        about {estimate:.2f} GiB for activations at a micro-batch of {rows} x {config.context}, uncompiled")
-    facts = describe(session)
-    windows = settings.batch_tokens // config.context
-    session.settings.max_steps, steps = max(settings.max_steps, 1), 0
+    figures, windows = describe(session), settings.batch_tokens // config.context
     for step in range(3 + PLAN_STEPS):
         if step == 3:  # the first ones warm up
             synchronise(session.device)
             started = time.perf_counter()
         training_step(session, step, session.fetch_batch(step * windows))
-        steps += step >= 3
-        if step > 3 and session.device.type == "cpu" and time.perf_counter() - started > PLAN_SECONDS:
-            break
     synchronise(session.device)
-    seconds = (time.perf_counter() - started) / steps
-    speed = Run(session, Progress(), None, facts).speed(1, seconds)
-    say(f"measured: {steps} steps, {seconds:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {speed['mfu']:.0%}, peak memory {peak_memory(session.device):.2f} GiB")  # fmt: skip
-    say(f"the whole run: {duration(seconds * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
+    pace = (time.perf_counter() - started) / PLAN_STEPS
+    speed = Run(session, Progress(), None, figures).speed(1, pace)
+    say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
+        f"peak memory {peak_memory(session.device):.2f} GiB")  # fmt: skip
+    say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
     return 0
 
 
-PLAN_STEPS, PLAN_SECONDS = 20, 20.0
+PLAN_STEPS = 5
 
 
-def activation_bytes(config: GPTConfig, dtype: torch.dtype) -> float:
-    """Memory per token for what the backward pass needs, uncompiled: an estimate, to 20% or so.
+def activation_bytes(config: GPTConfig) -> float:
+    """Memory per token of what the backward pass needs, in bf16 and uncompiled: an estimate.
 
-    Per block: the inputs of both norms (float32), and in the products' dtype both norms' outputs, q, k, v, attention's
-    output, and the MLP's four-fold width before and after the GELU: 2 x 4 + 14 x its size, per unit of width. Then the
-    logits and the cross-entropy's copies of them in float32.
+    Per block and unit of width: both norms' inputs in float32, and in bf16 both norms' outputs, q, k, v, attention's
+    output and the MLP's four-fold width before and after the GELU. Then the logits, and cross-entropy's float32 copies.
     """
-    size = 2 if dtype is torch.bfloat16 else 4
-    return config.layers * config.width * (2 * 4 + 14 * size) + config.padded_vocab_size * (2 * size + 8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 14. Main
-# ----------------------------------------------------------------------------------------------------------------------
+    return config.layers * config.width * (2 * 4 + 14 * 2) + config.padded_vocab_size * (2 * 2 + 2 * 4)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the command line says. Returns the exit code."""
     try:
-        settings = resolve(arguments)
+        settings = resolve_settings(arguments)
         if settings.sample is not None:
             return sample(settings)
-        if settings.export:
-            return export(settings)
-        return plan(settings) if settings.plan else train(settings)
+        return export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is too small for this: lower --micro-batch, --context or --model", file=sys.stderr)
-        return 2
+        message = "the GPU's memory is too small for this: choose a smaller --micro-batch, --context or --model"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, c
     assert gpt2.main(gpt2.parse_arguments(["--sample", "Line 7", "--max-new-tokens", "8", "--temperature", "0"])) == 0
     out = capsys.readouterr().out
     run = next(Path("runs").iterdir())
-    folder = gpt2.find_weights(gpt2.resolve(gpt2.parse_arguments([])))
+    folder = gpt2.find_weights(gpt2.resolve_settings(gpt2.parse_arguments([])))
     assert run in folder.parents
     theirs, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Line 7", return_tensors="pt")["input_ids"]
@@ -292,7 +292,7 @@ def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):
 def test_streamed_text_is_the_sampled_text(trained):
     folder = next((trained / "runs").iterdir()) / "checkpoints"
     model, tokenizer = gpt2.load_pretrained(max(folder.iterdir())), gpt2.load_tokenizer(max(folder.iterdir()))
-    settings = gpt2.resolve(gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"]))
+    settings = gpt2.resolve_settings(gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"]))
     heard = []
     (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, listen=heard.append)
     assert "".join(heard) == text and len(heard) > 10

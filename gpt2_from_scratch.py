@@ -56,13 +56,13 @@ from pathlib import Path
 # ---------- 1. Command line -------------------------------------------------------------------------------------------
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
-SIZES = ("layers", "heads", "width", "context", "lr", "batch_tokens")
 PRESETS = {
-    "nano": dict(zip(SIZES, (4, 4, 128, 128, 4e-3, 1024), strict=True)) | {"max_steps": 2000, "vocab_size": 2048},
-    "gpt2": dict(zip(SIZES, (12, 12, 768, 1024, 6e-4, 2**19), strict=True)),
-    "gpt2-medium": dict(zip(SIZES, (24, 16, 1024, 1024, 3e-4, 2**19), strict=True)),
-    "gpt2-large": dict(zip(SIZES, (36, 20, 1280, 1024, 2.5e-4, 2**19), strict=True)),
-    "gpt2-xl": dict(zip(SIZES, (48, 25, 1600, 1024, 2e-4, 2**20), strict=True)),
+    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 128, "lr": 4e-3, "batch_tokens": 1024,
+             "max_steps": 2000, "vocab_size": 1024},
+    "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
+    "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
+    "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
+    "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
 DEFAULTS = {
     "model": "nano", "init": None, "dropout": 0.0,
@@ -71,8 +71,8 @@ DEFAULTS = {
     "epochs": 1.0, "max_steps": None, "eval_every": None, "seed": 0, "dtype": "auto", "compile": True,
     "deterministic": True, "output_dir": None, "cache_dir": "cache", "resume": False, "plan": False, "sample": None,
     "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
-}  # fmt: skip
-FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # everything else stays the run's own
+}
+FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # the rest stays as the run had it
 
 
 class UserError(Exception):
@@ -102,14 +102,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. A flag that was not given is None; resolve_settings() fills in what it is then."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     count, off = number(int, 1), {"action": "store_false", "default": None}
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=PRESETS, help="a preset of the sizes below (default: nano)")
-    flag("--init", metavar="WHAT", help="start from these weights: a Hub id or folder of a Hugging Face GPT-2, or a run")
+    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run")
     flag("--layers", type=count, metavar="N", help="transformer blocks")
     flag("--heads", type=count, metavar="N", help="attention heads per block")
     flag("--width", type=count, metavar="N", help="size of the residual stream")
@@ -126,7 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--tokenizer", metavar="WHAT", help="bpe, trained on the data (default; with --init: that model's own), "
          "bytes, gpt2 (from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt")
     flag("--vocab-size", type=number(int, 257, 2**20), metavar="N",
-         help="of --tokenizer bpe (default: 50257; nano: 2048)")
+         help="of --tokenizer bpe (default: 50257; nano: 1024)")
     flag("--val-fraction", type=number(float, 0, 0.5, above=True), metavar="P",
          help="share of documents held out for validation; of a single document, its end (default: 0.05)")
 
@@ -156,8 +155,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help="go on from the last checkpoint of --output-dir (default: of the newest run)")
 
     flag = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
-    flag("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init (default: the "
-         "newest run); without PROMPT, every line of standard input")
+    flag("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init (default: "
+         "the newest run); without PROMPT, every line of standard input")
     flag("--export", metavar="DIR", help="write the model of --init (default: the newest run) for transformers")
     flag("--plan", action="store_true", default=None, help="print parameters, memory, FLOPs, speed, time to the end")
 
@@ -451,12 +450,12 @@ MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 HF_NAMES = {  # our name: that in Hugging Face's GPT2Config
     "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
-}  # fmt: skip
+}
 # Settings of GPT2Config that change the function. With another value it is another model, not GPT-2.
 PLAIN_GPT2 = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-}  # fmt: skip
+}
 
 
 def load_pretrained(folder: Path, context: int | None = None, dropout: float = 0.0) -> GPT:
@@ -515,12 +514,12 @@ def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "bos_token_id": end, "eos_token_id": end,
-    })  # fmt: skip
+    })
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
         "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
-    })  # fmt: skip
+    })
 
 
 HUB_SECONDS = 10  # how long the Hub has to answer
@@ -568,12 +567,13 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
 
     reason = why_no_hub()
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir, local_files_only=bool(reason)))
+        where = {"cache_dir": cache_dir, "local_files_only": bool(reason)}
+        return Path(snapshot_download(name, allow_patterns=patterns, **where))
     except errors.RepositoryNotFoundError:
         raise UserError(f"{flag} {name}: the Hub has no such model (or it is private: `hf auth login`)") from None
     except Exception as error:
-        raise UserError(f"{flag} {name} is not in the cache, and the Hub cannot be reached ({reason or first_line(error)}). "
-                        f"Offline, copy its files into a folder and give that: {flag} FOLDER") from None
+        raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). Offline, copy "
+                        f"its files into a folder and give that: {flag} FOLDER") from None
 
 
 # ---------- 4. Tokenizer ----------------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """
     tokenizer = gpt2_pieces(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return as_plain_text(tokenizer)
 
@@ -701,7 +701,7 @@ def stamp(file: Path) -> tuple[int, int]:
 
 
 def read_text(file: Path, is_alone: bool) -> Iterator[str]:
-    """The text of a UTF-8 file without byte-order mark and carriage returns. Other files are passed over in a folder."""
+    """The text of a UTF-8 file, without byte-order mark and carriage returns. In a folder, other files are left out."""
     content = file.read_bytes()
     with contextlib.suppress(UnicodeDecodeError):
         if b"\0" not in content:
@@ -713,7 +713,7 @@ def read_text(file: Path, is_alone: bool) -> Iterator[str]:
 
 def read_column(file: Path, column: str) -> Iterator[str]:
     """One column of a .jsonl or .parquet file. Raises UserError with the place when it is broken or no text."""
-    for place, row in read_parquet(file, column) if file.suffix == ".parquet" else read_jsonl(file):
+    for place, row in read_rows(file, column):
         if not isinstance(row, dict) or column not in row:
             columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
             raise UserError(f"{place} has {columns}: choose one with --text-column")
@@ -723,27 +723,25 @@ def read_column(file: Path, column: str) -> Iterator[str]:
         yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[str, object]]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: no JSON ({first_line(error)})") from None
-
-
-def read_parquet(file: Path, column: str) -> Iterator[tuple[str, dict]]:
+def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
+    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing."""
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = [column] if column in table.schema_arrow.names else None  # all: for the error message
-        for batch in table.iter_batches(columns=columns, batch_size=1000):
-            yield from ((str(file), row) for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet ({first_line(error)})") from None
+        if file.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = [column] if column in table.schema_arrow.names else None
+            for batch in table.iter_batches(columns=columns, batch_size=1000):
+                yield from ((str(file), row) for row in batch.to_pylist())
+            return
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}{f', line {number}' if number else ''} cannot be read ({first_line(error)})") from None
 
 
 def open_hub_source(settings: argparse.Namespace) -> Source:
@@ -804,17 +802,19 @@ def split_documents(source: Source, val_fraction: float) -> tuple[Callable[[], I
         lowest, highest, length = min(lowest, value), max(highest, value), length + len(text)
     if source.files and not length:
         raise UserError(f"--data {source.name}: there is no text in it")
-    threshold = max(threshold, lowest + 1) if source.files else threshold
+    if source.files:
+        threshold = max(threshold, lowest + 1)
 
-    def whole() -> Iterator[tuple[str, str]]:
-        return ((SPLITS[content_hash(text) < threshold], text) for text in source.documents())
+    def labelled() -> Iterator[tuple[str, str]]:
+        for text in source.documents():
+            if lowest != highest:
+                yield SPLITS[content_hash(text) < threshold], text
+                continue
+            end = round(len(text) * (1 - val_fraction))
+            yield from (("train", text[:end]), ("validation", text[end:]))
+            return
 
-    def cut() -> Iterator[tuple[str, str]]:
-        text = next(source.documents())
-        end = round(len(text) * (1 - val_fraction))
-        yield from (("train", text[:end]), ("validation", text[end:]))
-
-    return cut if lowest == highest else whole, length or None
+    return labelled, length or None
 
 
 # ---------- 6. Tokens -------------------------------------------------------------------------------------------------
@@ -823,7 +823,6 @@ def split_documents(source: Source, val_fraction: float) -> tuple[Callable[[], I
 # They lie in the cache under a fingerprint of everything they depend on: a second run reads them at once.
 
 PIECE = 2**18  # characters: long documents are tokenised in pieces of about this size, so that one keeps all cores busy
-BATCH = 2**22  # characters tokenised at a time
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 LINE_END = re.compile(r"\S\n(?=\S)")
 
@@ -850,11 +849,12 @@ def prepare_tokens(settings: argparse.Namespace) -> TokenData:
         elif settings.tokenizer != "bpe":
             name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
             tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
-        identity = [source.identity, settings.limit, settings.val_fraction, tokenizer.to_str() if tokenizer else vocab_size]
+        kind = tokenizer.to_str() if tokenizer else vocab_size
+        identity = [source.identity, settings.limit, settings.val_fraction, kind]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         if settings.fingerprint not in (None, fingerprint):
             raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are "
-                            f"no longer in {cache}: start a new run")  # fmt: skip
+                            f"no longer in {cache}: start a new run")
         settings.fingerprint, folder = fingerprint, cache / f"tokens-{fingerprint}"
         if not folder.exists():
             write_tokens(folder, source, settings.val_fraction, tokenizer, vocab_size)
@@ -868,10 +868,12 @@ def open_tokens(folder: Path) -> TokenData:
         file = folder / f"{split}.bin"
         if not file.exists() or file.stat().st_size != facts["tokens"][split] * dtype.itemsize:
             raise UserError(f"{file} is damaged: delete {folder}, and it is made anew")
-    return TokenData(load_tokenizer(folder), facts, *(np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS))
+    streams = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS)
+    return TokenData(load_tokenizer(folder), facts, *streams)
 
 
-def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: Tokenizer | None,
+                 vocab_size: int) -> None:
     """Train a tokenizer, unless there is one, and turn all documents into the files of `folder`."""
     for part in make_folder(folder.parent).glob("tokens-*.tmp-*"):  # of processes that were killed
         if time.time() - part.stat().st_mtime > 86400:
@@ -881,7 +883,7 @@ def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: T
     if tokenizer is None:
         tokenizer = train_tokenizer(training_text(documents()), vocab_size)
         say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training documents "
-            f"in {time.perf_counter() - started:.1f} s")  # fmt: skip
+            f"in {time.perf_counter() - started:.1f} s")
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = {"name": source.name, "dtype": dtype.name}
     facts |= {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
@@ -890,9 +892,8 @@ def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: T
         with contextlib.ExitStack() as files:
             outputs = {split: files.enter_context(open(part / f"{split}.bin", "wb")) for split in SPLITS}
             bar = files.enter_context(tqdm(total=length, unit="char", unit_scale=True, desc="tokenising", disable=None))
-            for batch in batches_of_pieces(documents()):
-                tokenise(batch, tokenizer, outputs, facts)
-                bar.update(sum(len(text) for _, text, _ in batch))
+            for characters in tokenise(documents(), tokenizer, outputs, facts):
+                bar.update(characters)
         for split in SPLITS:
             if not facts["tokens"][split]:
                 raise UserError(f"too little text: no document fell to {split} (--val-fraction {val_fraction})")
@@ -901,18 +902,18 @@ def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: T
         tokenizer.save(str(part / "tokenizer.json"))
         write_json(part / "facts.json", facts)
     documents, size, tokens = (sum(facts[name].values()) for name in ("documents", "bytes", "tokens"))
-    say(f"tokenised: {documents:,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    say(f"tokenised: {documents:,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens in {seconds:.1f} s")
 
 
 def training_text(documents: Iterator[tuple[str, str]]) -> Iterator[str]:
     """Text for the tokenizer: of the training documents only."""
     left = TOKENIZER_TEXT
-    for split, document in documents:
-        for text in pieces(document) if split == "train" else ():
-            yield text
-            left -= len(text)
-            if left < 0:
-                return
+    for text in (text for split, document in documents if split == "train" for text in pieces(document)):
+        left -= len(text)
+        if left < 0:
+            return
+        yield text
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -924,28 +925,18 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def batches_of_pieces(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str, bool]]]:
-    """(split, text, whether a document begins here) in lists that are worth sharing out among the cores."""
-    batch, size = [], 0
-    for split, document in documents:
-        for i, text in enumerate(pieces(document)):
-            batch.append((split, text, i == 0))
-            size += len(text)
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
-    yield batch
-
-
-def tokenise(batch: list[tuple[str, str, bool]], tokenizer: Tokenizer, outputs: dict, facts: dict) -> None:
-    """Write the tokens of a batch of pieces to the files of their splits, and count."""
+def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, outputs: dict, facts: dict) -> Iterator[int]:
+    """Write every document's tokens to the file of its split, and count. Yields how many characters are done."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-    for (split, text, begins), encoding in zip(batch, encodings, strict=True):
-        tokens = np.array([end, *encoding.ids] if begins else encoding.ids, facts["dtype"])
-        outputs[split].write(tokens.tobytes())
-        for name, amount in (("documents", int(begins)), ("tokens", len(tokens)), ("bytes", len(text.encode()))):
-            facts[name][split] += amount
+    parts = ((split, text, i == 0) for split, document in documents for i, text in enumerate(pieces(document)))
+    while batch := list(itertools.islice(parts, 64)):  # shared out among the cores
+        encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+        for (split, text, begins), encoding in zip(batch, encodings, strict=True):
+            tokens = np.array([end, *encoding.ids] if begins else encoding.ids, facts["dtype"])
+            outputs[split].write(tokens.tobytes())
+            for name, amount in (("documents", int(begins)), ("tokens", len(tokens)), ("bytes", len(text.encode()))):
+                facts[name][split] += amount
+        yield sum(len(text) for _, text, _ in batch)
 
 
 class TrainingOrder:
@@ -1065,7 +1056,7 @@ def find_checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, progress: Progress,
-                    tokenizer: Tokenizer) -> None:  # fmt: skip
+                    tokenizer: Tokenizer) -> None:
     """Write a checkpoint; then keep the last two and the best."""
     tensors = {"guard": guard.state}
     for name, parameter in model.named_parameters():  # exp_avg, exp_avg_sq and step of each
@@ -1076,15 +1067,15 @@ def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: 
             save_file(tensors, folder / "training.safetensors")
             write_json(folder / "training.json", vars(progress))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint of step {progress.step} cannot be written ({first_line(error)}); the last good "
-                        f"one is {next(iter(find_checkpoints(run)), 'none')}") from None  # fmt: skip
+        raise UserError(f"the checkpoint of step {progress.step} cannot be written ({first_line(error)}); the last "
+                        f"good one is {next(iter(find_checkpoints(run)), 'none')}") from None
     for old in find_checkpoints(run)[2:]:
         if old != checkpoint_folder(run, progress.best_step):
             remove_folder(old)
 
 
 def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
-    """Fill model, optimiser and guard from a checkpoint. Raises UserError, and leaves them alone, when it is damaged."""
+    """Fill model, optimiser and guard from a checkpoint. UserError, and nothing is filled, when it is damaged."""
     progress, saved = Progress(**read_json(folder / "training.json")), load_pretrained(folder)
     try:
         tensors = load_file(folder / "training.safetensors")
@@ -1123,7 +1114,8 @@ def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) ->
 # ---------- 9. Generation ---------------------------------------------------------------------------------------------
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
+def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator) -> torch.Tensor:
     """Draw one token for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest.
 
     top_k keeps the k likeliest tokens (Fan et al. 2018); top_p the smallest set of them that reaches probability p
@@ -1145,7 +1137,7 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
 def generate(
     model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8, top_k: int = 50,
     top_p: float = 1.0, seed: int = 0, cached: bool = True,
-) -> Iterator[list[int]]:  # fmt: skip
+) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; the last yield is when all have. When the context is full, its
@@ -1179,12 +1171,12 @@ def generate(
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: argparse.Namespace,
-                 listen: Callable[[str], None] = lambda text: None) -> list[str]:  # fmt: skip
+                 listen: Callable[[str], None] = lambda text: None) -> list[str]:
     """Continuations of a prompt as texts, without the prompt. `listen` gets the first one bit by bit, as it grows."""
     end, told = tokenizer.token_to_id(END_OF_TEXT), ""
     tokens = [[] for _ in range(settings.num_samples)]
     for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
-                         settings.temperature, settings.top_k, settings.top_p, settings.seed):  # fmt: skip
+                         settings.temperature, settings.top_k, settings.top_p, settings.seed):
         for sequence, token in zip(tokens, step, strict=True):
             sequence.extend([token] if token != end else [])
         text = decode(tokenizer, tokens[0])
@@ -1215,6 +1207,7 @@ class Session:
     guard: Guard
     micro_batch: int  # sequences per forward pass and process
     mode: str  # "compiled", or why not
+    matmul_rate: float  # FLOP/s that a large matrix product reaches here
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
@@ -1332,13 +1325,13 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
 
 # ---------- 12. Session -----------------------------------------------------------------------------------------------
 
-COMPILE_FLOPS = 1e15  # a run of fewer FLOPs on a GPU is over before compiling would have paid
+COMPILE_SECONDS = 60  # about what torch.compile takes; it must save that much to pay
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. torchrun gives the first two in the environment; a single process has 0 and 1."""
+    """Rank, number of processes, device. torchrun puts the first two into the environment; alone, they are 0 and 1."""
     rank, world, local = (int(os.environ.get(name, alone)) for name, alone in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise UserError(f"there is no GPU for process {local}: this machine has {torch.cuda.device_count()}")
@@ -1357,26 +1350,27 @@ def make_model(settings: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     if settings.init:
         model = load_pretrained(Path(settings.init), settings.context, settings.dropout)
         if size > model.config.vocab_size:
-            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the {model.config.vocab_size} "
-                            "that the model of --init knows")  # fmt: skip
+            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
+                            f"{model.config.vocab_size} that the model of --init knows")
     else:
-        model = GPT(GPTConfig(size, settings.context, settings.layers, settings.heads, settings.width, settings.dropout))
+        names = ("context", "layers", "heads", "width", "dropout")
+        model = GPT(GPTConfig(size, **{name: getattr(settings, name) for name in names}))
         model.initialise(settings.seed)
     vars(settings).update({name: getattr(model.config, name) for name in ("context", "layers", "heads", "width")})
     return model
 
 
 def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData, model: GPT) -> Session:
-    """Put the model on the device and find out how it runs best there. Fills in the settings that depend on the data."""
+    """Put the model on the device and find out how it runs best there. Fills in the settings that were still open."""
     rank, world, device = processes
     order = TrainingOrder(data.train, settings.context, settings.seed)
     rows, rest = divmod(settings.batch_tokens, settings.context * world)
     if rest:
-        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x {world} "
-                        "(processes)")  # fmt: skip
+        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
+                        f"{world} (processes)")
     if settings.micro_batch != "auto" and rows % settings.micro_batch:
-        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process has "
-                        "per step (--batch-tokens / context / processes)")  # fmt: skip
+        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process "
+                        "has per step (--batch-tokens / context / processes)")
     if settings.max_steps is None:
         settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
     if settings.warmup_steps is None:
@@ -1393,12 +1387,15 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
         torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
     model.to(device).train()
     optimiser = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=0.0, betas=BETAS, fused=True)
-    session = Session(settings, rank, world, device, dtype, data, order, model, model, optimiser, Guard(device), rows, "")
+    guard = Guard(device)
+    session = Session(settings, rank, world, device, dtype, data, order, model, model, optimiser, guard, rows, "",
+                      measure_matmul_rate(device, dtype))
     if settings.micro_batch == "auto":
         settings.micro_batch = largest_micro_batch(session, rows)  # from now on fixed: a resumed run must use the same
     session.micro_batch = settings.micro_batch
@@ -1451,12 +1448,12 @@ def run_once(session: Session, network: Callable, rows: int) -> None:
 def compile_network(session: Session) -> tuple[Callable, str]:
     """torch.compile where it works and pays; otherwise the model as it is, and the reason in a few words."""
     settings = session.settings
-    flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps / session.world
+    flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps
     if not settings.compile:
         return session.model, "eager (--no-compile)"
     if session.device.type != "cuda":
         return session.model, f"eager (compiling rarely pays on {session.device.type.upper()})"
-    if flops < COMPILE_FLOPS:
+    if flops / (0.25 * session.matmul_rate * session.world) < COMPILE_SECONDS:  # a quarter of the rate: seen often
         return session.model, "eager (so short a run is over before it is compiled)"
     try:
         network = torch.compile(session.model, dynamic=False)
@@ -1584,8 +1581,9 @@ def duration(seconds: float) -> str:
 def train(settings: argparse.Namespace) -> int:
     """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
     folder = Path(settings.output_dir or "runs")
-    if settings.output_dir and not settings.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: add --resume to continue the run in it, or choose another --output-dir")
+    is_new = settings.output_dir and not settings.resume
+    if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: --resume continues the run in it; or choose another --output-dir")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
         raise UserError(f"cannot write to {parent}, where {folder} should be")
@@ -1593,38 +1591,38 @@ def train(settings: argparse.Namespace) -> int:
     data = prepare_tokens(settings)
     session = open_session(settings, processes, data, make_model(settings, data.tokenizer))
     progress = resume(folder, session.model, session.optimiser, session.guard) if settings.resume else Progress()
-    figures = describe(session)
-    folder = None
+    describe(session)
+    folder, bigram = None, math.nan
     if is_main_process():
-        figures["bigram_loss"] = bigram_loss(data.train, data.validation)
-        say(f"yardstick: validation loss {figures['bigram_loss']:.4f} of a bigram model on the same tokens")
+        bigram = bigram_loss(data.train, data.validation)
+        say(f"yardstick: validation loss {bigram:.4f} of a bigram model on the same tokens")
         folder = claim_run_folder(settings, data.facts["name"])
         say(f"folder: {folder}\n")
-    return Run(session, progress, folder, figures).train()
+    return Run(session, progress, folder, bigram).train()
 
 
-def describe(session: Session) -> dict:
-    """Say on a few lines what is about to run where. Returns the figures among it that the results need."""
+def describe(session: Session) -> None:
+    """Say on a few lines what is about to run where."""
     settings, config, facts = session.settings, session.model.config, session.data.facts
-    rate, rows = measure_matmul_rate(session.device, session.dtype), settings.batch_tokens // config.context
-    say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, {config.heads} "
-        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")  # fmt: skip
-    say(f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} validation "
-        f"tokens of {facts['bytes']['validation'] / facts['tokens']['validation']:.2f} bytes")  # fmt: skip
+    rows = settings.batch_tokens // config.context
+    tokens = facts["tokens"]
+    say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, "
+        f"{config.heads} heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")
+    say(f"data: {facts['name']}, {tokens['train']:,} training and {tokens['validation']:,} validation tokens of "
+        f"{facts['bytes']['validation'] / tokens['validation']:.2f} bytes")
     say(f"device: {session.world} x {device_name(session.device)}, {str(session.dtype).removeprefix('torch.')}, "
-        f"{session.mode}; matrix products reach {rate / 1e12:.2f} TFLOP/s")  # fmt: skip
+        f"{session.mode}; matrix products reach {session.matmul_rate / 1e12:.2f} TFLOP/s")
     say(f"training: {settings.max_steps:,} steps of {rows} x {config.context} tokens "
-        f"({settings.max_steps * rows / session.order.per_epoch:.2f} epochs), micro-batch {session.micro_batch}, learning "
-        f"rate {short(settings.lr)} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")  # fmt: skip
-    return {"parameters": count_parameters(session.model), "matmul_flops_per_second": rate, "bigram_loss": math.nan}
+        f"({settings.max_steps * rows / session.order.per_epoch:.2f} epochs), micro-batch {session.micro_batch}, "
+        f"learning rate {short(settings.lr)} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")
 
 
 class Run:
     """The training loop and what stands around a step: readings, log, evaluations, checkpoints, results."""
 
-    def __init__(self, session: Session, progress: Progress, folder: Path | None, figures: dict):
+    def __init__(self, session: Session, progress: Progress, folder: Path | None, bigram: float):
         self.session, self.settings, self.progress = session, session.settings, progress
-        self.folder, self.figures = folder, figures  # no folder: not the main process, which writes for all
+        self.folder, self.bigram = folder, bigram  # no folder: not the main process, which writes for all
         self.report_every = max(1, self.settings.max_steps // 20)
         self.reported = self.began = (progress.step, progress.seconds)
 
@@ -1644,7 +1642,7 @@ class Run:
             if self.folder:
                 self.write_metrics(status)
                 self.log.close()
-                plot(self.folder, self.figures["bigram_loss"])
+                plot(self.folder, self.bigram)
         self.finish(status)
         return 0 if status == "finished" else 128 + (request.number or signal.SIGTERM)
 
@@ -1671,7 +1669,7 @@ class Run:
                     self.evaluate()
                 if self.folder:
                     save_checkpoint(self.folder, session.model, session.optimiser, session.guard, progress,
-                                    session.data.tokenizer)  # fmt: skip
+                                    session.data.tokenizer)
                     self.write_metrics("running")
                 clock = time.perf_counter()
 
@@ -1681,32 +1679,33 @@ class Run:
         Raises UserError when the run is diverging.
         """
         values, settings, seconds = finish_reading(reading), self.settings, self.progress.seconds
-        line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": learning_rate(step - 1, settings)}
+        rate = learning_rate(step - 1, settings)
+        line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": rate}
         if values["skip"]:
             line["skipped"] = values["skipped"]
             say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}, windows from "
-                f"{(step - 1) * (settings.batch_tokens // settings.context)} of the training order")  # fmt: skip
+                f"{(step - 1) * (settings.batch_tokens // settings.context)} of the training order")
         is_report = step % self.report_every == 0 or step == settings.max_steps
         if is_report and seconds > self.reported[1]:
             pace = (seconds - self.reported[1]) / (step - self.reported[0])
             self.reported = (step, seconds)
             line |= self.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
             say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
-                f"{values['norm']:.2f} | lr {line['learning_rate']:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
-                f"MFU {line['mfu']:.0%} | {duration((settings.max_steps - step) * pace)} left")  # fmt: skip
+                f"{values['norm']:.2f} | lr {rate:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
+                f"MFU {line['mfu']:.0%} | {duration((settings.max_steps - step) * pace)} left")
         if self.folder:
             self.log.write(step, board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
             kept = find_checkpoints(self.folder) if self.folder else []
-            raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, {values['in_a_row']:.0f} "
-                            f"steps skipped in a row): try a lower --lr or more --warmup-steps; the last good checkpoint "
-                            f"is {next(iter(kept), 'none')}")  # fmt: skip
+            raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
+                            f"{values['in_a_row']:.0f} steps skipped in a row): try a lower --lr or more "
+                            f"--warmup-steps; the last good checkpoint is {next(iter(kept), 'none')}")
         return values["stop"] > 0
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
-        """Tokens per second, and model FLOPs utilisation: the share of the measured matmul rate that training reaches."""
+        """Tokens per second, and MFU (model FLOPs utilisation): the share of the measured matmul rate that they use."""
         rate = steps * self.settings.batch_tokens / seconds
-        peak = self.figures["matmul_flops_per_second"] * self.session.world
+        peak = self.session.matmul_rate * self.session.world
         return {"tokens_per_second": rate, "mfu": rate * flops_per_token(self.session.model.config) / peak}
 
     def evaluate(self) -> None:
@@ -1727,6 +1726,7 @@ class Run:
         progress, session = self.progress, self.session
         steps, seconds = progress.step - self.began[0], progress.seconds - self.began[1]  # since this process began
         return {
+            "parameters": count_parameters(session.model),
             "steps": progress.step,
             "tokens": progress.step * self.settings.batch_tokens,
             "epochs": progress.windows / session.order.per_epoch,
@@ -1738,41 +1738,31 @@ class Run:
             "best_validation_loss": progress.best_loss,
             "best_step": progress.best_step,
             "bits_per_byte": progress.best_loss and bits_per_byte(progress.best_loss, session.data),
-            "bigram_validation_loss": self.figures["bigram_loss"],
+            "bigram_validation_loss": self.bigram,
         }
 
     def write_metrics(self, status: str) -> None:
         """metrics.json: what ran, with what, where, and what came out. --resume reads the configuration from it."""
-        session, packages = self.session, ("torch", "tokenizers", "safetensors", "numpy")
+        session, versions = self.session, {"python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
         write_json(self.folder / "metrics.json", {
             "status": status,
             "configuration": vars(self.settings),
-            "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions,
             "device": {"name": device_name(session.device), "processes": session.world, "mode": session.mode,
-                       "dtype": str(session.dtype), "matmul_flops_per_second": self.figures["matmul_flops_per_second"]},
-            "parameters": self.figures["parameters"],
+                       "dtype": str(session.dtype), "matmul_flops_per_second": session.matmul_rate},
             "data": session.data.facts,
             "results": self.results(),
-        })  # fmt: skip
+        })
 
     def finish(self, status: str) -> None:
         """The table, a sample, and how to go on."""
         results, session, script = self.results(), self.session, Path(sys.argv[0]).name
         if not self.folder or results["best_validation_loss"] is None:
             return
-        rows = {
-            "parameters": f"{self.figures['parameters']:,}",
-            "training": f"{results['steps']:,} steps ({results['skipped_steps']} skipped), {results['tokens']:,} tokens, "
-                        f"{results['epochs']:.2f} epochs",
-            "time": f"{duration(results['training_seconds'])} in training steps",
-            "speed": f"{results.get('tokens_per_second', 0):,.0f} tokens/s, MFU {results.get('mfu', 0):.0%}",
-            "peak memory": f"{results['peak_memory_gib']:.2f} GiB",
-            "best validation loss": f"{results['best_validation_loss']:.4f} nats per token at step {results['best_step']:,}, "
-                                    f"{results['bits_per_byte']:.3f} bits per byte",
-            "last validation loss": f"{results['validation_loss']:.4f}",
-            "bigram model": f"{results['bigram_validation_loss']:.4f}",
-        }  # fmt: skip
-        say("\n" + "\n".join(f"| {name:20} | {value}" for name, value in rows.items()))
+        for name, value in results.items():
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 1000 else f"{value:,.0f}"
+            say(f"| {name.replace('_', ' '):22} | {shown:>14} |")
         say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, '', self.settings)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
         if status == "finished":
@@ -1812,7 +1802,7 @@ def plot(run: Path, bigram: float) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5))
     if training:
         steps, losses = np.array(training).T
-        reach, places = max(1, len(losses) // 100), np.arange(len(losses))  # a mean over 2 % of the run, less at its ends
+        reach, places = max(1, len(losses) // 100), np.arange(len(losses))  # the mean of 2 % of the run
         low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(losses))
         sums = np.cumsum([0, *losses])
         axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="training, every step")
@@ -1850,10 +1840,11 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
             if saved[name] != given[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
-                                f"settings: leave {flag} out, or start a new run")  # fmt: skip
+                                f"settings: leave {flag} out, or start a new run")
     name = given.get("model") or saved.get("model") or DEFAULTS["model"]
     preset = PRESETS[name] | ({"max_steps": None} if "epochs" in given else {})
-    settings = argparse.Namespace(**{"name": name, "fingerprint": None, "hub_cache": None} | DEFAULTS | preset | saved | given)
+    unset = {"name": name, "fingerprint": None, "hub_cache": None}
+    settings = argparse.Namespace(**unset | DEFAULTS | preset | saved | given)
     settings.cache_dir = str(Path(settings.cache_dir).resolve())
     if "cache_dir" in given:
         settings.hub_cache = str(Path(settings.cache_dir) / "hub")
@@ -1874,7 +1865,7 @@ def newest_run() -> Path:
 
 
 def find_weights(settings: argparse.Namespace) -> Path:
-    """The folder of weights that --init means: a run's best checkpoint (default: the newest run's), itself, the Hub's."""
+    """The folder that --init means: a run's best checkpoint (default: the newest run's), itself, or one on the Hub."""
     run = Path(settings.init) if settings.init else newest_run()
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
@@ -1937,15 +1928,17 @@ def plan(settings: argparse.Namespace) -> int:
     processes = join_processes()
     data = prepare_tokens(settings)
     model = make_model(settings, data.tokenizer)
-    config, numbers, facts = model.config, sum(parameter.numel() for parameter in model.parameters()), data.facts
+    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
     say(f"parameters: {count_parameters(model):,}, and {numbers - count_parameters(model):,} in padding rows")
     say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
     say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each; about "
-        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")  # fmt: skip
-    say(f"data: {facts['tokens']['train']:,} training tokens, {facts['tokens']['train'] / settings.batch_tokens:,.1f} steps "
-        f"of {settings.batch_tokens:,} tokens per epoch; {facts['tokens']['validation']:,} validation tokens")  # fmt: skip
+        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")
+    tokens = data.facts["tokens"]
+    say(f"data: {tokens['train']:,} training tokens, {tokens['train'] / settings.batch_tokens:,.1f} steps of "
+        f"{settings.batch_tokens:,} tokens per epoch; {tokens['validation']:,} validation tokens")
     session = open_session(settings, processes, data, model)
-    figures, windows = describe(session), settings.batch_tokens // config.context
+    describe(session)
+    windows = settings.batch_tokens // config.context
     for step in range(3 + PLAN_STEPS):
         if step == 3:  # the first ones warm up
             synchronise(session.device)
@@ -1953,9 +1946,9 @@ def plan(settings: argparse.Namespace) -> int:
         training_step(session, step, session.fetch_batch(step * windows))
     synchronise(session.device)
     pace = (time.perf_counter() - started) / PLAN_STEPS
-    speed = Run(session, Progress(), None, figures).speed(1, pace)
+    speed = Run(session, Progress(), None, math.nan).speed(1, pace)
     say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
-        f"peak memory {peak_memory(session.device):.2f} GiB")  # fmt: skip
+        f"peak memory {peak_memory(session.device):.2f} GiB")
     say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
     return 0
 

@@ -11,15 +11,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 SCRIPT = Path(gpt2.__file__).resolve()
-TEXT = "".join(f"Line {i} of a text about {'cats dogs birds fish'.split()[i % 4]} and their food.\n" for i in range(400))
-SIZES = "--layers 2 --heads 2 --width 32 --context 32 --batch-tokens 256 --max-steps 4 --vocab-size 300".split()
+TEXT = "".join(
+    f"Line {i} of a text about {['cats', 'dogs', 'birds', 'fish'][i % 4]} and their food.\n" for i in range(400)
+)
+SIZES = [
+    "--layers", "2", "--heads", "2", "--width", "32", "--context", "32", "--batch-tokens", "256", "--max-steps",
+    "4", "--vocab-size", "300",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -67,7 +72,9 @@ finally:
     print("loaded:", sorted({"torch", "numpy", "tokenizers"} & sys.modules.keys()), file=sys.stderr)
 """
     for words, exit_code in ((["--help"], 0), (["--bogus"], 2), (["--lr", "fast"], 2)):
-        done = subprocess.run([sys.executable, "-c", code, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == exit_code and "loaded: []" in done.stderr
 
 
@@ -82,14 +89,36 @@ def test_every_flag_is_in_the_help_and_has_a_default():
 @pytest.mark.parametrize(
     "words",
     [
-        ["--model", "gpt5"], ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "fast"],
-        ["--max-steps", "0"], ["--max-steps", "1.5"], ["--epochs", "0"], ["--micro-batch", "0"], ["--micro-batch", "many"],
-        ["--dropout", "1"], ["--dropout", "-0.1"], ["--val-fraction", "0"], ["--val-fraction", "0.9"],
-        ["--vocab-size", "256"], ["--temperature", "-1"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-k", "-1"],
-        ["--seed", "-1"], ["--dtype", "fp16"], ["--schedule", "linear"], ["--num-samples", "0"], ["--context", "0"],
-        ["--sample", "a", "--plan"], ["--unknown"], ["stray"],
+        ["--model", "gpt5"],
+        ["--lr", "0"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--lr", "fast"],
+        ["--max-steps", "0"],
+        ["--max-steps", "1.5"],
+        ["--epochs", "0"],
+        ["--micro-batch", "0"],
+        ["--micro-batch", "many"],
+        ["--dropout", "1"],
+        ["--dropout", "-0.1"],
+        ["--val-fraction", "0"],
+        ["--val-fraction", "0.9"],
+        ["--vocab-size", "256"],
+        ["--temperature", "-1"],
+        ["--top-p", "0"],
+        ["--top-p", "1.1"],
+        ["--top-k", "-1"],
+        ["--seed", "-1"],
+        ["--dtype", "fp16"],
+        ["--schedule", "linear"],
+        ["--num-samples", "0"],
+        ["--context", "0"],
+        ["--sample", "a", "--plan"],
+        ["--unknown"],
+        ["stray"],
     ],
-)  # fmt: skip
+)
 def test_absurd_flags_are_one_line(command, words):
     code, out, error = command(*words)
     assert code == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1
@@ -134,42 +163,80 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
     "not UTF-8": (lambda: ["--data", folder_of("d", {"x.txt": b"\xff\xfe\x00a" * 500}) + "/x.txt"], "not UTF-8"),
     "binary folder": (lambda: ["--data", folder_of("d", {"x": b"\0" * 500, "y": b"\0" * 9})], "no text"),
     "too little text": (lambda: ["--data", folder_of("d", {"x.txt": "Hello, world."}) + "/x.txt"], "too little text"),
-    "too little for one context": (lambda: ["--data", "text.txt", *SIZES, "--context", "20000", "--batch-tokens", "20000"],
-                                   "do not fill one context of 20000"),
-    "broken JSONL": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": "a"}\n{"text": \n'}) + "/x.jsonl"], "line 2"),
-    "JSONL without the column": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"body": "a"}\n'}) + "/x.jsonl"], "body"),
-    "JSONL of numbers": (lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": 7}\n'}) + "/x.jsonl"], "int, not text"),
+    "too little for one context": (
+        lambda: ["--data", "text.txt", *SIZES, "--context", "20000", "--batch-tokens", "20000"],
+        "do not fill one context of 20000",
+    ),
+    "broken JSONL": (
+        lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": "a"}\n{"text": \n'}) + "/x.jsonl"],
+        "line 2",
+    ),
+    "JSONL without the column": (
+        lambda: ["--data", folder_of("d", {"x.jsonl": '{"body": "a"}\n'}) + "/x.jsonl"],
+        "body",
+    ),
+    "JSONL of numbers": (
+        lambda: ["--data", folder_of("d", {"x.jsonl": '{"text": 7}\n'}) + "/x.jsonl"],
+        "int, not text",
+    ),
     "JSONL of lists": (lambda: ["--data", folder_of("d", {"x.jsonl": '["a"]\n'}) + "/x.jsonl"], "line 1"),
     "JSONL not UTF-8": (lambda: ["--data", folder_of("d", {"x.jsonl": b'{"text": "\xff"}\n'}) + "/x.jsonl"], "line 1"),
     "Parquet without the column": (lambda: ["--data", parquet_of(body=["a", "b"])], "body"),
     "Parquet of numbers": (lambda: ["--data", parquet_of(text=[1, 2])], "int, not text"),
     "broken Parquet": (lambda: ["--data", folder_of("d", {"x.parquet": b"PAR1 nonsense"}) + "/x.parquet"], "Parquet"),
-    "truncated Parquet": (lambda: [parquet_of(text=[TEXT]), cut_in_half("texts.parquet"), "--data", "texts.parquet"][2:],
-                          "Parquet"),
-    "tokenizer folder without files": (lambda: [Path("t").mkdir(), "--tokenizer", "t", "--data", "text.txt"][1:],
-                                       "neither tokenizer.json nor"),
+    "truncated Parquet": (
+        lambda: [parquet_of(text=[TEXT]), cut_in_half("texts.parquet"), "--data", "texts.parquet"][2:],
+        "Parquet",
+    ),
+    "tokenizer folder without files": (
+        lambda: [Path("t").mkdir(), "--tokenizer", "t", "--data", "text.txt"][1:],
+        "neither tokenizer.json nor",
+    ),
     "no such tokenizer": (lambda: ["--tokenizer", "tiktoken", "--data", "text.txt"], "no such folder"),
-    "broken tokenizer.json": (lambda: ["--tokenizer", folder_of("t", {"tokenizer.json": "{}"}), "--data", "text.txt"],
-                              "cannot be read"),
+    "broken tokenizer.json": (
+        lambda: ["--tokenizer", folder_of("t", {"tokenizer.json": "{}"}), "--data", "text.txt"],
+        "cannot be read",
+    ),
     "tokenizer without end of text": (
-        lambda: ["--tokenizer", folder_of("t", {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}),
-                 "--data", "text.txt"], "<|endoftext|>"),
+        lambda: [
+            "--tokenizer",
+            folder_of("t", {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}),
+            "--data",
+            "text.txt",
+        ],
+        "<|endoftext|>",
+    ),
     "width not a multiple of heads": (lambda: ["--data", "text.txt", *SIZES, "--heads", "3"], "multiple of the heads"),
-    "batch not a multiple of context": (lambda: ["--data", "text.txt", *SIZES, "--batch-tokens", "250"], "no multiple of 32"),
+    "batch not a multiple of context": (
+        lambda: ["--data", "text.txt", *SIZES, "--batch-tokens", "250"],
+        "no multiple of 32",
+    ),
     "micro-batch does not divide": (lambda: ["--data", "text.txt", *SIZES, "--micro-batch", "3"], "--micro-batch 3"),
     "bf16 without hardware": (lambda: ["--data", "text.txt", *SIZES, "--dtype", "bf16"], "does not have it"),
     "no such weights": (lambda: ["--init", "nowhere", "--data", "text.txt"], "no such folder"),
     "weights of nothing": (lambda: [Path("m").mkdir(), "--init", "m", "--data", "text.txt"][1:], "neither tokenizer"),
-    "weights without weights": (lambda: [a_model(), Path("model/model.safetensors").unlink(), "--init", "model",
-                                         "--data", "text.txt"][2:], "no model.safetensors"),
-    "truncated weights": (lambda: [a_model(), cut_in_half("model/model.safetensors"), "--init", "model",
-                                   "--data", "text.txt"][2:], "damaged"),
-    "weights of another architecture": (lambda: ["--init", a_model(model_type="llama"), "--data", "text.txt"], "model_type"),
+    "weights without weights": (
+        lambda: [a_model(), Path("model/model.safetensors").unlink(), "--init", "model", "--data", "text.txt"][2:],
+        "no model.safetensors",
+    ),
+    "truncated weights": (
+        lambda: [a_model(), cut_in_half("model/model.safetensors"), "--init", "model", "--data", "text.txt"][2:],
+        "damaged",
+    ),
+    "weights of another architecture": (
+        lambda: ["--init", a_model(model_type="llama"), "--data", "text.txt"],
+        "model_type",
+    ),
     "weights of another shape": (lambda: ["--init", a_model(n_embd=16), "--data", "text.txt"], "has shape"),
-    "context beyond the weights'": (lambda: ["--init", a_model(), "--context", "17", "--data", "text.txt"], "16 positions"),
+    "context beyond the weights'": (
+        lambda: ["--init", a_model(), "--context", "17", "--data", "text.txt"],
+        "16 positions",
+    ),
     "geometry against the weights": (lambda: ["--init", a_model(), "--layers", "2", "--data", "text.txt"], "--layers"),
     "tokenizer larger than the embedding": (
-        lambda: ["--init", a_model(), "--tokenizer", "bpe", "--vocab-size", "310", "--data", "text.txt"], "310 tokens"),
+        lambda: ["--init", a_model(), "--tokenizer", "bpe", "--vocab-size", "310", "--data", "text.txt"],
+        "310 tokens",
+    ),
     "nothing to resume": (lambda: ["--resume"], "no run"),
     "resume of nothing": (lambda: ["--resume", "--output-dir", "nowhere"], "no run"),
     "no run to sample from": (lambda: ["--sample", "a"], "no run"),
@@ -178,7 +245,7 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
     "export into something": (lambda: ["--init", a_model(), "--export", folder_of("d", {"x": "y"})], "not empty"),
     "cache is a file": (lambda: ["--data", "text.txt", "--cache-dir", "text.txt"], "text.txt"),
     "damaged metrics of a run": (lambda: ["--resume", "--output-dir", folder_of("r", {"metrics.json": "{"})], "JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -221,11 +288,15 @@ def test_a_pickle_is_never_opened(command):
 def test_default_names_never_collide(command):
     words = ["--data", "text.txt", *SIZES, "--max-steps", "1"]
     assert command(*words)[0] == command(*words)[0] == command(*words, "--lr", "2.5e-4")[0] == 0
-    names = ["gpt2-nano-text-lr=2.5e-4"] + [f"gpt2-nano-text-lr={gpt2.short(gpt2.PRESETS['nano']['lr'])}{n}" for n in ("", "-2")]
+    names = ["gpt2-nano-text-lr=2.5e-4"] + [
+        f"gpt2-nano-text-lr={gpt2.short(gpt2.PRESETS['nano']['lr'])}{n}" for n in ("", "-2")
+    ]
     assert sorted(path.name for path in Path("runs").iterdir()) == sorted(names)
 
 
-@pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (2.5e-4, "2.5e-4"), (6e-4, "6e-4"), (0.1, "1e-1"), (1.0, "1e0")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(1e-3, "1e-3"), (2.5e-4, "2.5e-4"), (6e-4, "6e-4"), (0.1, "1e-1"), (1.0, "1e0")]
+)
 def test_learning_rates_in_names(value, text):
     assert gpt2.short(value) == text
 
@@ -253,7 +324,7 @@ def test_a_run_can_be_resumed_from_another_folder_and_without_its_data(command, 
     Path("text.txt").unlink()
     Path("elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code, out, error = command("--resume", "--output-dir", tmp_path / "mine", "--max-steps", "6")
+    code, _out, error = command("--resume", "--output-dir", tmp_path / "mine", "--max-steps", "6")
     assert code == 0, error
     assert gpt2.find_checkpoints(tmp_path / "mine")[0].name == "step-00000006"
 
@@ -292,7 +363,9 @@ def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):
 def test_streamed_text_is_the_sampled_text(trained):
     folder = next((trained / "runs").iterdir()) / "checkpoints"
     model, tokenizer = gpt2.load_pretrained(max(folder.iterdir())), gpt2.load_tokenizer(max(folder.iterdir()))
-    settings = gpt2.resolve_settings(gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"]))
+    settings = gpt2.resolve_settings(
+        gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"])
+    )
     heard = []
     (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, listen=heard.append)
     assert "".join(heard) == text and len(heard) > 10
@@ -301,7 +374,10 @@ def test_streamed_text_is_the_sampled_text(trained):
 def test_export_loads_in_transformers(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     assert gpt2.main(gpt2.parse_arguments(["--export", str(tmp_path / "out/model")])) == 0
-    theirs, tokenizer = GPT2LMHeadModel.from_pretrained(tmp_path / "out/model"), AutoTokenizer.from_pretrained(tmp_path / "out/model")
+    theirs, tokenizer = (
+        GPT2LMHeadModel.from_pretrained(tmp_path / "out/model"),
+        AutoTokenizer.from_pretrained(tmp_path / "out/model"),
+    )
     assert theirs.config.vocab_size == len(tokenizer) == 300
     tokens = tokenizer(TEXT[:300], return_tensors="pt")["input_ids"][:, :32]
     ours = gpt2.load_pretrained(tmp_path / "out/model").eval()
@@ -313,10 +389,11 @@ def test_training_goes_on_from_exported_weights(command):
     assert command("--data", "text.txt", *SIZES, "--output-dir", "first")[0] == 0
     assert command("--init", "first", "--export", "model")[0] == 0
     sizes = ["--batch-tokens", "256", "--max-steps", "1"]
-    code, out, error = command("--init", "model", "--data", "text.txt", *sizes, "--output-dir", "second")
+    code, _out, error = command("--init", "model", "--data", "text.txt", *sizes, "--output-dir", "second")
     assert code == 0, error
     first, second = (
-        [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("first", "second")
+        [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        for run in ("first", "second")
     )
     assert second[0]["step"] == 0 and second[0]["validation_loss"] == pytest.approx(
         [line["validation_loss"] for line in first if "validation_loss" in line][-1], rel=1e-5
@@ -363,10 +440,17 @@ def test_weights_and_tokenizer_from_the_hub_then_offline_from_the_cache(hub, tmp
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["--init", "openai-community/gpt2", "--data", "text.txt", "--batch-tokens", "256", "--context", "64"]
     hub.forget()
-    done = process(*words, "--max-steps", "2", "--output-dir", "one", cwd=tmp_path, env=hub.environment(tmp_path / "hf"))
+    done = process(
+        *words, "--max-steps", "2", "--output-dir", "one", cwd=tmp_path, env=hub.environment(tmp_path / "hf")
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert set(hub.downloads("openai-community/gpt2")) <= {"config.json", "model.safetensors", "tokenizer.json",
-                                                           "vocab.json", "merges.txt"}  # fmt: skip
+    assert set(hub.downloads("openai-community/gpt2")) <= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+    }
     hub.forget()
     offline = hub.environment(tmp_path / "hf", offline=True)
     done = process(*words, "--max-steps", "2", "--output-dir", "two", cwd=tmp_path, env=offline)
@@ -411,8 +495,14 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, words, expected):
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("words", [["--init", "openai-community/gpt2", "--data", "text.txt"], ["--data", "someone/stories"],
-                                   ["--tokenizer", "gpt2", "--data", "text.txt"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--init", "openai-community/gpt2", "--data", "text.txt"],
+        ["--data", "someone/stories"],
+        ["--tokenizer", "gpt2", "--data", "text.txt"],
+    ],
+)
 @pytest.mark.parametrize("kind", ["silent", "refused", "offline"])
 def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, words, kind):
     (tmp_path / "text.txt").write_text(TEXT)

@@ -106,7 +106,7 @@ def test_exported_tokenizer_is_the_same_in_transformers(tokenizer, tmp_path):
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_reads_every_layout_of_the_published_weights(reference, tmp_path, prefix, shards):
-    """OpenAI's upload has no prefix and holds the causal masks; a tied head may be written out; files may be sharded."""
+    """OpenAI's upload has no prefix and holds the causal masks; a tied head may be written out; there may be shards."""
     theirs, folder = reference
     weights = {prefix + name: tensor.clone() for name, tensor in theirs.transformer.state_dict().items()}
     weights[f"{prefix}h.0.attn.bias"] = torch.ones(24, 24).tril()[None, None]
@@ -168,7 +168,7 @@ def test_refuses_what_is_not_gpt2(reference, change, message):
 
 
 def test_refuses_more_context_than_was_learned(reference):
-    with pytest.raises(gpt2.UserError, match="--context 25 .* 24 positions"):
+    with pytest.raises(gpt2.UserError, match=r"--context 25 .* 24 positions"):
         gpt2.load_pretrained(reference[1], context=25)
 
 
@@ -176,7 +176,9 @@ def test_initialisation_is_openai_s():
     model = gpt2.GPT(gpt2.GPTConfig(1000, context=256, layers=8, heads=4, width=128))
     model.initialise(0)
     weights = dict(model.named_parameters())
-    std = {name: parameter[: 1000 if name == "wte.weight" else None].std().item() for name, parameter in weights.items()}
+    std = {
+        name: parameter[: 1000 if name == "wte.weight" else None].std().item() for name, parameter in weights.items()
+    }
     assert std["wte.weight"] == pytest.approx(0.02, rel=0.05)
     assert std["wpe.weight"] == pytest.approx(0.01, rel=0.05)
     assert std["h.3.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)
@@ -205,7 +207,9 @@ def test_greedy_text_equals_generate_of_transformers(reference):
     theirs, folder = reference
     ours, prompt = gpt2.load_pretrained(folder), [5, 17, 3]
     theirs.generation_config.eos_token_id = None
-    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=21, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=21, do_sample=False, pad_token_id=0)[
+        0, 3:
+    ].tolist()
     assert len(expected) == 21 and len(set(expected)) > 3
     assert greedy(ours, prompt, 21, cached=True) == [expected, expected]
 
@@ -233,7 +237,9 @@ def test_training_mode_is_as_it_was_after_generating(reference):
 def test_top_k_and_top_p_keep_the_likeliest():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])).expand(4000, -1)
     generator = torch.Generator().manual_seed(0)
-    drawn = lambda **how: gpt2.choose(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how, generator=generator)
+    drawn = lambda **how: gpt2.choose(
+        logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how, generator=generator
+    )
     share = torch.bincount(drawn().flatten(), minlength=5) / 4000
     torch.testing.assert_close(share, torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.03, rtol=0)
     assert set(drawn(top_k=2).flatten().tolist()) == {1, 3}

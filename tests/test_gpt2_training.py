@@ -1,4 +1,4 @@
-"""Training with gpt2_from_scratch.py: steps, evaluation, the guard, checkpoints, interruption and resuming, processes."""
+"""Training with gpt2_from_scratch.py: steps, evaluation, guard, checkpoints, interruption and resuming, processes."""
 
 import argparse
 import json
@@ -23,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 SCRIPT = Path(gpt2.__file__).resolve()
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
-SIZES = "--tokenizer bytes --layers 2 --heads 2 --width 32 --context 32 --batch-tokens 256 --lr 1e-2".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
+SIZES = [
+    "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--context", "32", "--batch-tokens",
+    "256", "--lr", "1e-2",
+]  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -225,7 +228,9 @@ def test_guard_statistics_are_means_over_the_good_steps():
         guard.judge(torch.tensor(loss), torch.tensor(loss / 2))
     state = dict(zip(guard.FIELDS, guard.state.tolist(), strict=True))
     assert state["steps"] == 4 and state["skipped"] == 1
-    assert state["mean_loss"] == pytest.approx(np.mean(losses)) and state["mean_norm"] == pytest.approx(np.mean(losses) / 2)
+    assert state["mean_loss"] == pytest.approx(np.mean(losses)) and state["mean_norm"] == pytest.approx(
+        np.mean(losses) / 2
+    )
     assert state["variance"] == pytest.approx(np.var(losses))
 
 
@@ -302,8 +307,16 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(uninterrupted)).Reload()
-    assert {"loss", "validation_loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "mfu",
-            "memory_gib"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert {
+        "loss",
+        "validation_loss",
+        "bits_per_byte",
+        "learning_rate",
+        "gradient_norm",
+        "tokens_per_second",
+        "mfu",
+        "memory_gib",
+    } <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("validation_loss")] == pytest.approx(
         [line["validation_loss"] for line in lines if "validation_loss" in line]
     )

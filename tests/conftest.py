@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,13 +147,20 @@ def model_folder(tmp_path_factory, tokenizer_folder):
     depends on luck with random weights. The generation settings of the folder would spoil every summary.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    folder = fake_hub.flan_t5_small(tmp_path_factory.mktemp("model"), tokenizer_folder)
-    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
-        (folder / name).unlink()
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    folder = tmp_path_factory.mktemp("model") / "flan-t5-small"
+    shutil.copytree(tokenizer_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # 4-bit weights come in blocks of 64, and bitsandbytes wants a width to be a multiple of that on a CPU.
+    config = fake_hub.FLAN_T5_CONFIG | {"d_model": 64, "d_kv": 16, "vocab_size": 512}
+    assert len(tokenizer) < config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = fake_hub._random_flan_t5(config, seed=0)
+    stored = [name for name in weights if "embed_tokens" not in name]  # which are shared.weight once more
+    save_file({name: weights[name] for name in stored}, folder / "model.safetensors", fake_hub.SAFETENSORS_METADATA)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     rows = fake_hub.samsum_rows("pretraining", 120)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -168,8 +176,7 @@ def model_folder(tmp_path_factory, tokenizer_folder):
             optimizer.step()
             optimizer.zero_grad()
     weights = model.state_dict()
-    save_file({name: weights[name] for name in load_file(folder / "model.safetensors")},
-              folder / "model.safetensors", fake_hub.SAFETENSORS_METADATA)  # fmt: skip
+    save_file({name: weights[name] for name in stored}, folder / "model.safetensors", fake_hub.SAFETENSORS_METADATA)
     settings = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
                 "max_length": 20, "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 3}  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(settings))

@@ -106,7 +106,7 @@ def test_training_is_a_plain_loop_whatever_the_micro_batch(
         seen = Recorder(flan, patch)
         done = command(
             "--model", no_dropout, "--dataset", uneven, "--output-dir", tmp_path / "run", "--epochs", "2",
-            "--batch-size", "8", "--micro-batch-size", micro_batch_size, "--lr", "1e-2", "--max-new-tokens", "2",
+            "--batch-size", "8", "--micro-batch-size", micro_batch_size, "--lr", "1e-3", "--max-new-tokens", "2",
             "--lora-dropout", "0", *(["--full"] if kind == "full" else []), cwd=tmp_path,
         )  # fmt: skip
     assert done.code == 0, done
@@ -122,10 +122,10 @@ def test_training_is_a_plain_loop_whatever_the_micro_batch(
         reference.requires_grad_(True)
     reference.load_state_dict(seen.start)
     # One step of warm-up (5% of 4, rounded up) from 0, then down to 0 after the last.
-    losses, gradients = plain_loop(torch, reference, steps, [0, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    losses, gradients = plain_loop(torch, reference, steps, [0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     logged = curve(tmp_path / "run")
     assert [entry["loss"] for entry in logged] == pytest.approx(losses, rel=1e-5)
-    assert [e["learning_rate"] for e in logged] == pytest.approx([0, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    assert [e["learning_rate"] for e in logged] == pytest.approx([0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     means = [torch.tensor([len(target) for _, target in step]).float().std() for step in steps]
     assert min(means) > 5  # tokens per row: uneven indeed
     assert len(seen.gradients) == 4
@@ -138,7 +138,7 @@ def test_training_is_a_plain_loop_whatever_the_micro_batch(
     trained = dict(reference.named_parameters())
     for name, parameter in seen.named():
         assert not parameter.equal(seen.start[name]), name
-        torch.testing.assert_close(parameter, trained[name], atol=2e-4, rtol=0)  # Adam magnifies rounding
+        torch.testing.assert_close(parameter, trained[name], atol=5e-5, rtol=0)  # Adam magnifies rounding
     frozen = {name for name, _ in seen.model.named_parameters()} - {name for name, _ in seen.named()}
     assert all(seen.model.get_parameter(name).equal(seen.start[name]) for name in frozen)
     assert bool(frozen) == (kind == "lora")
@@ -319,7 +319,7 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
     data = tmp_path / "chats"
     for split, count in {"train": 21, "validation": 7, "test": 5}.items():
         write_jsonl(data / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
-    flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-2", "--epochs", "2", "--batch-size", "8",
+    flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-3", "--epochs", "2", "--batch-size", "8",
              "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4")  # fmt: skip
     one = command(*flags, "--output-dir", tmp_path / "one", cwd=tmp_path)
     assert one.code == 0, one

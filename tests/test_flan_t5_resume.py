@@ -1,0 +1,225 @@
+"""flan-t5_samsum.py: an interrupted run that goes on ends as if nothing had happened, bit for bit, with dropout on."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import fake_hub
+import pytest
+from conftest import RECIPE, start, wait, write_jsonl
+from safetensors.torch import load_file
+
+
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+
+
+def assert_same_end(run, reference, last):
+    """Weights, optimiser, scores of all epochs and predictions are those of the uninterrupted run."""
+    for name in (f"checkpoint-{last}", "adapter"):
+        weights, expected = (load_file(folder / name / "adapter_model.safetensors") for folder in (run, reference))
+        assert set(weights) == set(expected)
+        assert all(weights[key].equal(expected[key]) for key in expected), name
+    names = sorted(path.name for path in (reference / "predictions").iterdir())
+    assert sorted(path.name for path in (run / "predictions").iterdir()) == names
+    for name in names:
+        assert (run / "predictions" / name).read_bytes() == (reference / "predictions" / name).read_bytes(), name
+    found, expected = metrics(run), metrics(reference)
+    assert found["status"] == "finished"
+    assert [e["epoch"] for e in found["epochs"]] == [e["epoch"] for e in expected["epochs"]]
+    for key in ("step", "validation", "test", "best"):
+        assert [e[key] for e in found["epochs"]] == [e[key] for e in expected["epochs"]], key
+    losses = {entry["step"]: entry["loss"] for entry in expected["curve"]}
+    steps = [entry["step"] for entry in found["curve"]]
+    assert steps == sorted(set(steps)) and steps[-1] == last, "a step is logged twice, or not at all"
+    assert found["curve"][-1]["loss"] == losses[last]
+    assert not (run / "checkpoint.incomplete").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In this process: the signal comes at exactly the wrong moment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_until(flan, command, data, model_folder, tmp_path, monkeypatch):
+    """train_until("step", 8): the run of the fixture `trained`, sent a SIGTERM while it collates step 8's first batch.
+
+    train_until("summary", 3): while it generates summaries for the third time.
+    """
+
+    def train_until(what, count, number=signal.SIGTERM):
+        with monkeypatch.context() as patch:
+            calls = []
+
+            def interrupt():
+                calls.append(what)
+                if len(calls) == (2 * count - 1 if what == "step" else count):
+                    os.kill(os.getpid(), number)
+
+            collate, generate = flan.Collator.__call__, flan.generate_summaries
+            if what == "step":
+                patch.setattr(flan.Collator, "__call__", lambda *rest: interrupt() or collate(*rest))
+            else:
+                patch.setattr(flan, "generate_summaries", lambda *args, **more: interrupt() or generate(*args, **more))
+            done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, cwd=tmp_path)
+        assert done.code == 128 + number, done
+        run = tmp_path / "runs" / "flan-t5-small-chats-lr=1e-2"
+        assert f"--resume --output-dir {run.relative_to(tmp_path)}" in done.out.splitlines()[-1]
+        assert metrics(run)["status"] == "interrupted"
+        return run
+
+    return train_until
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 18])
+def test_interrupted_in_any_step(command, trained, train_until, tmp_path, step):
+    """Six steps make an epoch: the first and the last step of the run, the last of an epoch and the first."""
+    run = train_until("step", step)
+    last = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    assert last in (step, step - 1, step - 2)  # batches are fetched ahead
+    assert (run / "training_loss.png").exists() == bool(metrics(run)["curve"])
+    done = command("--resume", cwd=tmp_path)
+    assert done.code == 0, done
+    assert_same_end(run, trained.folder, 18)
+    assert len(list(run.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("evaluation", [3, 7])
+def test_interrupted_in_an_evaluation(command, trained, train_until, tmp_path, evaluation):
+    """Two splits after each of the epochs 0 to 3: the third is in epoch 1, the seventh in the last one."""
+    run = train_until("summary", evaluation)
+    done = command("--resume", cwd=tmp_path)
+    assert done.code == 0, done
+    assert_same_end(run, trained.folder, 18)
+
+
+def test_ctrl_c_leaves_tables_plots_and_metrics(trained, train_until, tmp_path):
+    run = train_until("step", 10, signal.SIGINT)
+    found = metrics(run)
+    assert found["status"] == "interrupted" and [e["epoch"] for e in found["epochs"]] == [0, 1]
+    assert found["epochs"][1]["test"] == metrics(trained.folder)["epochs"][1]["test"]
+    for name in ("training_loss.png", "rouge.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert (run / "adapter/adapter_model.safetensors").exists()
+
+
+def test_interrupted_twice(command, trained, train_until, tmp_path, flan, monkeypatch):
+    run, collate, calls = train_until("step", 4), flan.Collator.__call__, []
+
+    def interrupt(collator, rows):
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return collate(collator, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flan.Collator, "__call__", interrupt)
+        assert command("--resume", cwd=tmp_path).code == 130
+    assert command("--resume", "--output-dir", run, cwd=tmp_path.parent).code == 0
+    assert_same_end(run, trained.folder, 18)
+
+
+def test_a_half_written_checkpoint_is_passed_over(command, trained, train_until, tmp_path):
+    run = train_until("step", 8)
+    partial = run / "checkpoint.incomplete" / "checkpoint-9"
+    partial.mkdir(parents=True)
+    (partial / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    done = command("--resume", cwd=tmp_path)
+    assert done.code == 0, done
+    line = next(line for line in done.out.splitlines() if "checkpoint-9" in line)
+    assert "passed over" in line
+    assert_same_end(run, trained.folder, 18)
+
+
+def test_a_finished_run_has_nothing_left_to_do(command, trained, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(trained.home, home)
+    run = home / trained.folder.relative_to(trained.home)
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    done = command("--resume", cwd=home)
+    assert done.code == 0, done
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+    assert_same_end(run, trained.folder, 18)
+
+
+@pytest.mark.parametrize("flags", [("--lr", "1e-3"), ("--batch-size", "2"), ("--epochs", "4"), ("--lora-r", "8"),
+                                   ("--int8",), ("--model", "small")])  # fmt: skip
+def test_resume_with_other_settings_is_refused(command, trained, flags):
+    before = sorted(trained.folder.rglob("*"))
+    done = command("--resume", *flags, cwd=trained.home)
+    assert (done.code, done.out) == (2, "")
+    assert flags[0] in done.err and len(done.err.splitlines()) == 1
+    assert sorted(trained.folder.rglob("*")) == before
+
+
+def test_resume_with_the_same_settings_said_again(command, trained, data, model_folder, tmp_path):
+    shutil.copytree(trained.home, tmp_path / "home")
+    done = command("--resume", "--model", model_folder, "--dataset", data, "--lr", "0.01", cwd=tmp_path / "home")
+    assert done.code == 0, done
+
+
+def test_resume_takes_the_newest_run_that_has_a_checkpoint(command, train_until, tmp_path):
+    run = train_until("step", 8)
+    other = tmp_path / "runs" / "newer"
+    shutil.copytree(run, other)
+    for checkpoint in other.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    os.utime(other / "metrics.json", (time.time() + 60,) * 2)
+    done = command("--resume", cwd=tmp_path)
+    assert done.code == 0 and metrics(run)["status"] == "finished" and metrics(other)["status"] == "interrupted", done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For real: a process of its own, which is killed in the middle of its second epoch
+# ----------------------------------------------------------------------------------------------------------------------
+
+STEPS = 60  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def killed(command, model_folder, tmp_path_factory):
+    """Two processes that train the same, one sent a SIGTERM and one killed after their first checkpoint."""
+    home = tmp_path_factory.mktemp("killed")
+    for split, count in {"train": 4 * STEPS - 1, "validation": 3, "test": 2}.items():
+        write_jsonl(home / f"chats/{split}.jsonl", fake_hub.samsum_rows(split, count))
+    flags = ("--model", model_folder, "--dataset", home / "chats", "--epochs", "2", *RECIPE)
+    numbers = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
+    running = {name: start(*flags, "--output-dir", home / name, cwd=home) for name in numbers}
+    done, deadline = {}, time.monotonic() + 240
+    while running:
+        for name, process in list(running.items()):
+            if (home / name / f"checkpoint-{STEPS}").is_dir():
+                time.sleep(0.3)  # a few steps
+                process.send_signal(numbers[name])
+            elif process.poll() is None and time.monotonic() < deadline:
+                continue
+            done[name] = wait(running.pop(name), 60)
+        time.sleep(0.02)
+    uninterrupted = command(*flags, "--output-dir", home / "uninterrupted", cwd=home)
+    assert uninterrupted.code == 0, uninterrupted
+    return home, done
+
+
+def test_sigterm_in_the_middle_of_an_epoch(command, killed):
+    home, done = killed
+    assert done["term"].code == 128 + signal.SIGTERM, done
+    assert "Traceback" not in done["term"].err
+    run = home / "term"
+    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    assert len(steps) == 2 and STEPS == steps[0] < steps[1] < 2 * STEPS
+    again = command("--resume", "--output-dir", run, cwd=home)
+    assert again.code == 0, again
+    assert_same_end(run, home / "uninterrupted", 2 * STEPS)
+
+
+def test_kill_9_after_a_checkpoint(command, killed):
+    home, done = killed
+    assert done["kill"].code == -signal.SIGKILL, done
+    run = home / "kill"
+    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    again = command("--resume", "--output-dir", run, cwd=home)
+    assert again.code == 0, again
+    assert_same_end(run, home / "uninterrupted", 2 * STEPS)

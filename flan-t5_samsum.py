@@ -1522,6 +1522,7 @@ def merge(args):
 
 
 def main(args):
+    PartialState(cpu=get_device()[0].type == "cpu")  # joins the processes of torchrun, on a CPU through gloo
     if args.summarize is not None:
         return summarize(args)
     if args.evaluate:

@@ -57,7 +57,7 @@ from pathlib import Path
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
-    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 128, "lr": 4e-3, "batch_tokens": 1024,
+    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 128, "lr": 3e-3, "batch_tokens": 1024,
              "max_steps": 2000, "vocab_size": 1024},
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
@@ -172,6 +172,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistyped flags end here, before the imports that take seconds
+
+# Threads that wait should sleep: where other programs share the cores, spinning makes a CPU many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -887,11 +890,10 @@ def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: T
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = {"name": source.name, "dtype": dtype.name}
     facts |= {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
-    with contextlib.ExitStack() as stack:
-        part = stack.enter_context(new_folder(folder))
-        with contextlib.ExitStack() as files:
-            outputs = {split: files.enter_context(open(part / f"{split}.bin", "wb")) for split in SPLITS}
-            bar = files.enter_context(tqdm(total=length, unit="char", unit_scale=True, desc="tokenising", disable=None))
+    with new_folder(folder) as part:
+        bar = tqdm(total=length, unit="char", unit_scale=True, desc="tokenising", disable=None)  # at terminals only
+        with open(part / "train.bin", "wb") as train, open(part / "validation.bin", "wb") as validation, bar:
+            outputs = {"train": train, "validation": validation}
             for characters in tokenise(documents(), tokenizer, outputs, facts):
                 bar.update(characters)
         for split in SPLITS:
@@ -1347,8 +1349,8 @@ def join_processes() -> tuple[int, int, torch.device]:
 def make_model(settings: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     """A fresh model, or that of --init. Notes its geometry in the settings."""
     size = vocabulary_size(tokenizer)
-    if settings.init:
-        model = load_pretrained(Path(settings.init), settings.context, settings.dropout)
+    if settings.weights:
+        model = load_pretrained(Path(settings.weights), settings.context, settings.dropout)
         if size > model.config.vocab_size:
             raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
                             f"{model.config.vocab_size} that the model of --init knows")
@@ -1525,8 +1527,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
-        self.lines = open(run / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        self.lines.writelines(json.dumps(line) + "\n" for line in kept)
+        part = run / "metrics.jsonl.tmp"
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, run / "metrics.jsonl")
+        self.lines = open(run / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
         self.board = SummaryWriter(str(run), purge_step=step + 1)
 
     def write(self, step: int, board: bool = True, **values: float | str) -> None:
@@ -1639,10 +1643,11 @@ class Run:
             status = "finished" if progress.step >= settings.max_steps else "stopped"
         finally:
             request.restore()
-            if self.folder:
-                self.write_metrics(status)
-                self.log.close()
-                plot(self.folder, self.bigram)
+            with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
+                if self.folder:  # on a full disk this fails too, and the first error is the one to show
+                    self.write_metrics(status)
+                    self.log.close()
+                    plot(self.folder, self.bigram)
         self.finish(status)
         return 0 if status == "finished" else 128 + (request.number or signal.SIGTERM)
 
@@ -1843,7 +1848,7 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
                                 f"settings: leave {flag} out, or start a new run")
     name = given.get("model") or saved.get("model") or DEFAULTS["model"]
     preset = PRESETS[name] | ({"max_steps": None} if "epochs" in given else {})
-    unset = {"name": name, "fingerprint": None, "hub_cache": None}
+    unset = {"name": name, "weights": None, "fingerprint": None, "hub_cache": None}
     settings = argparse.Namespace(**unset | DEFAULTS | preset | saved | given)
     settings.cache_dir = str(Path(settings.cache_dir).resolve())
     if "cache_dir" in given:
@@ -1852,8 +1857,8 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
         for name in {"layers", "heads", "width"} & given.keys():
             raise UserError(f"--{name} cannot be chosen: --init {settings.init} has its own")
         settings.name, settings.context = Path(settings.init).name, given.get("context")  # None: that of the weights
-        settings.init = str(find_weights(settings))
-    settings.tokenizer = settings.tokenizer or settings.init or "bpe"
+        settings.weights = str(find_weights(settings))
+    settings.tokenizer = settings.tokenizer or settings.weights or "bpe"
     return settings
 
 
@@ -1877,7 +1882,7 @@ def find_weights(settings: argparse.Namespace) -> Path:
 
 def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
     """The model of --init (default: the newest run's best), its tokenizer, and where they were."""
-    folder = find_weights(settings)
+    folder = Path(settings.weights) if settings.weights else find_weights(settings)
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has more tokens than the model's {model.config.vocab_size}")
@@ -1936,16 +1941,17 @@ def plan(settings: argparse.Namespace) -> int:
     tokens = data.facts["tokens"]
     say(f"data: {tokens['train']:,} training tokens, {tokens['train'] / settings.batch_tokens:,.1f} steps of "
         f"{settings.batch_tokens:,} tokens per epoch; {tokens['validation']:,} validation tokens")
-    session = open_session(settings, processes, data, model)
+    session, seconds = open_session(settings, processes, data, model), []
     describe(session)
-    windows = settings.batch_tokens // config.context
-    for step in range(3 + PLAN_STEPS):
-        if step == 3:  # the first ones warm up
-            synchronise(session.device)
-            started = time.perf_counter()
-        training_step(session, step, session.fetch_batch(step * windows))
-    synchronise(session.device)
-    pace = (time.perf_counter() - started) / PLAN_STEPS
+    while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
+        batch = session.fetch_batch(0)[: session.micro_batch]
+        synchronise(session.device)
+        started = time.perf_counter()
+        training_step(session, len(seconds), batch)
+        synchronise(session.device)
+        seconds.append(time.perf_counter() - started)
+    micro_batches = settings.batch_tokens // (session.micro_batch * config.context * session.world)
+    pace = micro_batches * min(seconds)
     speed = Run(session, Progress(), None, math.nan).speed(1, pace)
     say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
         f"peak memory {peak_memory(session.device):.2f} GiB")
@@ -1953,7 +1959,7 @@ def plan(settings: argparse.Namespace) -> int:
     return 0
 
 
-PLAN_STEPS = 5
+PLAN_SECONDS = 20  # of trying, at most about this
 
 
 def activation_bytes(config: GPTConfig) -> float:
@@ -1974,6 +1980,8 @@ def main(arguments: argparse.Namespace) -> int:
         return export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
     except UserError as error:
         message = str(error)
+    except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
+        message = first_line(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is too small for this: choose a smaller --micro-batch, --context or --model"
     except KeyboardInterrupt:

@@ -144,7 +144,7 @@ def test_quantised_weights_are_the_nearest_values(flan, load, model_folder):
     """INT8: 127 steps up to the largest value of a row. NF4: its 16 values times the largest one of 64 weights."""
     from bitsandbytes.functional import dequantize_4bit
 
-    torch, levels = flan.torch, flan.torch.tensor(NF4)
+    levels = flan.torch.tensor(NF4)
     stored = load_file(model_folder / "model.safetensors")
     int8, int4 = load(quantization="int8"), load(quantization="int4")
     for name in (*ATTENTION, "encoder.block.1.layer.1.DenseReluDense.wi_1"):

@@ -862,19 +862,25 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     The rows are shuffled, cut into chunks of 50 batches, sorted by length within each chunk and shuffled again batch by
     batch: little padding, nearly full randomness. The order is a function of seed and epoch alone (the Trainer's own
     sampler draws from the global generator), so a resumed run sees the same batches.
+
+    An epoch is filled up to a multiple of `multiple_of` rows with the index len(lengths), an empty row: where the last
+    batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.
     """
 
-    def __init__(self, lengths, batch_size, seed):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths, batch_size, seed, multiple_of=1):
+        self.lengths, self.batch_size, self.seed, self.multiple_of, self.epoch = lengths, batch_size, seed, multiple_of, 0
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.lengths) + -len(self.lengths) % self.multiple_of
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        return iter(self.order(self.epoch))
+
+    def order(self, epoch):
+        rng = np.random.default_rng([self.seed, epoch])
         order, chunk = rng.permutation(len(self.lengths)), 50 * self.batch_size
         batches = []
         for start in range(0, len(order), chunk):
@@ -883,9 +889,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
         batches = [batches[i] for i in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
-        if self.epoch == 0 and batches:  # memory that does not suffice shows in the first step
+        if epoch == 0 and batches:  # memory that does not suffice shows in the first step
             batches[0], batches[longest] = batches[longest], batches[0]
-        return iter([i for batch in batches + last for i in batch])
+        empty = [len(self.lengths)] * (len(self) - len(self.lengths))
+        return [i for batch in batches + last for i in batch] + empty
 
 
 class Collator(DataCollatorForSeq2Seq):
@@ -922,9 +929,14 @@ class SummarizationTrainer(Seq2SeqTrainer):
     def __init__(self, *, run, data, settings, precision, stop, **kwargs):
         self.run, self.data, self.settings, self.precision, self.stop = run, data, settings, precision, stop
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
-        self.sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed)
-        super().__init__(train_dataset=data["train"].select_columns(["input_ids", "labels"]),
-                         eval_dataset=data["validation"], compute_loss_func=token_mean_loss, **kwargs)
+        processes = PartialState().num_processes
+        together = settings.micro_batch_size * processes if processes > 1 else 1
+        self.sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed, multiple_of=together)
+        rows = data["train"].select_columns(["input_ids", "labels"])
+        if len(self.sampler) > len(rows):
+            empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
+            rows = datasets.concatenate_datasets([rows, empty])
+        super().__init__(train_dataset=rows, eval_dataset=data["validation"], compute_loss_func=token_mean_loss, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
         self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
 
@@ -973,6 +985,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
                     entry[split], examples[split] = score(self.model, self.processing_class, self.data[split],
                                                           self.settings, self.precision, stop=stop)
         except Interrupted:
+            if self.state.global_step == 0 or (self.run / f"checkpoint-{self.state.global_step}").is_dir():
+                raise  # nothing has been trained since the last checkpoint
+            self.control.should_training_stop = True  # the Trainer saves next; scored when the run goes on
             return {}
         entry["seconds"] = round(time.perf_counter() - start, 2)
         epoch = self.state.epoch or 0
@@ -1314,9 +1329,10 @@ def train(args):
     report = Report(run, facts)
     writer = None
     if is_main_process():
-        writer = SummaryWriter(run, purge_step=int(checkpoint.name.split("-")[1]) + 1 if checkpoint else None)
         if not checkpoint:
             report.write([])  # from now on the folder counts as a run
+        purge_step = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 0 if args.resume else None
+        writer = SummaryWriter(run, purge_step=purge_step)
     trainer = SummarizationTrainer(
         run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
         args=training_arguments(args, run, device, precision, steps),
@@ -1326,7 +1342,8 @@ def train(args):
     trainer.remove_callback(transformers.PrinterCallback)
     report.status = "failed"
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with contextlib.suppress(Interrupted):  # in the scoring before the first step
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         report.status = "interrupted" if stop() else "finished"
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_advice(args)) from None
@@ -1340,14 +1357,12 @@ def train(args):
 
 
 def find_checkpoint(run):
-    """The newest whole checkpoint of a run; one that was being written when the run died is passed over."""
+    """The newest whole checkpoint of a run, or None; one that was being written when the run died is passed over."""
     for leftover in sorted((run / "checkpoint.incomplete").glob("checkpoint-*")):
         say(f"passed over {leftover}: it was not written to its end")
     found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run} has no checkpoint yet (the first is written after the first epoch): start a new run")
-    say(f"going on from {found[-1]}")
-    return found[-1]
+    say(f"going on from {found[-1]}" if found else f"{run} has no checkpoint yet: it starts with the first step")
+    return found[-1] if found else None
 
 
 def warn_about_slow_hardware(config, data, device, steps, args):

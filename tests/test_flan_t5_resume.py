@@ -87,11 +87,13 @@ def test_interrupted_in_any_step(command, trained, train_until, tmp_path, step):
     assert len(list(run.glob("checkpoint-*"))) == 2
 
 
-@pytest.mark.parametrize("evaluation", [3, 7])
+@pytest.mark.parametrize("evaluation", [2, 3, 7])
 def test_interrupted_in_an_evaluation(command, trained, train_until, tmp_path, evaluation):
-    """Two splits after each of the epochs 0 to 3: the third is in epoch 1, the seventh in the last one."""
+    """Two splits after each of the epochs 0 to 3: one before training, in the first epoch, and in the last one."""
     run = train_until("summary", evaluation)
-    done = command("--resume", cwd=tmp_path)
+    steps = {2: [], 3: [6], 7: [12, 18]}[evaluation]
+    assert sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")) == steps
+    done = command("--resume", "--output-dir", run, cwd=tmp_path)
     assert done.code == 0, done
     assert_same_end(run, trained.folder, 18)
 

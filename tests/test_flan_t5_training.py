@@ -210,6 +210,14 @@ def test_every_epoch_is_a_permutation(sample, rows, batch_size):
         assert sorted(order) == list(range(rows))
 
 
+@pytest.mark.parametrize("rows, together", [(21, 4), (8, 8), (1, 4), (403, 6)])
+def test_an_epoch_of_several_processes_is_filled_with_empty_rows_not_with_others(flan, rows, together):
+    sampler = flan.LengthGroupedSampler([5] * rows, 8, 1, multiple_of=together)
+    order = list(sampler)
+    assert len(order) == len(sampler) and len(order) % together == 0 and len(order) - rows < together
+    assert sorted(order[:rows]) == list(range(rows)) and set(order[rows:]) <= {rows}
+
+
 def test_rows_of_a_batch_have_similar_lengths_but_batches_come_in_random_order(sample):
     lengths, order = sample(epoch=3)
     assert padded(lengths, order, 8) < 1.05 < 1.5 < padded(lengths, range(len(lengths)), 8)

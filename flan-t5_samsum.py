@@ -211,6 +211,9 @@ def explained(work, *arguments):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a file without permission: the text says which and why
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -528,13 +531,16 @@ def tokenize(data, tokenizer, args):
         return {"input_ids": sources, "labels": labels, "truncated": truncated}
 
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME) / "tokenized"
-    folder.mkdir(parents=True, exist_ok=True)
     settings = [tokenizer.backend_tokenizer.to_str(), PREFIX, args.max_source_length, args.max_target_length]
     result = {}
-    with PartialState().main_process_first():
-        for split, rows in data.items():
-            name = f"{split}-{fingerprint(rows.to_dict(), *settings)}.arrow"
-            result[split] = rows.map(preprocess, batched=True, cache_file_name=str(folder / name))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with PartialState().main_process_first():
+            for split, rows in data.items():
+                name = f"{split}-{fingerprint(rows.to_dict(), *settings)}.arrow"
+                result[split] = rows.map(preprocess, batched=True, cache_file_name=str(folder / name))
+    except OSError as error:
+        raise UserError(f"cannot write tokens to {folder}: {error.strerror}; another folder: --cache-dir DIR") from None
     return datasets.DatasetDict(result)
 
 
@@ -701,8 +707,31 @@ def save_result(model, tokenizer, folder, args):
         tokenizer.save_pretrained(temporary)
     else:
         save_model(model, tokenizer, temporary, args)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    put_in_place(temporary, folder)
+
+
+def put_in_place(written, folder):
+    """Renames a written folder when it is on the disk, so that after a crash or power cut `folder` is whole or absent."""
+    for path in [*written.rglob("*"), written] if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = folder.with_name(folder.name + ".old.incomplete")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    written.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(folder, error):
+    """A UserError for a failure to write. torch.save and safetensors report a full disk in errors of their own."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    way = "make room, or choose another folder"
+    if checkpoints(folder):
+        way = f"make room, then go on from {checkpoints(folder)[-1].name}: --resume --output-dir {folder}"
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return UserError(f"cannot write to {folder}: {reason} ({shutil.disk_usage(disk).free >> 20:,} MiB free); {way}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -939,12 +968,31 @@ class SummarizationTrainer(Seq2SeqTrainer):
         super().__init__(train_dataset=rows, eval_dataset=data["validation"], compute_loss_func=token_mean_loss, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
         self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
+        self.recent = []  # step and loss of each micro-batch since the last log
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.recent.append((self.state.global_step, loss))  # stays on its device: nothing has to wait for it
+        return loss
+
+    def stop_at_bad_loss(self):
+        """Ends the run with a UserError that names the first step whose loss is not finite, and its rows."""
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss in self.recent]), "sum")
+        bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+        step, loss = (self.recent[bad[0]][0], f"loss is {losses[bad[0]]}") if bad else (
+            self.recent[-1][0], "gradient is not finite")
+        epoch, place = divmod(step, math.ceil(len(self.data["train"]) / self.settings.batch_size))
+        size = self.settings.batch_size
+        rows = [self.data["train"]["id"][i] for i in self.sampler.order(epoch)[place * size : (place + 1) * size]
+                if i < len(self.data["train"])]
+        raise UserError(f"the {loss} in step {step + 1}, with the rows {', '.join(rows)}: look at these, "
+                        "or try a lower --lr")
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -956,8 +1004,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
             self.restart_clock()
-            if not math.isfinite(logs["loss"]):
-                raise UserError(f"the loss is {logs['loss']} at step {self.state.global_step}: try a lower --lr")
+            if not math.isfinite(logs["loss"] + logs["grad_norm"]):
+                self.stop_at_bad_loss()
+            self.recent.clear()
         super().log(logs, start_time)
 
     def restart_clock(self):
@@ -992,10 +1041,13 @@ class SummarizationTrainer(Seq2SeqTrainer):
         entry["seconds"] = round(time.perf_counter() - start, 2)
         epoch = self.state.epoch or 0
         if self.is_world_process_zero():
-            for split, rows in examples.items():
-                write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch:g}.jsonl", rows)
-            if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
-                save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.settings)
+            try:
+                for split, rows in examples.items():
+                    write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch:g}.jsonl", rows)
+                if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
+                    save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.settings)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise cannot_write(self.run, error) from None
         self.log(entry)
         self.callback_handler.call_event("on_evaluate", self.args, self.state, self.control, examples=examples)
         self.model.train()
@@ -1003,15 +1055,39 @@ class SummarizationTrainer(Seq2SeqTrainer):
         return {}
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)  # into args.output_dir, which is a folder aside
+        try:
+            super()._save_checkpoint(model, trial)  # into args.output_dir, which is a folder aside
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise cannot_write(self.run, error) from None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(self.run / name, ignore_errors=True)
-            (Path(self.args.output_dir) / name).rename(self.run / name)
+            put_in_place(Path(self.args.output_dir) / name, self.run / name)
             for old in checkpoints(self.run)[:-2]:
                 shutil.rmtree(old)
         self.restart_clock()
+
+    # The Trainer reads a checkpoint in three places, all without running code that it may hold (weights_only=True).
+    def _load_from_checkpoint(self, checkpoint, *args):
+        with undamaged(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *args)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with undamaged(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with undamaged(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def undamaged(checkpoint):
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{checkpoint} is damaged, or has code in it, which is not run ({first_line(error)}): delete "
+                        "this folder to go on from the checkpoint before it") from None
 
 
 def checkpoints(run):
@@ -1065,9 +1141,10 @@ class Reporter(TrainerCallback):
         if self.bar is not None:
             self.bar.update(1)
         if self.stop_is_agreed(args, state):
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = control.should_log = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log = True  # so that no mean spans a checkpoint: a resumed run logs what the other one does
         if self.stop() and control.should_training_stop:
             control.should_evaluate = control.should_save = False  # saved already; scored when the run goes on
 
@@ -1332,6 +1409,8 @@ def train(args):
         if not checkpoint:
             report.write([])  # from now on the folder counts as a run
         purge_step = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 0 if args.resume else None
+        # The writer's thread prints a traceback when the disk is full; the same error is then raised here as well.
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         writer = SummaryWriter(run, purge_step=purge_step)
     trainer = SummarizationTrainer(
         run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
@@ -1342,14 +1421,17 @@ def train(args):
     trainer.remove_callback(transformers.PrinterCallback)
     report.status = "failed"
     try:
-        with contextlib.suppress(Interrupted):  # in the scoring before the first step
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        report.status = "interrupted" if stop() else "finished"
-    except torch.OutOfMemoryError:
-        raise UserError(out_of_memory_advice(args)) from None
-    finally:
-        if is_main_process():
-            finish(run, report, trainer.state.log_history, writer, args)
+        try:
+            with contextlib.suppress(Interrupted):  # in the scoring before the first step
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            report.status = "interrupted" if stop() else "finished"
+        except torch.OutOfMemoryError:
+            raise UserError(out_of_memory_advice(args)) from None
+        finally:
+            if is_main_process():
+                finish(run, report, trainer.state.log_history, writer, args)
+    except OSError as error:
+        raise cannot_write(run, error) from None
     if stop():
         say(f"interrupted; go on with: python flan-t5_samsum.py --resume --output-dir {run}")
         return 128 + stop.number
@@ -1358,11 +1440,22 @@ def train(args):
 
 def find_checkpoint(run):
     """The newest whole checkpoint of a run, or None; one that was being written when the run died is passed over."""
-    for leftover in sorted((run / "checkpoint.incomplete").glob("checkpoint-*")):
-        say(f"passed over {leftover}: it was not written to its end")
     found = checkpoints(run)
+    partial = [path for path in found if not is_whole(path)] + sorted(run.glob("checkpoint.incomplete/checkpoint-*"))
+    for path in partial:
+        say(f"passed over {path}: it was not written to its end")
+    found = [path for path in found if path not in partial]
     say(f"going on from {found[-1]}" if found else f"{run} has no checkpoint yet: it starts with the first step")
     return found[-1] if found else None
+
+
+def is_whole(checkpoint):
+    """Whether all files of a checkpoint are there: the Trainer itself would go on without some of them."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(any(checkpoint.glob(name)) for name in ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"))
 
 
 def warn_about_slow_hardware(config, data, device, steps, args):
@@ -1401,6 +1494,8 @@ def out_of_memory_advice(args):
 
 def finish(run, report, log, writer, args):
     """Writes everything once more, in its last state, and says what there is and how to use it."""
+    for leftover in run.glob("*.incomplete"):  # room, if the disk is full
+        shutil.rmtree(leftover, ignore_errors=True)
     report.write(log)
     epochs = report.epochs(log)
     if epochs:
@@ -1412,7 +1507,6 @@ def finish(run, report, log, writer, args):
         if best["step"] == 0 and len(epochs) > 1:
             say("No epoch was better than the model before training: another --lr, or more --epochs?")
     writer.close()
-    shutil.rmtree(run / "checkpoint.incomplete", ignore_errors=True)
     if epochs:
         result = run / result_name(args)
         say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
@@ -1531,7 +1625,13 @@ def merge(args):
     model = model.to(torch.bfloat16)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
-    save_model(model, tokenizer, args.merge, args)
+    temporary = args.merge.with_name(args.merge.name + ".incomplete")
+    try:
+        save_model(model, tokenizer, temporary, args)
+        put_in_place(temporary, args.merge)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(args.merge.parent, error) from None
     say(f"merged: AutoModelForSeq2SeqLM.from_pretrained({str(args.merge)!r}) loads it")
     return 0
 

@@ -9,9 +9,12 @@
     python flan-t5_samsum.py --summarize chat.txt         # use what came out
     python flan-t5_samsum.py --evaluate                   # score it again
     python flan-t5_samsum.py --merge DIR                  # write a plain model without an adapter
+    python flan-t5_samsum.py --model xl --plan            # before paying: memory, steps, what fits
+    python flan-t5_samsum.py --model xl --lr-find         # before guessing: a learning-rate range test
+    python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and is that chance?
 
 The file reads in the order in which the data flows:
-command line -> data -> model -> scores -> training -> report -> use -> main.
+command line -> data -> model -> scores -> training -> report -> train -> use -> experiments -> main.
 """
 
 import argparse
@@ -37,7 +40,7 @@ MODELS = {
 }
 # The recipe of the original experiments; a preset may differ from it.
 RECIPE = {"dataset": "samsum", "lr": 1e-4, "epochs": 10}
-PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 4}}
+PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 3}}
 PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
 
 
@@ -86,7 +89,7 @@ def build_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=number(float, 0, 1, low_included=False), metavar="X",
                        help="peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)")
-    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 4)")
+    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 3)")
     group.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimiser steps (default: no limit)")
     group.add_argument("--batch-size", type=count, default=8, metavar="N",
                        help="examples per optimiser step, over all GPUs (default: %(default)s)")
@@ -125,6 +128,13 @@ def build_parser():
                       help="summarise dialogues: text separated by blank lines, or JSONL; without FILE standard input")
     mode.add_argument("--evaluate", action="store_true", help="score an adapter, or a bare model, on --split")
     mode.add_argument("--merge", type=Path, metavar="DIR", help="write base + adapter as one plain bf16 model to DIR")
+    mode.add_argument("--plan", action="store_true", help="print memory, steps and what fits; downloads no weights")
+    mode.add_argument("--lr-find", action="store_true",
+                      help="learning-rate range test: try rates from 1e-6 to 1 on this model and data")
+    mode.add_argument("--plot", nargs="+", type=Path, metavar="LOGDIR",
+                      help="draw the training loss of any Trainer's TensorBoard logs (into LOGDIR, or --output-dir)")
+    mode.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
+                      help="table and plot of finished runs, with a paired bootstrap test for every two of them")
     group.add_argument("--adapter", metavar="DIR",
                        help="run or adapter to use (default: the newest run; 'none': the bare --model)")
     group.add_argument("--split", choices=["train", "validation", "test"], default="test",
@@ -132,7 +142,8 @@ def build_parser():
     return parser
 
 
-MODES = ("resume", "summarize", "evaluate", "merge", "adapter", "split")  # what to do: not part of a configuration
+# What to do: no part of a configuration.
+MODES = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter", "split")
 PLACES = ("output_dir", "cache_dir")
 
 
@@ -226,6 +237,8 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------------------------
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forked tokenizers
+# Threads that wait should sleep: where other programs share the cores, spinning makes a CPU many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: the Trainer would take all, by slow DataParallel
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
@@ -1108,20 +1121,22 @@ def peak_memory_gib(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
-def training_arguments(args, run, device, precision, steps):
+def training_arguments(args, run, device, precision, steps, **changes):
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    return Seq2SeqTrainingArguments(
-        output_dir=str(run / "checkpoint.incomplete"),
-        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, seed=args.seed,
-        per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size // (args.micro_batch_size * processes),
-        learning_rate=args.lr, lr_scheduler_type="linear", warmup_steps=0.05, optim="adamw_torch",
-        bf16=precision == torch.bfloat16, use_cpu=device.type == "cpu",
-        eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
-        logging_steps=max(1, min(10, steps // 20)), logging_nan_inf_filter=False,  # the filter would wait for the GPU
-        report_to=[], disable_tqdm=True, ddp_find_unused_parameters=False, remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-    )
+    arguments = {
+        "output_dir": str(run / "checkpoint.incomplete"),
+        "num_train_epochs": args.epochs, "max_steps": args.max_steps or -1, "seed": args.seed,
+        "per_device_train_batch_size": args.micro_batch_size,
+        "gradient_accumulation_steps": args.batch_size // (args.micro_batch_size * processes),
+        "learning_rate": args.lr, "lr_scheduler_type": "linear", "warmup_steps": 0.05, "optim": "adamw_torch_fused",
+        "bf16": precision == torch.bfloat16, "use_cpu": device.type == "cpu",
+        "eval_strategy": "epoch", "eval_on_start": True, "save_strategy": "epoch",
+        "logging_steps": max(1, min(10, steps // 20)),
+        "logging_nan_inf_filter": False,  # the filter would wait for the GPU
+        "report_to": [], "disable_tqdm": True, "ddp_find_unused_parameters": False, "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    return Seq2SeqTrainingArguments(**arguments | changes)
 
 
 class Reporter(TrainerCallback):
@@ -1226,7 +1241,8 @@ class Report:
             if "loss" in entry:
                 losses.append(entry["loss"])
             elif "validation" in entry:
-                result.append({"epoch": round(entry.get("epoch") or 0, 3), "step": entry["step"],
+                epoch = round(entry.get("epoch") or 0, 3)
+                result.append({"epoch": int(epoch) if epoch == int(epoch) else epoch, "step": entry["step"],
                                "train_loss": float(np.mean(losses)) if losses else None,
                                "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
                 losses = []
@@ -1339,11 +1355,24 @@ def versions():
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def new_run_folder(args):
-    """Makes the folder of a new run, never an existing one; all processes get the same."""
-    base_name, data_name = Path(MODELS.get(args.model, args.model)).name, Path(args.dataset).stem
-    mantissa, exponent = f"{args.lr:e}".split("e")
-    wanted = args.output_dir or Path("runs") / f"{base_name}-{data_name}-lr={float(mantissa):g}e{int(exponent)}"
+def run_name(args):
+    """For example flan-t5-xl-samsum-lr=1e-4."""
+    return f"{base_name(args)}-{Path(args.dataset).stem}-lr={as_power_of_ten(args.lr)}"
+
+
+def base_name(args):
+    return Path(MODELS.get(args.model, args.model)).name
+
+
+def as_power_of_ten(value):
+    """1e-4 for 0.0001: as people write learning rates."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def new_run_folder(args, name):
+    """Makes the folder of a new run, runs/<name> or --output-dir, never an existing one; all processes get the same."""
+    wanted = args.output_dir or Path("runs") / name
     folder = [wanted]
     if is_main_process():
         try:
@@ -1368,28 +1397,50 @@ def configuration(args):
     return {name: value for name, value in vars(args).items() if name not in (*MODES, *PLACES)}
 
 
-def train(args):
-    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
-    state = PartialState()
-    device, precision = get_device()
+def number_of_steps(args, rows):
+    """Optimiser steps of a run with `rows` training rows."""
+    steps = math.ceil(rows / args.batch_size) * args.epochs
+    return min(steps, args.max_steps or steps)
+
+
+def load_for_training(args, device, precision):
+    """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
     transformers.set_seed(args.seed)
     folder = find_model(args.model, args.cache_dir)
     tokenizer, config = load_tokenizer_and_config(folder)
     data = tokenize(load_data(args), tokenizer, args)
-    steps = math.ceil(len(data["train"]) / args.batch_size) * args.epochs
-    steps = min(steps, args.max_steps or steps)
-    warn_about_slow_hardware(config, data, device, steps, args)
-
+    warn_about_slow_hardware(config, data, device, number_of_steps(args, len(data["train"])), args)
     dtype = torch.float32 if args.full else precision  # all weights trained: fp32 masters, autocast computes in bf16
     model = load_base(folder, device, dtype, quantization_of(args))
     model = model.requires_grad_(True) if args.full else add_lora(model, args)
     if args.gradient_checkpointing:  # the re-entrant kind would need gradients at the frozen embeddings' output
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer, data
+
+
+def make_trainer(args, run, model, tokenizer, data, precision, stop, callback, **changes):
+    """The Trainer of this run; `changes` go over its Seq2SeqTrainingArguments."""
+    device = model.device
+    trainer = SummarizationTrainer(
+        run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
+        args=training_arguments(args, run, device, precision, number_of_steps(args, len(data["train"])), **changes),
+        data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def train(args):
+    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
+    state = PartialState()
+    device, precision = get_device()
+    model, tokenizer, data = load_for_training(args, device, precision)
     # PEFT counts packed 4-bit weights as what they are, two to a byte.
     trainable, total = [model.num_parameters()] * 2 if args.full else model.get_nb_trainable_parameters()
 
     checkpoint = find_checkpoint(args.output_dir) if args.resume else None
-    run = args.output_dir if args.resume else new_run_folder(args)
+    run = args.output_dir if args.resume else new_run_folder(args, run_name(args))
     facts = {
         "configuration": configuration(args), "versions": versions(), "device": device_name(device),
         "processes": state.num_processes, "precision": str(precision).removeprefix("torch."),
@@ -1400,7 +1451,7 @@ def train(args):
         "rows: " + ", ".join(f"{len(rows)} {split} ({facts['protocol']['truncated'][split]:.1%} truncated)"
                               for split, rows in data.items()),
         f"parameters: {total:,}, of which trained {trainable:,} ({trainable / total:.2%})",
-        f"steps: {steps}", f"run: {run}", "")
+        f"steps: {number_of_steps(args, len(data['train']))}", f"run: {run}", "")
 
     stop = StopSignal()
     report = Report(run, facts)
@@ -1412,13 +1463,7 @@ def train(args):
         # The writer's thread prints a traceback when the disk is full; the same error is then raised here as well.
         threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         writer = SummaryWriter(run, purge_step=purge_step)
-    trainer = SummarizationTrainer(
-        run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
-        args=training_arguments(args, run, device, precision, steps),
-        data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
-        callbacks=[Reporter(run, report, stop, writer)],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer = make_trainer(args, run, model, tokenizer, data, precision, stop, Reporter(run, report, stop, writer))
     report.status = "failed"
     try:
         try:

@@ -1,0 +1,376 @@
+"""flan-t5_samsum.py: what a run leaves, what it prints, and that no run overwrites another."""
+
+import importlib.metadata
+import json
+import re
+
+import fake_hub
+import numpy as np
+import pytest
+from conftest import RECIPE, ROWS
+from safetensors.torch import load_file
+
+KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+SPLITS = ("validation", "test")
+
+
+@pytest.fixture(scope="module")
+def metrics(trained):
+    return json.loads((trained.folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def predictions(run, split, epoch):
+    lines = (run / f"predictions/{split}-epoch-{epoch}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_what_was_promised_and_nothing_half_written(trained):
+    assert [path.name for path in (trained.home / "runs").iterdir()] == ["flan-t5-small-chats-lr=1e-2"]
+    names = {path.name for path in trained.folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert events and names - events == {"metrics.json", "training_loss.png", "rouge.png", "predictions", "adapter",
+                                         "checkpoint-12", "checkpoint-18"}  # fmt: skip
+    files = {f"{split}-epoch-{epoch}.jsonl" for split in SPLITS for epoch in range(4)}
+    assert {path.name for path in (trained.folder / "predictions").iterdir()} == files
+
+
+def test_metrics_say_what_was_run_and_on_what(metrics, trained, model_folder, data):
+    configuration = metrics["configuration"]
+    expected = {"model": str(model_folder), "dataset": str(data), "lr": 1e-2, "epochs": 3, "batch_size": 4,
+                "micro_batch_size": 2, "max_new_tokens": 24, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
+                "lora_targets": ["q", "k", "v", "o"], "seed": 42, "num_beams": 1, "max_source_length": 512,
+                "max_target_length": 128, "int8": False, "int4": False, "full": False}  # fmt: skip
+    assert {name: configuration[name] for name in expected} == expected
+    for name in ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate"):
+        assert metrics["versions"][name] == importlib.metadata.version(name)
+    assert (metrics["status"], metrics["processes"], metrics["precision"]) == ("finished", 1, "float32")
+    assert "CPU" in metrics["device"]
+    # 24 adapters of two 16 x 64 matrices on: embedding and head 512 x 64; 6 blocks of attention, 4 of 64 x 64; 4 gated
+    # feed-forward layers of 3 x 64 x 64; 2 x 2 + 2 x 3 + 2 norms of 64; 2 x 32 relative positions of 4 heads.
+    adapters = 24 * 2 * 16 * 64
+    base = 2 * 512 * 64 + 6 * 4 * 64 * 64 + 4 * 3 * 64 * 64 + (2 * 2 + 2 * 3 + 2) * 64 + 2 * 32 * 4
+    assert (metrics["trainable_parameters"], metrics["parameters"]) == (adapters, adapters + base)
+    for name, value in configuration.items():  # the run prints the whole configuration that it uses
+        if value is not None:
+            assert f"--{name.replace('_', '-')} {value}" in trained.done.out
+
+
+def test_metrics_have_every_epoch_with_intervals_and_the_best_one(metrics):
+    epochs = metrics["epochs"]
+    assert [(entry["epoch"], entry["step"]) for entry in epochs] == [(0, 0), (1, 6), (2, 12), (3, 18)]
+    for entry in epochs:
+        for split in SPLITS:
+            assert set(entry[split]) == {*KINDS, *(f"{kind}_interval" for kind in KINDS)}
+            for kind in KINDS:
+                low, high = entry[split][f"{kind}_interval"]
+                assert 0 <= low <= entry[split][kind] <= high <= 100
+    assert all(epochs[0][split][kind] == 0 for split in SPLITS for kind in KINDS)  # the bare model says only "!"
+    scores = [entry["validation"]["rouge1"] for entry in epochs]
+    assert max(scores) > 10
+    assert [entry["best"] for entry in epochs] == [i == scores.index(max(scores)) for i in range(4)]
+    assert metrics["best_epoch"] == scores.index(max(scores))
+    curve = metrics["curve"]
+    assert [entry["step"] for entry in curve] == list(range(1, 19))
+    for i, entry in enumerate(epochs[1:]):
+        losses = [step["loss"] for step in curve[6 * i : 6 * i + 6]]
+        assert entry["train_loss"] == pytest.approx(np.mean(losses))
+
+
+def test_speed_is_rows_and_tokens_over_seconds(metrics, flan, model_folder, data):
+    training = metrics["training"]
+    assert training["steps"] == 18
+    assert training["samples_per_second"] == pytest.approx(3 * ROWS["train"] / training["seconds"], rel=0.1)
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+    sources = ["summarize: " + row["dialogue"].replace("\r\n", "\n") for row in rows]
+    tokens = sum(map(len, tokenizer(sources + [row["summary"] for row in rows]).input_ids))
+    assert training["tokens_per_second"] == pytest.approx(3 * tokens / training["seconds"], rel=0.1)
+    assert 0.1 < training["peak_memory_gib"] < 50 and training["evaluation_seconds"] > 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_predictions_hold_every_row_with_its_score(trained, metrics, split):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1"], use_stemmer=True)
+    originals = fake_hub.samsum_rows(split, ROWS[split])
+    for epoch in range(4):
+        rows = predictions(trained.folder, split, epoch)
+        assert [(row["id"], row["dialogue"], row["reference"]) for row in rows] == [
+            (row["id"], row["dialogue"].replace("\r\n", "\n"), row["summary"]) for row in originals
+        ]
+        for row in rows:
+            assert list(row) == ["id", "dialogue", "reference", "prediction", "rouge1"]
+            by_hand = 100 * scorer.score(row["reference"], row["prediction"])["rouge1"].fmeasure
+            assert row["rouge1"] == pytest.approx(by_hand, abs=0.01)
+        mean = np.mean([row["rouge1"] for row in rows])
+        assert metrics["epochs"][epoch][split]["rouge1"] == pytest.approx(mean, abs=0.01)
+
+
+def test_the_adapter_loads_with_peft_and_is_that_of_the_best_epoch(flan, trained, metrics, model_folder):
+    """Its summaries, generated by transformers and PEFT alone, are the predictions of the best epoch."""
+    torch, transformers = flan.torch, flan.transformers
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained.folder / "adapter")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder)
+    base.generation_config = transformers.GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    model = flan.peft.PeftModel.from_pretrained(base, str(trained.folder / "adapter")).eval()
+    assert model.peft_config["default"].base_model_name_or_path == str(model_folder)
+    for row in predictions(trained.folder, "test", metrics["best_epoch"]):
+        source = tokenizer("summarize: " + row["dialogue"], return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**source, max_new_tokens=24, num_beams=1, do_sample=False)
+        assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == row["prediction"]
+
+
+def test_the_best_adapter_is_kept_when_its_checkpoint_is_gone(flan, command, data, model_folder, tmp_path, monkeypatch):
+    """Of four epochs the first is made the best: two checkpoints remain, and the adapter is that of the first epoch."""
+    calls, first = [], []
+
+    def summaries(model, tokenizer, sources, *rest, **options):
+        calls.append(1)
+        if len(calls) != 3:  # the evaluations before training, 1 and 2, and after the first epoch, 3 and 4
+            return ["!"] * len(sources)
+        first.append({name: p.clone() for name, p in model.named_parameters() if "lora_" in name})
+        return ["Femi gives Esra a bike."] * len(sources)
+
+    monkeypatch.setattr(flan, "generate_summaries", summaries)
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "4", *RECIPE, "--limit", "4", cwd=tmp_path)
+    assert done.code == 0, done
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    for name, value in load_file(run / "adapter/adapter_model.safetensors").items():
+        assert value.equal(first[0][name.replace(".weight", ".default.weight")]), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TensorBoard and plots
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def events(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(trained.folder), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_has_every_curve(events, metrics):
+    tags = set(events.Tags()["scalars"])
+    names = ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gib")
+    wanted = {f"train/{name}" for name in names} | {f"{split}/{kind}" for split in SPLITS for kind in KINDS}
+    assert wanted <= tags
+    for name in names:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert found == [(e["step"], pytest.approx(e[name], rel=1e-6)) for e in metrics["curve"]]
+    for split in SPLITS:
+        for kind in KINDS:
+            found = [(event.step, event.value) for event in events.Scalars(f"{split}/{kind}")]
+            assert found == [(e["step"], pytest.approx(e[split][kind], rel=1e-6)) for e in metrics["epochs"]]
+
+
+def test_tensorboard_has_the_hyper_parameters(events, metrics):
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    information = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    values = {name: value.number_value or value.string_value for name, value in information.hparams.items()}
+    assert values["lr"] == 1e-2 and str(values["lora_r"]) in ("16", "16.0") and "flan-t5-small" in values["model"]
+    best = metrics["epochs"][metrics["best_epoch"]]
+    (event,) = events.Scalars("best/test_rouge1")
+    assert event.value == pytest.approx(best["test"]["rouge1"])
+
+
+def test_tensorboard_has_dialogues_with_reference_and_prediction(events, trained):
+    (tag,) = [tag for tag in events.Tags()["tensors"] if "examples" in tag]
+    pages = events.Tensors(tag)
+    assert [page.step for page in pages] == [0, 6, 12, 18]
+    for epoch, page in enumerate(pages):
+        text = page.tensor_proto.string_val[0].decode()
+        for row in predictions(trained.folder, "validation", epoch)[:3]:
+            assert row["reference"] in text and row["prediction"] in text
+            assert all(line in text for line in row["dialogue"].splitlines())
+
+
+@pytest.fixture
+def drawn(flan, monkeypatch):
+    """The axes of the last figure that was drawn and closed."""
+    figures = []
+    monkeypatch.setattr(flan.plt, "close", figures.append)
+    yield lambda: figures[-1].axes[0]
+    monkeypatch.undo()
+    for figure in figures:
+        flan.plt.close(figure)
+
+
+def test_the_loss_plot_marks_the_smallest_loss(flan, drawn, tmp_path):
+    losses = [5.0, 4.0, 1.25, 4.5, 3.0, 2.0]
+    curve = [{"step": 10 * i, "loss": loss, "learning_rate": i * 1e-3} for i, loss in enumerate(losses, 1)]
+    flan.plot_loss(curve, tmp_path / "loss.png", "title")
+    lines = drawn().get_lines()
+    raw, smooth, mark = (list(zip(*line.get_data(), strict=True)) for line in lines)
+    assert raw == [(10 * i, loss) for i, loss in enumerate(losses, 1)] and mark == [(30, 1.25)]
+    assert [x for x, _ in smooth] == [x for x, _ in raw] and smooth[0][1] == pytest.approx(5)
+    assert np.diff([y for _, y in smooth]).std() < np.diff(losses).std() / 3
+    assert re.search(r"1\.25.*step 30.*3\.00e-03", lines[2].get_label())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_a_constant_gives_the_constant(flan):
+    assert flan.smoothed([2.5] * 40) == pytest.approx([2.5] * 40)
+
+
+def test_the_rouge_plot_has_both_splits_and_the_best_epoch(flan, drawn, metrics, tmp_path):
+    flan.plot_rouge(metrics["epochs"], tmp_path / "rouge.png", "title")
+    curves = {line.get_label(): list(line.get_ydata()) for line in drawn().get_lines()}
+    for split in SPLITS:
+        for kind, name in zip(KINDS, ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"), strict=True):
+            assert curves[f"{name}, {split}"] == [entry[split][kind] for entry in metrics["epochs"]]
+    (label,) = [label for label in curves if "best" in label]
+    assert label.endswith(f"epoch {metrics['best_epoch']}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The output
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_markdown_with_every_score(trained, metrics):
+    lines = trained.done.out.splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("| epoch"))
+    header, ruler, *rows = lines[last : last + 10]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "epoch", "loss", "split", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"]  # fmt: skip
+    assert re.fullmatch(r"\|(:?-+:?\|){7}", ruler)
+    for row, (entry, split) in zip(rows, [(e, s) for e in metrics["epochs"] for s in SPLITS], strict=True):
+        epoch, loss, name, *scores = (cell.strip() for cell in row.strip("|").split("|"))
+        assert epoch == f"{entry['epoch']:g}" + (" (best)" if entry["best"] else "")
+        assert (loss, name) == ("" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}", split)
+        for cell, kind in zip(scores, KINDS, strict=True):
+            score, low, high = map(float, re.findall(r"[\d.]+", cell))
+            assert score == pytest.approx(entry[split][kind], abs=0.005)
+            assert [low, high] == pytest.approx(entry[split][f"{kind}_interval"], abs=0.05)
+
+
+def test_the_table_grows_while_the_run_goes(trained):
+    """Each epoch's rows come once during training, and once more in the table at the end."""
+    for epoch in range(4):
+        found = re.findall(rf"(?m)^\| +{epoch}(?: \(best\))? +\| .* \| test ", trained.done.out)
+        assert len(found) == 2, epoch
+
+
+def test_the_protocol_is_one_line(trained):
+    (line,) = [line for line in trained.done.out.splitlines() if line.startswith("Protocol:")]
+    for word in ("greedy", "at most 24 new tokens", "stemmer", "sentences", "7 validation", "5 test", "0.0% truncated",
+                 "512 tokens", "95%", "bootstrap"):  # fmt: skip
+        assert word in line
+
+
+def test_the_truncated_share_is_printed(command, data, model_folder, tmp_path, flan):
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    lengths = {}
+    for split in ROWS:
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        texts = ["summarize: " + row["dialogue"].replace("\r\n", "\n") for row in rows]
+        lengths[split] = [len(ids) for ids in tokenizer(texts).input_ids]
+    limit = int(np.median(lengths["train"]))
+    done = command("--model", model_folder, "--dataset", data, "--max-steps", "1", "--max-source-length", limit,
+                   "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    shares = {split: np.mean([length > limit for length in lengths[split]]) for split in ROWS}
+    assert 0 < shares["train"] < 1
+    for split, share in shares.items():
+        assert f"{ROWS[split]} {split} ({share:.1%} truncated)" in done.out
+
+
+def test_the_last_lines_name_the_files_and_a_command_that_works(trained, command, tmp_path):
+    tail = trained.done.out.splitlines()[-9:]
+    folder = str(trained.folder.relative_to(trained.home))
+    for name in ("adapter/", "predictions/", "metrics.json", "training_loss.png", "rouge.png", folder):
+        assert any(name in line for line in tail), name
+    (line,) = [line for line in tail if "--summarize" in line]
+    words = line.split("flan-t5_samsum.py ")[1].split()
+    chat = tmp_path / "chat.txt"
+    chat.write_text("Ada: Hi Femi!\nFemi: I lost the tent :(")
+    used = command(words[0], chat, *words[1:], cwd=trained.home)
+    assert used.code == 0 and len(used.out.splitlines()) == 1 and used.out.strip(), used
+
+
+def test_max_steps_ends_in_mid_epoch_with_everything(command, data, model_folder, tmp_path):
+    done = command("--model", model_folder, "--dataset", data, "--max-steps", "8", *RECIPE, cwd=tmp_path)
+    assert done.code == 0, done
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["status"] == "finished" and metrics["training"]["steps"] == 8
+    assert [entry["step"] for entry in metrics["epochs"]] == [0, 6, 8]
+    # The rate falls to 0 over the eight steps, not over the epochs.
+    assert metrics["curve"][-1]["learning_rate"] == pytest.approx(1e-2 / 7)
+    assert (run / "checkpoint-8").is_dir() and (run / "adapter").is_dir()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(command, data, model_folder, tmp_path):
+    def losses(*flags):
+        flags = ("--model", model_folder, "--dataset", data, "--max-steps", "3", *RECIPE, *flags)
+        done = command(*flags, cwd=tmp_path)
+        assert done.code == 0, done
+        run = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return [entry["loss"] for entry in json.loads((run / "metrics.json").read_text())["curve"]]
+
+    first = losses()
+    assert losses() == first and losses("--seed", "7") != first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The name of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(flan, args):
+    return flan.new_run_folder(args, flan.run_name(args))
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "flan-t5-tiny-sample-lr=3e-3"),
+    (["--model", "xl", "--lr", "1e-4"], "flan-t5-xl-samsum-lr=1e-4"),
+    (["--model", "small", "--lr", "0.001"], "flan-t5-small-samsum-lr=1e-3"),
+    (["--model", "base", "--lr", "2.5e-5", "--dataset", "me/my-chats"], "flan-t5-base-my-chats-lr=2.5e-5"),
+    (["--model", "xxl", "--int8"], "flan-t5-xxl-sharded-fp16-samsum-lr=1e-4"),
+    (["--model", "some/t5", "--dataset", "../chats.v2.jsonl"], "t5-chats.v2-lr=1e-4"),
+])  # fmt: skip
+def test_default_names(flan, tmp_path, monkeypatch, flags, name):
+    monkeypatch.chdir(tmp_path)
+    for expected in (name, f"{name}-2", f"{name}-3"):
+        assert new_run_folder(flan, flan.parse_arguments(flags)) == flan.Path("runs") / expected
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_a_second_run_gets_a_suffix_and_leaves_the_first_alone(command, data, model_folder, tmp_path):
+    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "1", "--max-new-tokens", "2", "--lr", "1e-3")
+    assert command(*flags, cwd=tmp_path).code == 0
+    first = tmp_path / "runs" / "flan-t5-small-chats-lr=1e-3"
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    done = command(*flags, "--seed", "1", cwd=tmp_path)
+    assert done.code == 0 and "flan-t5-small-chats-lr=1e-3-2" in done.out, done
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "runs" / "flan-t5-small-chats-lr=1e-3-2" / "metrics.json").exists()
+
+
+def test_an_explicit_folder_that_holds_a_run_is_refused(command, trained, data, model_folder):
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    done = command("--model", model_folder, "--dataset", data, "--output-dir", trained.folder, cwd=trained.home)
+    assert done.code == 2 and len(done.err.splitlines()) == 1, done
+    assert str(trained.folder) in done.err and "--resume" in done.err and "--output-dir" in done.err
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
+
+
+def test_an_explicit_folder_may_be_new_or_empty(flan, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/and/deep"):
+        args = flan.parse_arguments(["--output-dir", str(tmp_path / name)])
+        assert new_run_folder(flan, args) == tmp_path / name and (tmp_path / name).is_dir()

@@ -157,7 +157,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     run = run_in_question(args)
     if run is not None:
-        saved = read_configuration(run)
+        saved = read_metrics(run)["configuration"]
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         changed = [name for name, value in saved.items() if getattr(args, name) != value]
@@ -206,10 +206,11 @@ def newest_run(*contents):
     return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
 
 
-def read_configuration(run):
+def read_metrics(run):
     try:
-        return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["configuration"]
-    except FileNotFoundError:
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        return metrics | {"configuration": dict(metrics["configuration"])}
+    except OSError:
         raise UserError(f"{run} holds no run (no metrics.json)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'metrics.json'} is damaged ({error!r})") from None
@@ -325,7 +326,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
                "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
 
 
-def fetch(repo_id, repo_type, cache_dir=None):
+def fetch(repo_id, repo_type, cache_dir=None, weights=True):
     """Downloads what is needed of a Hub repository, or finds it in the cache; returns its local folder (a Path).
 
     Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
@@ -335,7 +336,7 @@ def fetch(repo_id, repo_type, cache_dir=None):
     patterns = [f"*{suffix}" for suffix in FILE_TYPES]
     if repo_type == "model":  # the weights only once: a repository may hold them in five formats
         safe = any(name.endswith(".safetensors") for name in files)
-        patterns = ["*.json", "*.model", "*.safetensors" if safe else "*.bin"]
+        patterns = ["*.json", "*.model", *(["*.safetensors" if safe else "*.bin"] if weights else [])]
     try:
         with PartialState().main_process_first():
             return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
@@ -604,6 +605,16 @@ def load_tokenizer_and_config(folder):
     return tokenizer, config
 
 
+def without_weights(config):
+    """The model of a T5Config on the meta device: shapes, and no memory."""
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+    # transformers 5.23 calls every T5 tied and keeps what the config said in another place.
+    if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -741,8 +752,8 @@ def cannot_write(folder, error):
     """A UserError for a failure to write. torch.save and safetensors report a full disk in errors of their own."""
     reason = getattr(error, "strerror", None) or first_line(error)
     way = "make room, or choose another folder"
-    if checkpoints(folder):
-        way = f"make room, then go on from {checkpoints(folder)[-1].name}: --resume --output-dir {folder}"
+    if (folder / "metrics.json").is_file():
+        way = f"make room, then go on with --resume --output-dir {folder}"
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return UserError(f"cannot write to {folder}: {reason} ({shutil.disk_usage(disk).free >> 20:,} MiB free); {way}")
 
@@ -875,6 +886,10 @@ def describe(protocol):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+class NotFinite(UserError):
+    """The loss or its gradient is infinite or not a number."""
+
+
 class Interrupted(Exception):
     """Raised inside a long computation after SIGINT or SIGTERM."""
 
@@ -1004,7 +1019,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         size = self.settings.batch_size
         rows = [self.data["train"]["id"][i] for i in self.sampler.order(epoch)[place * size : (place + 1) * size]
                 if i < len(self.data["train"])]
-        raise UserError(f"the {loss} in step {step + 1}, with the rows {', '.join(rows)}: look at these, "
+        raise NotFinite(f"the {loss} in step {step + 1}, with the rows {', '.join(rows)}: look at these, "
                         "or try a lower --lr")
 
     def log(self, logs, start_time=None):
@@ -1507,8 +1522,7 @@ def warn_about_slow_hardware(config, data, device, steps, args):
     """Says how long a training on the CPU would take, if that is more than an hour. Nothing is refused."""
     if device.type != "cpu":
         return
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in transformers.T5ForConditionalGeneration(config).parameters())
+    parameters = without_weights(config).num_parameters()
     tokens = sum(len(row) for column in ("input_ids", "labels") for row in data["train"][column]) / len(data["train"])
     a = torch.randn(1024, 1024)
     a @ a
@@ -1681,6 +1695,411 @@ def merge(args):
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Experiments: what will it cost (--plan), which learning rate (--lr-find), which run is better (--plot, --compare).
+# ------------------------------------------------------------------------------------------------------------------
+
+# d_model, d_ff, layers (of encoder and of decoder each), heads: T5 v1.1, the architecture of Flan-T5. All other numbers
+# are the same for all sizes. Source: the config.json of google/flan-t5-*.
+T5_SIZES = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16),
+            "xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "int8": "INT8", "int4": "NF4"}
+GIB = 2**30
+GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GiB of the usual cards
+GPU_RESERVE = 1.5  # GiB that are not ours: the CUDA context, and what the allocator cannot use
+
+
+def geometry(args):
+    """The T5Config of --model, known for the presets, else from its config.json; no weights are downloaded."""
+    if args.model not in T5_SIZES:
+        path = Path(MODELS.get(args.model, args.model))
+        folder = path if path.is_dir() else fetch(str(path), "model", args.cache_dir, weights=False)
+        return load_tokenizer_and_config(folder)[1]
+    d_model, d_ff, layers, heads = T5_SIZES[args.model]
+    return transformers.T5Config(
+        vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
+        num_heads=heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )
+
+
+def weight_bytes(model, precision):
+    """Bytes of the frozen weights of `model` (on the meta device, without adapter) as they load in `precision`.
+
+    bitsandbytes quantises linear layers, but not the head, and transformers keeps T5's `wo`, over a sixth of all
+    weights, out of it (`_keep_in_fp32_modules`); these and the embeddings stay in bf16. INT8 has one fp32 scale per
+    output row (Dettmers et al. 2022), NF4 half a byte per weight and an fp32 scale per 64 (Dettmers et al. 2023).
+    """
+    total = 0
+    for name, module in model.named_modules():
+        quantised = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in ("wo", "lm_head")
+        for parameter in module.parameters(recurse=False):
+            if quantised and precision == "int8":
+                total += parameter.numel() + 4 * len(parameter)
+            elif quantised and precision == "int4":
+                total += parameter.numel() // 2 + 4 * math.ceil(parameter.numel() / 64)
+            else:
+                total += parameter.numel() * (4 if precision == "fp32" else 2)
+    return total - embedding_copies(model) * (4 if precision == "fp32" else 2)
+
+
+def embedding_copies(model):
+    """Numbers that are counted more than once by module: encoder and decoder share one embedding."""
+    counted = sum(p.numel() for module in model.modules() for p in module.parameters(recurse=False))
+    return counted - sum(p.numel() for p in model.parameters())
+
+
+def activation_bytes(config, rank, batch, source, target, checkpointing=False):
+    """Bytes that forward keeps for backward, of a LoRA training on q, k, v, o in bf16 autocast, and the loss's own.
+
+    `batch` rows of `source` and `target` tokens, as padded. Counted from the operations of transformers' T5 with SDPA
+    and of PEFT: a frozen layer keeps nothing but what its adapter needs, GELU's pow runs in fp32 and makes its
+    neighbours fp32, dropout keeps a byte per number. With checkpointing, a layer's input, and one layer at a time.
+    """
+    width, inner, heads = config.d_model, config.num_heads * config.d_kv, config.num_heads
+    norm = (4 + 2) * width  # its input in fp32 (squared) and in bf16 (scaled)
+    adapter = lambda features: 3 * features + 2 * rank  # dropout's mask and output, and B's input
+    attention = 2 * 4 * inner + 4 * heads + adapter(inner) + width  # q, k, v, output, log-sum-exp; last dropout
+    self_attention = norm + 3 * adapter(width) + attention
+    feed_forward = norm + 21 * config.d_ff + width
+    encoder_layer = batch * source * (self_attention + feed_forward)
+    decoder_layer = batch * target * (self_attention + norm + adapter(width) + attention - 4 * inner + feed_forward)
+    decoder_layer += batch * source * (2 * adapter(width) + 4 * inner)  # keys and values of the encoder's output
+    masks = 2 * batch * heads * (source * source + target * target + target * source)
+    # Logits in bf16 and fp32, their softmax, and the gradients of both when backward begins.
+    loss = batch * target * config.vocab_size * (2 + 4 + 4 + 4)
+    if checkpointing:
+        inputs = 2 * width * batch * (config.num_layers * source + config.num_decoder_layers * target)
+        return inputs + masks + max(loss, encoder_layer, decoder_layer)
+    return config.num_layers * encoder_layer + config.num_decoder_layers * decoder_layer + masks + loss
+
+
+def plan(args):
+    """Prints what a run would need, from the geometry of the model and the lengths of the data; trains nothing."""
+    config = geometry(args)
+    model = without_weights(config)
+    weights = {name: weight_bytes(model, name) for name in PRECISIONS}
+    total = model.num_parameters()
+    trainable = total if args.full else add_lora(model, args).get_nb_trainable_parameters()[0]
+    say(f"{base_name(args)}: {total:,} parameters, {trainable:,} trained ({trainable / total:.2%})",
+        "weights: " + ", ".join(f"{PRECISIONS[name]} {size / GIB:.2f} GiB" for name, size in weights.items()))
+    source, target = plan_data(args)
+    rows = plan_memory(args, config, weights, trainable, source, target)
+    say("", f"peak memory in GiB, at {source} + {target} tokens per row (the longest batch):",
+        "| micro-batch | checkpointing | " + " | ".join(PRECISIONS[name] for name in rows[0][2]) + " |",
+        "|---:|:---|" + "---:|" * len(rows[0][2]))
+    say(*(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | "
+          + " | ".join(f"{size:.2f}" for size in sizes.values()) + " |" for micro_batch, checkpointing, sizes in rows))
+    say("", *advice(rows, args.batch_size))
+    return 0
+
+
+def plan_data(args):
+    """Prints steps, tokens and truncated rows; returns the padded length of the longest source and target."""
+    source, target = args.max_source_length, args.max_target_length
+    try:
+        path = Path(MODELS.get(args.model, args.model))
+        folder = path if path.is_dir() else fetch(str(path), "model", args.cache_dir, weights=False)
+        data = tokenize(load_data(args), load_tokenizer_and_config(folder)[0], args)
+    except UserError as error:
+        say(f"data: not counted, so the longest rows allowed are assumed: {error}")
+        return source, target
+    train = data["train"]
+    lengths = {column: [len(tokens) for tokens in train[column]] for column in ("input_ids", "labels")}
+    steps = number_of_steps(args, len(train))
+    tokens = sum(map(sum, lengths.values()))
+    epochs = steps * args.batch_size / len(train)
+    say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
+        f"truncated to {source} tokens",
+        f"steps: {steps:,} of {args.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
+    padded = lambda length: 64 * math.ceil(length / 64)
+    return padded(max(lengths["input_ids"])), padded(max(lengths["labels"]))
+
+
+def plan_memory(args, config, weights, trainable, source, target):
+    """Rows of (micro-batch, checkpointing, {precision: predicted peak in GiB}), the fastest first.
+
+    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
+    """
+    precisions = ["fp32"] if args.full else ["bf16", "int8", "int4"]
+    sizes = [args.micro_batch_size]
+    while sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    rows = []
+    for checkpointing in (False, True):
+        for size in sizes:
+            activations = activation_bytes(config, args.lora_r, size, source, target, checkpointing)
+            fixed = {name: 16 * trainable + (0 if args.full else weights[name]) for name in precisions}
+            rows.append((size, checkpointing, {name: (fixed[name] + activations) / GIB for name in precisions}))
+    return rows
+
+
+def advice(rows, batch_size):
+    """Lines that say which flags make the run fit where, and whether INT8 helps."""
+
+    def fitting_flags(memory):
+        """The fastest way to fit into `memory` GiB, or None: for the same memory, INT8 and NF4 are slower."""
+        by_time = sorted(rows, key=lambda row: batch_size / row[0] * (4 / 3 if row[1] else 1))
+        for precision in rows[0][2]:
+            for micro_batch, checkpointing, sizes in by_time:
+                if sizes[precision] + GPU_RESERVE <= memory:
+                    return [*[f"--{precision}"] * (precision in ("int8", "int4")),
+                            *[f"--micro-batch-size {micro_batch}"] * (micro_batch < rows[0][0]),
+                            *["--gradient-checkpointing"] * checkpointing]
+        return None
+
+    lines, cards = [], {f"a GPU of {size} GiB": size for size in GPU_SIZES}
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(get_device()[0]).total_memory / GIB
+        cards = {f"this GPU ({device_name(get_device()[0])}, {memory:.0f} GiB)": memory}
+    for name, memory in cards.items():
+        flags = fitting_flags(memory)
+        lines.append(f"on {name}: " + ("does not fit" if flags is None else " ".join(flags) or "fits as it is"))
+        if flags == []:
+            break
+    if "int8" in rows[0][2]:
+        least = {precision: rows[-1][2][precision] for precision in ("bf16", "int8")}
+        card = {precision: next((size for size in cards.values() if size >= least[precision] + GPU_RESERVE), None)
+                for precision in least}
+        if card["bf16"] == card["int8"]:
+            lines.append("INT8 does not help at this size: the same GPU is needed without it, and it is slower")
+    return lines
+
+
+RANGE_TEST = np.geomspace(1e-6, 1, 100)  # the learning rates of --lr-find, one optimiser step each
+
+
+class RangeTest(TrainerCallback):
+    """Notes the loss of every step, and ends the test when it diverges: twice the lowest, both smoothed."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            control.should_training_stop |= diverges(self.losses)
+
+
+def diverges(losses):
+    smooth = smoothed(losses, window=7)
+    return not math.isfinite(losses[-1]) or (len(losses) > 7 and smooth[-1] > 2 * min(smooth))
+
+
+def lr_find(args):
+    """Learning-rate range test (Smith 2017, section 3.3) with the real model, data and batch.
+
+    Every step has a larger rate, from 1e-6 to 1, until the loss diverges. Nothing of the model is kept.
+    """
+    device, precision = get_device()
+    model, tokenizer, data = load_for_training(args, device, precision)
+    run, test = new_run_folder(args, f"{base_name(args)}-{Path(args.dataset).stem}-lr-find"), RangeTest()
+    trainer = make_trainer(args, run, model, tokenizer, data, precision, StopSignal(), test, max_steps=len(RANGE_TEST),
+                           logging_steps=1, eval_strategy="no", eval_on_start=False, save_strategy="no")
+    trainer.create_optimizer()
+    rate = lambda step: RANGE_TEST[min(step, len(RANGE_TEST) - 1)] / args.lr
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, rate)
+    with contextlib.suppress(NotFinite):
+        trainer.train()
+    rates = RANGE_TEST[: len(test.losses)].tolist()
+    best = suggest_learning_rate(rates, test.losses)
+    if is_main_process():
+        plot_range_test(rates, test.losses, best, run / "lr_find.png", run.name)
+        write_json(run / "lr_find.json", {"configuration": configuration(args), "suggestion": best,
+                                          "learning_rates": rates, "losses": test.losses})
+    words = [*(word for word in sys.argv[1:] if word != "--lr-find"), "--lr", as_power_of_ten(best)]
+    say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {test.losses[0]:.3f}) to {rates[-1]:.1e} "
+        f"(loss {test.losses[-1]:.3f})",
+        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss",
+        f"plot:  {run / 'lr_find.png'}", f"train: python flan-t5_samsum.py {' '.join(words)}")
+    return 0
+
+
+def suggest_learning_rate(rates, losses):
+    """A tenth of the rate with the smallest smoothed loss: where it still falls steeply, and far from divergence."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    smallest = int(np.argmin(smoothed(finite, window=7)))
+    return float(f"{rates[smallest] / 10:.1e}")
+
+
+def plot_range_test(rates, losses, best, path, title):
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
+    axes.plot(rates, smoothed(losses, window=7), color="tab:blue", label="smoothed")
+    axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
+    axes.set(title=title, xlabel="learning rate", ylabel="training loss (nats per token)", xscale="log")
+    axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot(args):
+    """Draws training_loss.png and smallest_training_loss.png from the TensorBoard logs of any Trainer run."""
+    for folder in args.plot:
+        curve = read_tensorboard(folder)
+        place = args.output_dir / folder.name if args.output_dir else folder
+        place.mkdir(parents=True, exist_ok=True)
+        plot_loss(curve, place / "training_loss.png", folder.name)
+        low = min(range(len(curve)), key=lambda i: curve[i]["loss"])
+        plot_smallest(curve, low, place / "smallest_training_loss.png", folder.name)
+        point = curve[low]
+        say(f"{folder.name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
+            + (f", learning rate {point['learning_rate']:.2e}" if point["learning_rate"] is not None else ""),
+            f"  {place / 'training_loss.png'}", f"  {place / 'smallest_training_loss.png'}")
+    return 0
+
+
+def read_tensorboard(folder):
+    """The training loss in the event files of a folder: [{"step", "loss", "learning_rate" (or None)}], by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not folder.is_dir():
+        raise UserError(f"--plot {folder}: there is no such folder")
+    holders = sorted({file.parent for file in folder.rglob("events.out.tfevents.*")})
+    found = []
+    for holder in holders:
+        events = EventAccumulator(str(holder), size_guidance={"scalars": 0}).Reload()
+        scalars = {tag.removeprefix("train/"): events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        if "loss" in scalars:
+            rates = {event.step: event.value for event in scalars.get("learning_rate", ())}
+            found.append([{"step": event.step, "loss": event.value, "learning_rate": rates.get(event.step)}
+                          for event in scalars["loss"]])
+    if len(found) != 1:
+        problem = f"{len(found)} runs" if found else "no train/loss in the event files" if holders else "no event files"
+        raise UserError(f"--plot {folder}: {problem} in it; give the folder of one run")
+    return found[0]
+
+
+def plot_smallest(curve, low, path, title, reach=40):
+    """The neighbourhood of the smallest loss, `reach` logged points to each side, with the learning rate there."""
+    near = curve[max(0, low - reach) : low + reach + 1]
+    steps, point = [e["step"] for e in near], curve[low]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
+    label = f"smallest: {point['loss']:.4f} at step {point['step']}"
+    axes.plot(point["step"], point["loss"], "o", color="tab:red", label=label)
+    axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per token)")
+    if point["learning_rate"] is not None:
+        right = axes.twinx()
+        right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange", label="learning rate")
+        right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
+        right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
+        axes.set_zorder(right.get_zorder() + 1)  # the legend over the line
+        axes.patch.set_visible(False)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare(args):
+    """Tables and a picture of finished runs, and for each two of them a paired bootstrap over the test rows."""
+    runs = [read_run(folder) for folder in args.compare]
+    check_comparable(runs)
+    say(epoch_table(runs), "", run_table(runs))
+    pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
+    if pairs:
+        say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:",
+            "| A | B | B - A | 95% interval | p |", "|:---|:---|---:|---:|---:|")
+        say(*(f"| {a['name']} | {b['name']} | {difference:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.4f} |"
+              for a, b, difference, low, high, p in pairs))
+    path = (args.output_dir or args.compare[0].resolve().parent) / "comparison.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(runs, path)
+    say("", f"plot: {path}")
+    return 0
+
+
+def read_run(folder):
+    """metrics.json of a run, with its name and, of the best epoch, the rows of both splits and the test ROUGE-1."""
+    metrics = read_metrics(folder)
+    if not metrics.get("epochs"):
+        raise UserError(f"{folder} has no scores yet")
+    metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
+    for split in ("validation", "test"):
+        path = folder / "predictions" / f"{split}-epoch-{metrics['best_epoch']:g}.jsonl"
+        rows = read_file(path)
+        metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
+        metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
+    return metrics
+
+
+def check_comparable(runs):
+    """UserError unless all runs were scored on the same rows in the same way."""
+    first = runs[0]
+    for other in runs[1:]:
+        for name in ("decoding", "max_new_tokens", "prefix", "rouge", "stemmer", "sentences", "max_source_length"):
+            a, b = first["protocol"][name], other["protocol"][name]
+            if a != b:
+                raise UserError(f"{first['name']} and {other['name']} cannot be compared: {name} is {a!r} in one, "
+                                f"{b!r} in the other: train both with the same flag")
+        for split in ("validation", "test"):
+            if first["rows"][split] != other["rows"][split]:
+                raise UserError(f"{first['name']} and {other['name']} cannot be compared: their {split} rows differ "
+                                f"({len(first['rows'][split])} and {len(other['rows'][split])} rows)")
+
+
+def epoch_table(runs):
+    """ROUGE-1 on test after each epoch, one column per run; what validation picked is bold."""
+    scores = [{e["epoch"]: f"**{e['test']['rouge1']:.2f}**" if e["best"] else f"{e['test']['rouge1']:.2f}"
+               for e in run["epochs"]} for run in runs]
+    lines = ["| Epoch | " + " | ".join(run["name"] for run in runs) + " |", "|---:|" + "---:|" * len(runs)]
+    for epoch in sorted({epoch for column in scores for epoch in column}):
+        lines.append(f"| {epoch:g} | " + " | ".join(column.get(epoch, "") for column in scores) + " |")
+    return "\n".join(lines)
+
+
+def run_table(runs):
+    """What each run reached and what it cost."""
+    lines = ["| Run | best epoch | test ROUGE-1 | 95% interval | trained | samples/s | peak GiB | minutes |",
+             "|:---|---:|---:|---:|---:|---:|---:|---:|"]
+    for run in runs:
+        test, cost = run["best"]["test"], run["training"]
+        low, high = test["rouge1_interval"]
+        minutes = (cost["seconds"] + cost["evaluation_seconds"]) / 60
+        lines.append(f"| {run['name']} | {run['best']['epoch']:g} | {test['rouge1']:.2f} | [{low:.2f}, {high:.2f}] | "
+                     f"{run['trainable_parameters'] / run['parameters']:.2%} | {cost['samples_per_second']:.1f} | "
+                     f"{cost['peak_memory_gib']:.1f} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def paired_bootstrap(a, b, samples=10_000, seed=0):
+    """Is the mean of `b` [rows] really different from that of `a`? Returns (difference, low, high, p).
+
+    Rows are drawn with replacement, both scores of a row together (Koehn 2004): a percentile interval of the mean
+    difference. p is the share of samples in which a mean difference of zero would, by drawing alone, look at least as
+    large as the one seen (Efron and Tibshirani 1993, section 16.4; two-sided, never exactly 0).
+    """
+    differences, rng = np.asarray(b) - np.asarray(a), np.random.default_rng(seed)
+    seen, rows = differences.mean(), len(differences)
+    means = np.array([differences[rng.integers(0, rows, rows)].mean() for _ in range(samples)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    as_large = np.abs(means - seen) >= abs(seen) - 1e-9
+    return float(seen), float(low), float(high), float((1 + as_large.sum()) / (1 + samples))
+
+
+def plot_comparison(runs, path):
+    """Left: test ROUGE-1 after each epoch. Right: that of the chosen epoch, with its 95% interval."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for i, run in enumerate(runs):
+        epochs, scores = zip(*((e["epoch"], e["test"]["rouge1"]) for e in run["epochs"]), strict=True)
+        left.plot(epochs, scores, ".-", color=f"C{i}", label=run["name"])
+        left.plot(run["best"]["epoch"], run["best"]["test"]["rouge1"], "o", color=f"C{i}")
+        low, high = run["best"]["test"]["rouge1_interval"]
+        right.plot([i, i], [low, high], color=f"C{i}", linewidth=3)
+        right.plot(i, run["best"]["test"]["rouge1"], "o", color=f"C{i}")
+        right.annotate(f" {run['best']['test']['rouge1']:.2f}", (i, run["best"]["test"]["rouge1"]))
+    left.set(xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)", title="after each epoch (dot: chosen on validation)")
+    right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
+    right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
+    left.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(args):
     PartialState(cpu=get_device()[0].type == "cpu")  # joins the processes of torchrun, on a CPU through gloo
     if args.summarize is not None:
@@ -1689,7 +2108,11 @@ def main(args):
         return evaluate_split(args)
     if args.merge is not None:
         return merge(args)
-    return train(args)
+    if args.plot is not None:
+        return plot(args)
+    if args.compare is not None:
+        return compare(args)
+    return plan(args) if args.plan else lr_find(args) if args.lr_find else train(args)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ from pathlib import Path
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
-    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 128, "lr": 3e-3, "batch_tokens": 1024,
-             "max_steps": 2000, "vocab_size": 1024},
+    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 64, "lr": 4e-3, "batch_tokens": 1024,
+             "max_steps": 1500, "eval_every": 300, "vocab_size": 1024},
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
@@ -139,9 +139,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
          help="sequences per forward pass and process; the rest accumulates (default: auto, the most that fits)")
     flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
-    flag("--max-steps", type=count, metavar="N", help="optimiser steps; goes before --epochs (nano: 2000)")
+    flag("--max-steps", type=count, metavar="N", help="optimiser steps; goes before --epochs (nano: 1500)")
     flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
-         "(default: a tenth of all, at most 1000)")
+         "(default: a tenth of all, at most 1000; nano: 300)")
     flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
     flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it)")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
@@ -259,6 +259,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.close(descriptor)
         remove_folder(folder)
         os.rename(part, folder)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say where it is
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -478,8 +482,10 @@ def load_pretrained(folder: Path, context: int | None = None, dropout: float = 0
         raise UserError(f"--context {context} is more than the {learned.context} positions that {folder} has learned")
 
     index = folder / "model.safetensors.index.json"
-    weights = {}
-    for file in set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]:
+    shards, weights = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}, {}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} has no weight_map")
+    for file in sorted(set(shards.values())):
         try:
             weights.update(load_file(folder / file))
         except FileNotFoundError:
@@ -1063,14 +1069,10 @@ def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: 
     tensors = {"guard": guard.state}
     for name, parameter in model.named_parameters():  # exp_avg, exp_avg_sq and step of each
         tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimiser.state[parameter].items()}
-    try:
-        with new_folder(checkpoint_folder(run, progress.step)) as folder:
-            save_pretrained(model, tokenizer, folder)
-            save_file(tensors, folder / "training.safetensors")
-            write_json(folder / "training.json", vars(progress))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint of step {progress.step} cannot be written ({first_line(error)}); the last "
-                        f"good one is {next(iter(find_checkpoints(run)), 'none')}") from None
+    with new_folder(checkpoint_folder(run, progress.step)) as folder:
+        save_pretrained(model, tokenizer, folder)
+        save_file(tensors, folder / "training.safetensors")
+        write_json(folder / "training.json", vars(progress))
     for old in find_checkpoints(run)[2:]:
         if old != checkpoint_folder(run, progress.best_step):
             remove_folder(old)
@@ -1078,19 +1080,20 @@ def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: 
 
 def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
     """Fill model, optimiser and guard from a checkpoint. UserError, and nothing is filled, when it is damaged."""
-    progress, saved = Progress(**read_json(folder / "training.json")), load_pretrained(folder)
-    try:
-        tensors = load_file(folder / "training.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / 'training.safetensors'} is damaged ({first_line(error)})") from None
+    saved, values = load_pretrained(folder), read_json(folder / "training.json")
     shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, model))
     if shapes != expected:
         raise UserError(f"{folder} is the checkpoint of a model of another shape")
+    try:
+        progress = Progress(**{name: values[name] for name in vars(Progress())})
+        tensors = load_file(folder / "training.safetensors")
+        moments = [{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+                   for name, parameter in model.named_parameters()]
+        guard.state.copy_(tensors["guard"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"its training state is damaged ({first_line(error)})") from None
     model.load_state_dict(saved.state_dict())
-    for name, parameter in model.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-        optimiser.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
-    guard.state.copy_(tensors["guard"])
+    optimiser.state.update(zip(model.parameters(), moments, strict=True))
     return progress
 
 
@@ -1105,11 +1108,13 @@ def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) ->
                 progress = load_checkpoint(folder, model, optimiser, guard)
             except UserError as error:
                 say(f"passed over {folder.name}: {error}")
-                os.rename(folder, folder.with_name(f"{folder.name}.damaged"))
+                damaged = folder.with_name(f"{folder.name}.damaged")
+                remove_folder(damaged)
+                os.rename(folder, damaged)
                 continue
             say(f"resumed from {folder} ({progress.step:,} steps done)")
             return progress
-    say(f"{run} has no checkpoint yet: starting at step 0")
+    say(f"no good checkpoint in {run}: starting at step 0")
     return Progress()
 
 
@@ -1468,17 +1473,17 @@ def compile_network(session: Session) -> tuple[Callable, str]:
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, as the yardstick for MFU."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = {"cuda": 8192, "mps": 2048, "cpu": 512}[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(3):  # the first warms up
+    seconds = []
+    for _ in range(15):  # the best of many: the first ones warm up, and other programs may be running
         synchronise(device)
         started = time.perf_counter()
-        for _ in range(10):
+        for _ in range(3):
             a @ b
         synchronise(device)
-        best = min(best, (time.perf_counter() - started) / 10)
-    return 2 * size**3 / best
+        seconds.append((time.perf_counter() - started) / 3)
+    return 2 * size**3 / min(seconds)
 
 
 def synchronise(device: torch.device) -> None:
@@ -1509,9 +1514,9 @@ class StopRequest:
         self.former = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number: int, frame: object) -> None:
-        if self.number is not None:
-            os._exit(128 + number)
         self.number = number
+        for each in self.former:  # the second needs no Python any more: it also ends a process that hangs
+            signal.signal(each, signal.SIG_DFL)
         if is_main_process():
             os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
 
@@ -1587,7 +1592,8 @@ def train(settings: argparse.Namespace) -> int:
     folder = Path(settings.output_dir or "runs")
     is_new = settings.output_dir and not settings.resume
     if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: --resume continues the run in it; or choose another --output-dir")
+        way_out = "--resume continues the run in it; or " if (folder / "metrics.json").exists() else ""
+        raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
         raise UserError(f"cannot write to {parent}, where {folder} should be")
@@ -1641,6 +1647,9 @@ class Run:
                 self.evaluate()
             self.loop(request)
             status = "finished" if progress.step >= settings.max_steps else "stopped"
+        except (OSError, SafetensorError) as error:  # a full disk, most of all
+            raise UserError(f"step {progress.step} cannot be saved in {self.folder} ({first_line(error)}); the last "
+                            f"good checkpoint is {self.last_checkpoint()}") from None
         finally:
             request.restore()
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
@@ -1701,11 +1710,13 @@ class Run:
         if self.folder:
             self.log.write(step, board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
-            kept = find_checkpoints(self.folder) if self.folder else []
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
                             f"{values['in_a_row']:.0f} steps skipped in a row): try a lower --lr or more "
-                            f"--warmup-steps; the last good checkpoint is {next(iter(kept), 'none')}")
+                            f"--warmup-steps; the last good checkpoint is {self.last_checkpoint()}")
         return values["stop"] > 0
+
+    def last_checkpoint(self) -> Path | str:
+        return next(iter(find_checkpoints(self.folder)), "none") if self.folder else "with the first process"
 
     def speed(self, steps: int, seconds: float) -> dict[str, float]:
         """Tokens per second, and MFU (model FLOPs utilisation): the share of the measured matmul rate that they use."""
@@ -1721,8 +1732,9 @@ class Run:
             progress.best_loss, progress.best_step = loss, progress.step
         if self.folder:
             bits = bits_per_byte(loss, session.data)
-            short_one = argparse.Namespace(**vars(self.settings) | {"num_samples": 1, "max_new_tokens": 100})
-            text = sample_texts(session.model, session.data.tokenizer, "", short_one)[0]
+            shorter = {"num_samples": 1, "max_new_tokens": min(100, self.settings.max_new_tokens)}
+            shorter = argparse.Namespace(**vars(self.settings) | shorter)
+            text = sample_texts(session.model, session.data.tokenizer, "", shorter)[0]
             say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample: {text[:60]!r}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
@@ -1837,10 +1849,10 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
     saved = {}
     if given.get("resume"):
         run = Path(given["output_dir"]) if "output_dir" in given else newest_run()
-        if not run.is_dir():
+        if not (run / "metrics.json").exists():
             raise UserError(f"--resume: there is no run in {run}")
         given["output_dir"] = str(run)
-        saved = read_json(run / "metrics.json").get("configuration", {}) if (run / "metrics.json").exists() else {}
+        saved = read_json(run / "metrics.json").get("configuration", {})
         for name in given.keys() & saved.keys() - FREE_ON_RESUME:
             if saved[name] != given[name]:
                 flag = "--" + name.replace("_", "-")
@@ -1875,7 +1887,7 @@ def find_weights(settings: argparse.Namespace) -> Path:
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
     for folder in find_checkpoints(run):
-        best = checkpoint_folder(run, read_json(folder / "training.json")["best_step"])
+        best = checkpoint_folder(run, read_json(folder / "training.json").get("best_step", 0))
         return best if best.exists() else folder
     raise UserError(f"{run} has no finished checkpoint")
 

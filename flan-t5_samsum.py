@@ -482,6 +482,10 @@ def find_column(rows, kind, chosen):
     return known[0]
 
 
+def one_kind_of_line_break(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 def load_data(args):
     """A DatasetDict with train, validation and test, each with the text columns id, dialogue and summary.
 
@@ -504,7 +508,7 @@ def load_data(args):
                     raise UserError(f"row {i} of {split} has no column {column}")
                 if row[column] is not None and not isinstance(row[column], str):
                     raise UserError(f"row {i} of {split}: {column} is {type(row[column]).__name__}, not text")
-                texts.append((row[column] or "").replace("\r\n", "\n").replace("\r", "\n").strip())
+                texts.append(one_kind_of_line_break(row[column] or ""))
             if not all(texts):
                 dropped += 1
                 continue
@@ -676,6 +680,8 @@ def load_adapter(model, folder):
     """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
+    except pickle.UnpicklingError:
+        raise UserError(f"the adapter {folder} has code in it, which is not run: use .safetensors") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         detail = lines[1] if "size mismatch" in str(error) and len(lines) > 1 else lines[0]
@@ -1111,11 +1117,13 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
 @contextlib.contextmanager
 def undamaged(checkpoint):
+    way = "delete this folder to go on from the checkpoint before it"
     try:
         yield
+    except pickle.UnpicklingError:
+        raise UserError(f"{checkpoint} is damaged or has code in it, which is not run: {way}") from None
     except Exception as error:
-        raise UserError(f"{checkpoint} is damaged, or has code in it, which is not run ({first_line(error)}): delete "
-                        "this folder to go on from the checkpoint before it") from None
+        raise UserError(f"{checkpoint} is damaged ({first_line(error)}): {way}") from None
 
 
 def checkpoints(run):
@@ -1473,7 +1481,12 @@ def train(args):
     writer = None
     if is_main_process():
         if not checkpoint:
-            report.write([])  # from now on the folder counts as a run
+            try:
+                report.write([])  # from now on the folder counts as a run
+            except OSError as error:
+                if not args.resume:
+                    shutil.rmtree(run)
+                raise cannot_write(run, error) from None
         purge_step = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 0 if args.resume else None
         # The writer's thread prints a traceback when the disk is full; the same error is then raised here as well.
         threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
@@ -1625,11 +1638,11 @@ def read_dialogues(name, column=None):
         rows = [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         column = find_column([row for _, row in rows if isinstance(row, dict)], "source", column)
         for i, row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
                 raise UserError(f"{path}:{i}: no text in {column}")
-            yield row[column]
+            yield one_kind_of_line_break(row[column])  # as in training
     else:
-        yield from blocks(text.splitlines())
+        yield from blocks(one_kind_of_line_break(text).split("\n"))
 
 
 def blocks(lines):

@@ -1,0 +1,564 @@
+"""Harm done to flan-t5_samsum.py for real: killed, stopped twice, out of disk, poisoned, given bombs.
+
+The long versions (fifty kills, 2,000 steps) run with -m slow.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPE, SCRIPT, start, wait, write_jsonl
+from test_flan_t5_resume import assert_same_end, metrics
+
+NAME = "flan-t5-small-chats-lr=1e-2"  # of the run that the fixture `trained` made
+
+
+def assert_same_run(run, reference, last=18):
+    """As assert_same_end, and the optimiser, the schedule and every point of the loss curve are the same."""
+    assert_same_end(run, reference, last)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        states = [torch.load(folder / f"checkpoint-{last}" / name, weights_only=True) for folder in (run, reference)]
+        assert same(*states), name
+    curves = [
+        [{key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate", "epoch")} for entry in
+         metrics(folder)["curve"]] for folder in (run, reference)
+    ]  # fmt: skip
+    assert curves[0] == curves[1]
+    assert not list(run.glob("*.incomplete"))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_one_line(done, *words):
+    """Exit code 2 and one line on standard error that has all `words`, but for the name of the model in use."""
+    assert done.code == 2, done
+    (line,) = [line for line in done.err.splitlines() if not line.startswith("model: ")]
+    assert line.startswith("error: "), done.err
+    for word in words:
+        assert word in done.err, (word, done.err)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Killed, and stopped twice. The processes are forked from this one, which has imported everything.
+# ----------------------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
+
+
+def forked(work):
+    """Runs work() in a process forked from this one, which exits with what it returns; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid, timeout=120):
+    """Of a process made by `forked`; negative: the signal that ended it."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"still running after {timeout} s")
+
+
+def ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+@pytest.fixture
+def launch(command, data, model_folder):
+    """launch(home): starts the run of the fixture `trained`, or goes on with it if it is there; its process id."""
+
+    def launch(home):
+        run = home / "runs" / NAME
+        if (run / "metrics.json").exists():
+            flags = ("--resume", "--output-dir", run)
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # killed before it was a run
+            flags = ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE)
+        return forked(lambda: command(*flags, cwd=home).code)
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def seconds(command, data, model_folder, tmp_path_factory):
+    """How long an uninterrupted run takes in a forked process."""
+    home = tmp_path_factory.mktemp("timed")
+    begin = time.monotonic()
+    flags = ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE)
+    assert exit_code(forked(lambda: command(*flags, cwd=home).code)) == 0
+    return time.monotonic() - begin
+
+
+def kill_somewhere(pid, run, rng, seconds):
+    """kill -9 at a random moment of the whole run, or of one of its seven times of saving; what was going on."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, seconds))
+    else:
+        begun, saving = rng.randrange(7), False  # before and after a save the folder aside is not there
+        while not ended(pid) and (begun >= 0 or not saving):
+            now = any(path.is_dir() and any(path.iterdir()) for path in run.glob("*.incomplete"))
+            begun, saving = begun - (now and not saving), now
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+    aside = sorted(path.name for path in run.glob("*.incomplete"))
+    os.kill(pid, signal.SIGKILL)
+    return aside
+
+
+def kill_and_go_on(launch, trained, tmp_path, seconds, kills):
+    """Every other run is killed once more while it goes on. Returns how often a folder was left half-written."""
+    rng, half_written, killed, attempt = random.Random(0), 0, 0, 0
+    while killed < kills:
+        attempt += 1
+        home = tmp_path / str(attempt)
+        run = home / "runs" / NAME
+        home.mkdir()
+        for _ in range(1 + attempt % 2):
+            pid = launch(home)
+            aside = kill_somewhere(pid, run, rng, seconds)
+            if exit_code(pid) == -signal.SIGKILL:
+                killed += 1
+                half_written += bool(aside)
+        assert exit_code(launch(home)) == 0
+        assert_same_run(run, trained.folder)
+        shutil.rmtree(home)
+    return half_written
+
+
+def test_killed_at_any_moment_and_resumed_is_the_same_run(launch, trained, tmp_path, seconds):
+    kill_and_go_on(launch, trained, tmp_path, seconds, kills=3)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_and_resumed_is_the_same_run(launch, trained, tmp_path, seconds):
+    assert kill_and_go_on(launch, trained, tmp_path, seconds, kills=50) >= 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(flan, command, launch, trained, tmp_path, monkeypatch, number):
+    """Both come while step 10 is prepared: the process is gone before that step, with the checkpoint of step 6."""
+    collate, calls = flan.Collator.__call__, []
+
+    def interrupt(collator, rows):
+        calls.append(1)
+        if len(calls) == 19:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return collate(collator, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flan.Collator, "__call__", interrupt)
+        assert exit_code(launch(tmp_path)) == -number
+    run = tmp_path / "runs" / NAME
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert exit_code(launch(tmp_path)) == 0
+    assert_same_run(run, trained.folder)
+
+
+def test_a_checkpoint_without_all_its_files_is_passed_over(flan, command, trained, tmp_path, capsys):
+    """Not what a kill leaves, but a disk that lost files. The Trainer itself would go on with a new optimiser."""
+    home = shutil.copytree(trained.home, tmp_path / "home")
+    run = home / "runs" / NAME
+    for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors", "optimizer.pt"):
+        file = (run / "checkpoint-18" / name).rename(tmp_path / name)
+        assert flan.find_checkpoint(run) == run / "checkpoint-12"
+        passed_over, going_on = capsys.readouterr().out.splitlines()
+        assert "passed over" in passed_over and "checkpoint-18" in passed_over and "checkpoint-12" in going_on
+        if name != "optimizer.pt":
+            file.rename(run / "checkpoint-18" / name)
+    done = command("--resume", cwd=home)
+    assert done.code == 0, done
+    assert_same_run(run, trained.folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Disks that are full or may not be written to
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 16 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk, free):
+    """Leaves `free` bytes."""
+    statistics = os.statvfs(disk)
+    with open(disk / "filler", "ab") as file:
+        file.write(b"\0" * max(0, statistics.f_bavail * statistics.f_frsize - free))
+
+
+FULL = [
+    ("SummarizationTrainer._save_checkpoint", 2, 500_000, 6),  # room for the weights, none for the optimiser
+    ("save_result", 2, 100_000, None),  # the adapter of the first epoch, before its checkpoint
+    ("SummarizationTrainer._save_checkpoint", 2, 100_000, 6),  # no room for the weights
+    ("SummarizationTrainer._save_checkpoint", 1, 0, None),
+    ("write_jsonl", 5, 0, 6),  # predictions
+    ("plot_loss", 2, 0, 6),
+    ("Reporter.on_log", 9, 0, 6),  # TensorBoard
+]
+
+
+@pytest.mark.parametrize("where, call, free, last", FULL[:2] + [pytest.param(*c, marks=pytest.mark.slow) for c in FULL[2:]])
+def test_a_full_disk_is_one_line_and_costs_nothing(
+    flan, command, data, model_folder, trained, disk, monkeypatch, where, call, free, last
+):
+    holder, name = flan, where
+    if "." in where:
+        holder, name = getattr(flan, where.split(".")[0]), where.split(".")[1]
+    original, calls, run = getattr(holder, name), [], disk / "run"
+
+    def filling(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            fill(disk, free)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, filling)
+        done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, "--output-dir", run,
+                       cwd=disk.parent)  # fmt: skip
+    assert_one_line(done, str(run), "MiB free", "make room", f"--resume --output-dir {run}")
+    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")]
+    assert steps == ([last] if last else [])
+    assert not list(run.glob("*.incomplete/*"))
+    (disk / "filler").unlink()
+    done = command("--resume", "--output-dir", run, cwd=disk.parent)
+    assert done.code == 0, done
+    assert_same_run(run, trained.folder)
+
+
+def test_no_room_for_the_tokens_or_the_merged_model(command, data, model_folder, trained, disk):
+    fill(disk, 4096)
+    flags = ("--model", model_folder, "--dataset", data, *RECIPE)
+    done = command(*flags, "--cache-dir", disk / "cache", cwd=disk.parent)
+    assert_one_line(done, str(disk / "cache"), "No space left on device", "--cache-dir DIR")
+    done = command("--merge", disk / "merged", "--adapter", trained.folder, cwd=disk.parent)
+    assert_one_line(done, str(disk), "MiB free", "another folder")
+    done = command(*flags, "--output-dir", disk / "run", cwd=disk.parent)
+    assert_one_line(done, str(disk / "run"), "No space left on device")
+    assert sorted(path.name for path in disk.iterdir()) == ["cache", "filler"]
+
+
+@pytest.fixture
+def locked(tmp_path, request):
+    """A folder that may not be written to, with the finished run `trained` in it, not quite finished."""
+
+    def locked(content=None):
+        folder = tmp_path / "disk"
+        if os.geteuid():
+            folder.mkdir()
+        else:  # who may do everything is stopped only by a read-only file system
+            request.getfixturevalue("disk")
+        if content:
+            shutil.copytree(content, folder / "run")
+            shutil.rmtree(folder / "run" / "checkpoint-18")
+        if os.geteuid():
+            folder.chmod(0o500)
+            request.addfinalizer(lambda: folder.chmod(0o700))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        return folder
+
+    return locked
+
+
+def test_folders_that_may_not_be_written_to(command, data, model_folder, trained, locked):
+    folder = locked(trained.folder)
+    before = files_of(folder)
+    flags = ("--model", model_folder, "--dataset", data, *RECIPE)
+    for words, expected in (
+        ((*flags, "--output-dir", folder / "new"), [str(folder / "new")]),
+        ((*flags, "--cache-dir", folder / "cache"), [str(folder / "cache"), "--cache-dir DIR"]),
+        (("--merge", folder / "merged", "--adapter", trained.folder), [str(folder)]),
+        (("--resume", "--output-dir", folder / "run"), [str(folder / "run")]),
+    ):
+        assert_one_line(command(*words, cwd=folder.parent), *expected)
+    assert files_of(folder) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses that are no numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what, step", [("nan", 7), ("inf", 8), ("gradient", 7), ("gradient", 8)])
+def test_a_loss_that_is_not_finite_names_step_and_rows(
+    flan, command, data, model_folder, tmp_path, monkeypatch, what, step
+):
+    """48 steps of one row each, of which every second one is logged: steps 7 and 8 are looked at together."""
+    token_mean_loss, collate, seen = flan.token_mean_loss, flan.Collator.__call__, []
+
+    def watched(collator, rows):
+        seen.extend(row["input_ids"] for row in rows)
+        return collate(collator, rows)
+
+    steps = []
+
+    def poisoned(*args, **kwargs):
+        loss = token_mean_loss(*args, **kwargs)
+        steps.append(1)
+        if len(steps) == step and what == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss * float(what) if len(steps) == step and what != "gradient" else loss
+
+    monkeypatch.setattr(flan.Collator, "__call__", watched)
+    monkeypatch.setattr(flan, "token_mean_loss", poisoned)
+    run = tmp_path / "run"
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--batch-size", "1", "--output-dir", run,
+                   "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
+    if what == "gradient" and step == 7:  # it ruins the weights, so that the loss of the next step shows it
+        named, word = 8, "loss is nan"
+    else:
+        named, word = step, "gradient" if what == "gradient" else f"loss is {what}"
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    (guilty,) = [row["id"] for row in rows
+                 if tokenizer("summarize: " + row["dialogue"].replace("\r\n", "\n")).input_ids == seen[named - 1]]
+    assert_one_line(done, word, f"step {named},", f"rows {guilty}:", "--lr")
+    assert metrics(run)["status"] == "failed"
+    curve = metrics(run)["curve"]
+    assert [entry["step"] for entry in curve] == [2, 4, 6] and not list(run.glob("checkpoint-*"))
+
+
+def test_rows_that_end_a_run_are_named_in_later_epochs_too(flan, command, data, model_folder, tmp_path, monkeypatch):
+    """Step 8 is the second of the second epoch; it has four rows in two micro-batches, and the second is poisoned."""
+    token_mean_loss, collate, calls, seen = flan.token_mean_loss, flan.Collator.__call__, [], []
+
+    def watched(collator, rows):
+        seen.append([row["input_ids"] for row in rows])
+        return collate(collator, rows)
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        return token_mean_loss(*args, **kwargs) * (float("nan") if len(calls) == 16 else 1)
+
+    monkeypatch.setattr(flan.Collator, "__call__", watched)
+    monkeypatch.setattr(flan, "token_mean_loss", poisoned)
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, cwd=tmp_path)
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    rows = {tuple(tokenizer("summarize: " + row["dialogue"].replace("\r\n", "\n")).input_ids): row["id"] for row in
+            map(json.loads, (data / "train.jsonl").read_text("utf-8").splitlines())}  # fmt: skip
+    guilty = {rows[tuple(source)] for source in seen[14] + seen[15]}
+    assert_one_line(done, "step 8,")
+    named = re.search("rows (.*?):", done.err)[1]
+    assert len(guilty) == 4 and set(named.split(", ")) == guilty
+    assert [path.name for path in (tmp_path / "runs" / NAME).glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Code in what was only to be read
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickled it leaves the file `mark` behind."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """Where a bomb shows that it went off; at the end of a test that it did not, but could."""
+    mark = tmp_path / "exploded"
+    torch.save(Bomb(mark), tmp_path / "bomb")
+    yield mark
+    assert not mark.exists()
+    torch.load(tmp_path / "bomb", weights_only=False)
+    assert mark.exists(), "not a real bomb"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_a_bomb_in_a_checkpoint_is_refused(command, trained, mark, tmp_path, name):
+    home = shutil.copytree(trained.home, tmp_path / "home")
+    run = home / "runs" / NAME
+    shutil.rmtree(run / "checkpoint-18")
+    torch.save({"state": Bomb(mark)}, run / "checkpoint-12" / name)
+    before = files_of(run / "adapter")
+    assert_one_line(command("--resume", cwd=home), "checkpoint-12", "code", "not run", "delete this folder")
+    assert files_of(run / "adapter") == before
+
+
+def test_bombs_that_are_not_needed_are_not_opened(command, trained, mark, tmp_path):
+    """The Trainer writes training_args.bin, a pickle of its own class, but nothing reads it."""
+    home = shutil.copytree(trained.home, tmp_path / "home")
+    run = home / "runs" / NAME
+    shutil.rmtree(run / "checkpoint-18")
+    for name in ("training_args.bin", "adapter_model.bin", "optimizer.bin"):
+        torch.save(Bomb(mark), run / "checkpoint-12" / name)
+    done = command("--resume", cwd=home)
+    assert done.code == 0, done
+    assert_same_run(run, trained.folder)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "nonsense"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(command, trained, tmp_path, name, damage):
+    home = shutil.copytree(trained.home, tmp_path / "home")
+    file = home / "runs" / NAME / "checkpoint-18" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"nonsense" * 99)
+    if name == "rng_state.pth":  # read only if there is something left to train
+        shutil.rmtree(file.parents[1] / "checkpoint-12")
+        file.parent.rename(file.parents[1] / "checkpoint-12")
+        state = file.parents[1] / "checkpoint-12" / "trainer_state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 12, "epoch": 2.0}))
+    assert_one_line(command("--resume", cwd=home), "checkpoint-1", "damaged", "delete this folder")
+
+
+def test_a_bomb_as_an_adapter_is_refused(command, trained, data, mark, tmp_path):
+    adapter = shutil.copytree(trained.folder / "adapter", tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"lora": Bomb(mark)}, adapter / "adapter_model.bin")
+    chat = tmp_path / "chat.txt"
+    chat.write_text("Ada: hi")
+    for words in (("--summarize", chat), ("--evaluate", "--dataset", data), ("--merge", tmp_path / "merged")):
+        assert_one_line(command(*words, "--adapter", adapter, cwd=tmp_path), str(adapter))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_bomb_as_a_model_is_refused(command, model_folder, data, mark, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": Bomb(mark)}, folder / "pytorch_model.bin")
+    done = command("--model", folder, "--dataset", data, cwd=tmp_path)
+    assert_one_line(done, str(folder), "code", "not run", ".safetensors")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_code_beside_models_adapters_and_data_is_ignored(command, model_folder, data, trained, mark, tmp_path):
+    """Modules named in auto_map, a loading script, and pickles in a data folder: the same losses as without them."""
+    model = shutil.copytree(model_folder, tmp_path / "model" / "flan-t5-small")
+    chats = shutil.copytree(data, tmp_path / "chats")
+    code = f"open({str(mark)!r}, 'w')\n"
+    for name, entry in (("config.json", {"AutoConfig": "modeling_x.C", "AutoModelForSeq2SeqLM": "modeling_x.X"}),
+                        ("tokenizer_config.json", {"AutoTokenizer": ["modeling_x.T", "modeling_x.T"]}),
+                        ("generation_config.json", {"GenerationConfig": "modeling_x.G"})):  # fmt: skip
+        content = json.loads((model / name).read_text()) | {"auto_map": entry, "custom_generate": "x"}
+        (model / name).write_text(json.dumps(content))
+    for file in (model / "modeling_x.py", model / "custom_generate" / "generate.py", chats / "chats.py",
+                 chats / "train.py", chats / "conftest.py"):  # fmt: skip
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+    for name in ("train.pkl", "train.pt", "test.pickle", "train.bin"):
+        torch.save(Bomb(mark), chats / name)
+    done = command("--model", model, "--dataset", chats, "--epochs", "3", "--max-steps", "2", *RECIPE, cwd=tmp_path)
+    assert done.code == 0, done
+    (run,) = (tmp_path / "runs").iterdir()
+    expected = metrics(trained.folder)["curve"][0]["loss"]
+    assert metrics(run)["curve"][0]["loss"] == expected
+    shutil.copy(model / "modeling_x.py", run / "adapter")
+    chat = tmp_path / "chat.txt"
+    chat.write_text("Ada: hi")
+    assert command("--summarize", chat, cwd=tmp_path).code == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision that is what it is said to be
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, stored", [((), "bfloat16"), (("--int8",), "int8"), (("--int4",), "uint8")])
+def test_bf16_and_quantised_weights_are_never_silently_fp32(
+    flan, command, data, model_folder, tmp_path, monkeypatch, flags, stored
+):
+    """On a CPU that is told to use bf16: what every attention projection holds and computes, in training and scoring."""
+    seen = {True: set(), False: set()}  # by whether the model trains
+    add_lora = flan.add_lora
+
+    def watched(model, args):
+        model = add_lora(model, args)
+        for module in model.modules():
+            if isinstance(module, flan.peft.tuners.lora.LoraLayer):
+                module.register_forward_hook(lambda layer, _, output: seen[layer.training].add(
+                    (str(layer.get_base_layer().weight.dtype), str(output.dtype))))  # fmt: skip
+        return model
+
+    monkeypatch.setattr(flan, "add_lora", watched)
+    monkeypatch.setattr(flan, "get_device", lambda: (torch.device("cpu"), torch.bfloat16))
+    done = command("--model", model_folder, "--dataset", data, "--max-steps", "2", "--max-new-tokens", "3", *flags,
+                   cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    expected = {(f"torch.{stored}", "torch.bfloat16")}
+    assert seen == {True: expected, False: expected}
+    (run,) = (tmp_path / "runs").iterdir()
+    assert metrics(run)["precision"] == "bfloat16"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps, warm_up):
+    """The share by which resident memory grows between the steps `warm_up` and `steps`, evaluations included."""
+    resident, original = {}, flan.Reporter.on_step_end
+
+    def watch(reporter, args, state, control, **kwargs):
+        resident[state.global_step] = int(Path("/proc/self/statm").read_text().split()[1])
+        return original(reporter, args, state, control, **kwargs)
+
+    monkeypatch.setattr(flan.Reporter, "on_step_end", watch)
+    done = command("--model", model_folder, "--dataset", data, "--batch-size", "2", "--micro-batch-size", "1",
+                   "--max-new-tokens", "4", "--epochs", "1000", "--max-steps", steps, cwd=tmp_path)  # fmt: skip
+    assert done.code == 0 and len(resident) == steps, done
+    return max(resident[step] for step in range(steps - 20, steps + 1)) / resident[warm_up] - 1
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+
+
+@needs_proc
+def test_memory_stays_flat(flan, command, model_folder, data, tmp_path, monkeypatch):
+    assert grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps=180, warm_up=60) < 0.02
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_steps(flan, command, model_folder, data, tmp_path, monkeypatch):
+    assert grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps=2000, warm_up=100) < 0.02

@@ -1319,10 +1319,10 @@ def plot_loss(curve, path, title):
     steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
-    axes.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
-    low = int(losses.argmin())
-    axes.plot(steps[low], losses[low], "o", color="tab:red",
-              label=f"smallest: {losses[low]:.4f} at step {steps[low]}, lr {curve[low]['learning_rate']:.2e}")
+    axes.plot(steps, smoothed(losses, window=max(15, len(losses) // 50)), color="tab:blue", label="smoothed")
+    low, rate = int(losses.argmin()), curve[int(losses.argmin())]["learning_rate"]
+    axes.plot(steps[low], losses[low], "o", color="tab:red", label=f"smallest: {losses[low]:.4f} at step {steps[low]}"
+              + (f", lr {rate:.2e}" if rate is not None else ""))
     axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -1498,8 +1498,6 @@ def train(args):
             with contextlib.suppress(Interrupted):  # in the scoring before the first step
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             report.status = "interrupted" if stop() else "finished"
-        except torch.OutOfMemoryError:
-            raise UserError(out_of_memory_advice(args)) from None
         finally:
             if is_main_process():
                 finish(run, report, trainer.state.log_history, writer, args)
@@ -1906,7 +1904,7 @@ def lr_find(args):
     device, precision = get_device()
     model, tokenizer, data = load_for_training(args, device, precision)
     run, test = new_run_folder(args, f"{base_name(args)}-{Path(args.dataset).stem}-lr-find"), RangeTest()
-    trainer = make_trainer(args, run, model, tokenizer, data, precision, StopSignal(), test, max_steps=len(RANGE_TEST),
+    trainer = make_trainer(args, run, model, tokenizer, data, precision, None, test, max_steps=len(RANGE_TEST),
                            logging_steps=1, eval_strategy="no", eval_on_start=False, save_strategy="no")
     trainer.create_optimizer()
     rate = lambda step: RANGE_TEST[min(step, len(RANGE_TEST) - 1)] / args.lr
@@ -1916,6 +1914,7 @@ def lr_find(args):
     rates = RANGE_TEST[: len(test.losses)].tolist()
     best = suggest_learning_rate(rates, test.losses)
     if is_main_process():
+        shutil.rmtree(run / "checkpoint.incomplete", ignore_errors=True)  # made by the Trainer, empty
         plot_range_test(rates, test.losses, best, run / "lr_find.png", run.name)
         write_json(run / "lr_find.json", {"configuration": configuration(args), "suggestion": best,
                                           "learning_rates": rates, "losses": test.losses})
@@ -2114,7 +2113,15 @@ def plot_comparison(runs, path):
 
 
 def main(args):
+    """Does what the command line says; returns the exit code."""
     PartialState(cpu=get_device()[0].type == "cpu")  # joins the processes of torchrun, on a CPU through gloo
+    try:
+        return run_mode(args)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory_advice(args)) from None
+
+
+def run_mode(args):
     if args.summarize is not None:
         return summarize(args)
     if args.evaluate:

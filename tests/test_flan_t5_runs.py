@@ -374,3 +374,19 @@ def test_an_explicit_folder_may_be_new_or_empty(flan, tmp_path):
     for name in ("empty", "new/and/deep"):
         args = flan.parse_arguments(["--output-dir", str(tmp_path / name)])
         assert new_run_folder(flan, args) == tmp_path / name and (tmp_path / name).is_dir()
+
+
+def test_out_of_gpu_memory_names_the_flags_that_help(flan, command, data, model_folder, tmp_path, monkeypatch):
+    def training_step(self, *args, **kwargs):
+        raise flan.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(flan.SummarizationTrainer, "training_step", training_step)
+    flags = ("--model", model_folder, "--dataset", data, "--limit", "4", *RECIPE)
+    for more, expected, useless in (
+        ((), ["--micro-batch-size 1", "--gradient-checkpointing", "--int8", "--int4", "--max-source-length"], "--full"),
+        (("--int4", "--gradient-checkpointing"), ["--micro-batch-size 1", "--max-source-length"], "--int"),
+        (("--lr-find",), ["--micro-batch-size 1", "--int8"], "--full"),
+    ):
+        done = command(*flags, *more, cwd=tmp_path)
+        assert done.code == 2 and len(done.err.splitlines()) == 1 and done.err.startswith("error: out of GPU memory"), done
+        assert all(flag in done.err for flag in expected) and useless not in done.err

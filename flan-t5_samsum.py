@@ -58,8 +58,9 @@ def number(kind, low, high=float("inf"), low_included=True):
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high) or (value == low and not low_included):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        if not (low <= value <= high) or value == float("inf") or (value == low and not low_included):
+            limits = f"{'at least' if low_included else 'above'} {low}" + (f", at most {high}" if high < 2**64 else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({limits})")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]
@@ -98,7 +99,7 @@ def build_parser():
     group.add_argument("--gradient-checkpointing", action="store_true",
                        help="compute activations twice instead of keeping them: less memory, a third slower")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default: %(default)s")
-    group.add_argument("--lora-r", type=count, default=16, metavar="N", help="LoRA rank (default: %(default)s)")
+    group.add_argument("--lora-r", type=number(int, 1, 2**16), default=16, metavar="N", help="LoRA rank (default: %(default)s)")
     group.add_argument("--lora-alpha", type=number(float, 0, low_included=False), default=32, metavar="X",
                        help="LoRA's update is scaled by alpha / rank (default: %(default)s)")
     group.add_argument("--lora-dropout", type=number(float, 0, 0.99), default=0.05, metavar="X",
@@ -410,6 +411,9 @@ def read_csv(path, text):
         rows = list(reader)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    twice = {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}
+    if twice:
+        raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
     if any(None in row for row in rows):
         raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
     return rows
@@ -603,6 +607,8 @@ def load_tokenizer_and_config(folder):
         raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
     if config.model_type not in ("t5", "mt5"):
         raise UserError(f"{folder} is a {config.model_type} model, not T5")
+    if None in (tokenizer.eos_token_id, tokenizer.pad_token_id, config.decoder_start_token_id):
+        raise UserError(f"{folder}: a T5 needs an end and a padding token and, in config.json, decoder_start_token_id")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size} rows")
     tokenizer.model_max_length = sys.maxsize  # lengths are cut in one place, tokenize(), which also counts them
@@ -679,7 +685,11 @@ def add_lora(model, args):
 def load_adapter(model, folder):
     """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        with warnings.catch_warnings():  # it would leave what is missing at its random start
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+    except UserWarning:
+        raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: it lacks weights") from None
     except pickle.UnpicklingError:
         raise UserError(f"the adapter {folder} has code in it, which is not run: use .safetensors") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -1468,7 +1478,11 @@ def train(args):
         "configuration": configuration(args), "versions": versions(), "device": device_name(device),
         "processes": state.num_processes, "precision": str(precision).removeprefix("torch."),
         "parameters": total, "trainable_parameters": trainable, "protocol": protocol(args, data),
+        "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
     }
+    if args.resume and read_metrics(run).get("data") != facts["data"]:
+        raise UserError(f"the rows of {args.dataset} or their tokens are not those that {run} began with: bring them "
+                        "back, or start a new run")
     say(*(f"--{key.replace('_', '-')} {value}" for key, value in facts["configuration"].items() if value is not None),
         f"device: {facts['device']}, {facts['precision']}, {state.num_processes} process(es)",
         "rows: " + ", ".join(f"{len(rows)} {split} ({facts['protocol']['truncated'][split]:.1%} truncated)"
@@ -1604,7 +1618,10 @@ def load_for_use(args):
             else:
                 raise UserError(f"{args.adapter} holds no adapter (no adapter_config.json)")
         elif run_in_question(args) is None and not flag_given("--model"):
-            args.model = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+            try:
+                args.model = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{adapter / 'adapter_config.json'} names no base: give it, --model NAME") from None
     folder = find_model(args.model, args.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
     model = load_base(folder, device, precision, quantization_of(args))

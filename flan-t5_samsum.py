@@ -1329,7 +1329,7 @@ def plot_loss(curve, path, title):
     steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
-    axes.plot(steps, smoothed(losses, window=max(15, len(losses) // 50)), color="tab:blue", label="smoothed")
+    axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
     low, rate = int(losses.argmin()), curve[int(losses.argmin())]["learning_rate"]
     axes.plot(steps[low], losses[low], "o", color="tab:red", label=f"smallest: {losses[low]:.4f} at step {steps[low]}"
               + (f", lr {rate:.2e}" if rate is not None else ""))
@@ -1340,13 +1340,9 @@ def plot_loss(curve, path, title):
     plt.close(figure)
 
 
-def smoothed(values, window=15):
-    """Exponential moving average over about `window` points, corrected for its start (Kingma and Ba 2015, sec. 3)."""
-    decay, average, result = 1 - 1 / window, 0.0, []
-    for i, value in enumerate(values, 1):
-        average = decay * average + (1 - decay) * value
-        result.append(average / (1 - decay**i))
-    return result
+def smoothed(values, reach=3):
+    """The mean of the values at most `reach` places away: unlike an exponential mean it does not lag behind."""
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
 
 
 def plot_rouge(epochs, path, title):
@@ -1361,6 +1357,7 @@ def plot_rouge(epochs, path, title):
     best = next(e for e in epochs if e["best"])
     axes.axvline(best["epoch"], color="grey", linestyle=":", label=f"best on validation: epoch {best['epoch']:g}")
     axes.set(title=title, xlabel="epoch", ylabel="ROUGE F1 (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -1909,7 +1906,7 @@ class RangeTest(TrainerCallback):
 
 
 def diverges(losses):
-    smooth = smoothed(losses, window=7)
+    smooth = smoothed(losses)
     return not math.isfinite(losses[-1]) or (len(losses) > 7 and smooth[-1] > 2 * min(smooth))
 
 
@@ -1946,14 +1943,14 @@ def lr_find(args):
 def suggest_learning_rate(rates, losses):
     """A tenth of the rate with the smallest smoothed loss: where it still falls steeply, and far from divergence."""
     finite = [loss for loss in losses if math.isfinite(loss)]
-    smallest = int(np.argmin(smoothed(finite, window=7)))
+    smallest = int(np.argmin(smoothed(finite)))
     return float(f"{rates[smallest] / 10:.1e}")
 
 
 def plot_range_test(rates, losses, best, path, title):
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
-    axes.plot(rates, smoothed(losses, window=7), color="tab:blue", label="smoothed")
+    axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
     axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
     axes.set(title=title, xlabel="learning rate", ylabel="training loss (nats per token)", xscale="log")
     axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
@@ -2122,6 +2119,7 @@ def plot_comparison(runs, path):
     left.set(xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)", title="after each epoch (dot: chosen on validation)")
     right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
     right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)

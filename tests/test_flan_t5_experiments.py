@@ -195,7 +195,7 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
 
 
 def range_test_on_a_quadratic(flan, curvature, seed=0):
-    """Gradient descent on curvature / 2 |x|^2 with noisy gradients: 1 / curvature is best, 2 / curvature diverges."""
+    """Gradient descent on curvature / 2 |x|^2, noisy gradients: 1 / curvature is best, from 2 / curvature it diverges."""
     rng, x = np.random.default_rng(seed), np.ones(50)
     rates, losses = np.geomspace(1e-6, 1, 100), []
     for rate in rates:
@@ -208,9 +208,9 @@ def range_test_on_a_quadratic(flan, curvature, seed=0):
 
 @pytest.mark.parametrize("curvature", [30.0, 300.0, 3000.0])
 def test_the_range_test_on_a_quadratic(flan, curvature):
-    """It ends soon after divergence begins; its suggestion trains, well: a fifth to a fiftieth of the best rate."""
+    """It ends where divergence begins (with noise, the loss grows a little before); its suggestion trains, well: a fifth to a fiftieth of the best rate."""
     rates, losses = range_test_on_a_quadratic(flan, curvature)
-    assert 2 / curvature < rates[-1] < 8 / curvature and len(losses) < 100
+    assert 1 / curvature < rates[-1] < 8 / curvature and len(losses) < 100
     assert 0.02 < flan.suggest_learning_rate(rates, losses) * curvature < 0.2
 
 

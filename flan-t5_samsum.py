@@ -1582,8 +1582,8 @@ def finish(run, report, log, writer, args):
     if epochs:
         best = next(e for e in epochs if e["best"])
         values = {key: str(value) for key, value in report.facts["configuration"].items()} | {"lr": args.lr}
-        writer.add_hparams(values, {f"best/{split}_{kind}": best[split][kind] for split in ("validation", "test")
-                                    for kind in ROUGE_TYPES}, run_name=".")
+        scores = {f"{split}/best_rouge1": best[split]["rouge1"] for split in ("validation", "test")}
+        writer.add_hparams(values, scores, run_name=".")
         say("", table(epochs), "", describe(report.facts["protocol"]))
         if best["step"] == 0 and len(epochs) > 1:
             say("No epoch was better than the model before training: another --lr, or more --epochs?")

@@ -183,7 +183,7 @@ def test_tensorboard_has_the_hyper_parameters(events, metrics):
     values = {name: value.number_value or value.string_value for name, value in information.hparams.items()}
     assert values["lr"] == 1e-2 and str(values["lora_r"]) in ("16", "16.0") and "flan-t5-small" in values["model"]
     best = metrics["epochs"][metrics["best_epoch"]]
-    (event,) = events.Scalars("best/test_rouge1")
+    (event,) = events.Scalars("test/best_rouge1")
     assert event.value == pytest.approx(best["test"]["rouge1"])
 
 

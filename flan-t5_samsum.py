@@ -409,8 +409,8 @@ def read_csv(path, text):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    except csv.Error as error:  # the line numbers of the reader are those of the last good row
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({error})") from None
     twice = {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}
     if twice:
         raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
@@ -603,8 +603,11 @@ def load_tokenizer_and_config(folder):
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError,
+            huggingface_hub.errors.StrictDataclassError) as error:
         raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # else it would be an empty one
+        raise UserError(f"{folder} holds no tokenizer: it needs a tokenizer.json or spiece.model")
     if config.model_type not in ("t5", "mt5"):
         raise UserError(f"{folder} is a {config.model_type} model, not T5")
     if None in (tokenizer.eos_token_id, tokenizer.pad_token_id, config.decoder_start_token_id):
@@ -654,8 +657,12 @@ def load_base(folder, device, dtype, quantization=None):
         raise
     except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
         raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
-    if report["missing_keys"]:
-        raise UserError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    missing = sorted(report["missing_keys"])
+    untied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings") is False
+    if untied and model.lm_head.weight is model.shared.weight:  # transformers makes up for a lost head with the embedding
+        missing.append("lm_head.weight")
+    if missing:
+        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: copy it again")
     # `generate` would fill what its settings leave open from the checkpoint's own (no_repeat_ngram_size, max_length).
     tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in tokens})
@@ -692,7 +699,7 @@ def load_adapter(model, folder):
         raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: it lacks weights") from None
     except pickle.UnpicklingError:
         raise UserError(f"the adapter {folder} has code in it, which is not run: use .safetensors") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         detail = lines[1] if "size mismatch" in str(error) and len(lines) > 1 else lines[0]
         raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: {detail[:200]}") from None
@@ -1617,6 +1624,7 @@ def load_for_use(args):
         elif run_in_question(args) is None and not flag_given("--model"):
             try:
                 args.model = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+                Path(args.model)
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{adapter / 'adapter_config.json'} names no base: give it, --model NAME") from None
     folder = find_model(args.model, args.cache_dir)

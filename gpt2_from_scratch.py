@@ -749,7 +749,7 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}{f', line {number}' if number else ''} cannot be read ({first_line(error)})") from None
 
 

@@ -58,7 +58,7 @@ from pathlib import Path
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
     "nano": {"layers": 4, "heads": 4, "width": 128, "context": 64, "lr": 4e-3, "batch_tokens": 1024,
-             "max_steps": 1500, "eval_every": 300, "vocab_size": 1024},
+             "max_steps": 1500, "vocab_size": 1024},
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
@@ -139,9 +139,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
          help="sequences per forward pass and process; the rest accumulates (default: auto, the most that fits)")
     flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
-    flag("--max-steps", type=count, metavar="N", help="optimiser steps; goes before --epochs (nano: 1500)")
+    flag("--max-steps", type=count, metavar="N", help="optimiser steps, whatever --epochs says (nano: 1500)")
     flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
-         "(default: a tenth of all, at most 1000; nano: 300)")
+         "(default: a fifth of all, at most 1000)")
     flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
     flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it)")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
@@ -1121,8 +1121,8 @@ def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) ->
 # ---------- 9. Generation ---------------------------------------------------------------------------------------------
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator) -> torch.Tensor:
+def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator) -> torch.Tensor:
     """Draw one token for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest.
 
     top_k keeps the k likeliest tokens (Fan et al. 2018); top_p the smallest set of them that reaches probability p
@@ -1167,7 +1167,7 @@ def generate(
                 cache = cache or KVCache(model.config, count, device)
                 cache.advance(new)
             logits = model(sequence[:, -new:], cache=cache)[:, -1]  # (count, V)
-            token = choose(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
+            token = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
             sequence, visible = torch.cat([sequence, token], dim=1), visible + 1
             finished |= token == end
             yield token[:, 0].tolist()
@@ -1228,6 +1228,12 @@ class Session:
         batch = torch.from_numpy(self.order.windows(first_window + self.rank * rows, rows))
         is_cuda = self.device.type == "cuda"  # from pinned memory the copy overlaps with the step before
         return (batch.pin_memory() if is_cuda else batch).to(self.device, non_blocking=is_cuda)
+
+    def speed(self, steps: int, seconds: float) -> dict[str, float]:
+        """Tokens per second, and MFU (model FLOPs utilisation): the share of the measured matmul rate that they use."""
+        rate = steps * self.settings.batch_tokens / seconds
+        return {"tokens_per_second": rate,
+                "mfu": rate * flops_per_token(self.model.config) / (self.matmul_rate * self.world)}
 
 
 STATS = ("loss", "norm", "skip", "stop")  # what a training step returns, before Guard.FIELDS
@@ -1383,7 +1389,7 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
     if settings.warmup_steps is None:
         settings.warmup_steps = min(2000, settings.max_steps // 20)
     if settings.eval_every is None:
-        settings.eval_every = min(1000, max(1, settings.max_steps // 10))
+        settings.eval_every = min(1000, max(1, settings.max_steps // 5))
 
     # bf16 where the hardware really has it. Older GPUs claim it too, but emulate it.
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1671,13 +1677,13 @@ class Run:
             progress.windows += settings.batch_tokens // settings.context
             batch = session.fetch_batch(progress.windows)
             arrived, waiting = waiting, (progress.step, start_reading(values))
-            stop = arrived is not None and self.note(*arrived)
+            stop = arrived is not None and self.log_step(*arrived)
             stop = stop or (session.world == 1 and request.number is not None)
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
             is_due = progress.step % settings.eval_every == 0 or progress.step == settings.max_steps
             if is_due or stop:
-                stop = self.note(*waiting) or stop
+                stop = self.log_step(*waiting) or stop
                 waiting = None
                 if is_due:
                     self.evaluate()
@@ -1687,7 +1693,7 @@ class Run:
                     self.write_metrics("running")
                 clock = time.perf_counter()
 
-    def note(self, step: int, reading: tuple) -> bool:
+    def log_step(self, step: int, reading: tuple) -> bool:
         """Take in the values of a step: log them, report now and then. True if some process was asked to stop.
 
         Raises UserError when the run is diverging.
@@ -1703,7 +1709,7 @@ class Run:
         if is_report and seconds > self.reported[1]:
             pace = (seconds - self.reported[1]) / (step - self.reported[0])
             self.reported = (step, seconds)
-            line |= self.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
+            line |= self.session.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
             say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
                 f"{values['norm']:.2f} | lr {rate:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
                 f"MFU {line['mfu']:.0%} | {duration((settings.max_steps - step) * pace)} left")
@@ -1717,12 +1723,6 @@ class Run:
 
     def last_checkpoint(self) -> Path | str:
         return next(iter(find_checkpoints(self.folder)), "none") if self.folder else "with the first process"
-
-    def speed(self, steps: int, seconds: float) -> dict[str, float]:
-        """Tokens per second, and MFU (model FLOPs utilisation): the share of the measured matmul rate that they use."""
-        rate = steps * self.settings.batch_tokens / seconds
-        peak = self.session.matmul_rate * self.session.world
-        return {"tokens_per_second": rate, "mfu": rate * flops_per_token(self.session.model.config) / peak}
 
     def evaluate(self) -> None:
         """Validation loss and a sample, to the terminal and the log."""
@@ -1749,7 +1749,7 @@ class Run:
             "epochs": progress.windows / session.order.per_epoch,
             "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
-            **(self.speed(steps, seconds) if steps else {}),
+            **(session.speed(steps, seconds) if steps else {}),
             "peak_memory_gib": peak_memory(session.device),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": progress.best_loss,
@@ -1785,7 +1785,8 @@ class Run:
         if status == "finished":
             say(f"Try it: python {script} --init {self.folder} --sample")
         else:
-            say(f"Stopped after step {results['steps']}. Go on: python {script} --resume --output-dir {self.folder}")
+            python = "python" if session.world == 1 else f"torchrun --nproc_per_node={session.world}"
+            say(f"Stopped after step {results['steps']}. Go on: {python} {script} --resume --output-dir {self.folder}")
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
@@ -1964,7 +1965,7 @@ def plan(settings: argparse.Namespace) -> int:
         seconds.append(time.perf_counter() - started)
     micro_batches = settings.batch_tokens // (session.micro_batch * config.context * session.world)
     pace = micro_batches * min(seconds)
-    speed = Run(session, Progress(), None, math.nan).speed(1, pace)
+    speed = session.speed(1, pace)
     say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
         f"peak memory {peak_memory(session.device):.2f} GiB")
     say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
@@ -1989,7 +1990,10 @@ def main(arguments: argparse.Namespace) -> int:
         settings = resolve_settings(arguments)
         if settings.sample is not None:
             return sample(settings)
-        return export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
+        code = export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
     except UserError as error:
         message = str(error)
     except OSError as error:  # a full disk, a file without permission: its text names the file and the reason

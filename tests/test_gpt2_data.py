@@ -1,6 +1,7 @@
 """Tokenizer, token files and the training order of gpt2_from_scratch.py."""
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
@@ -257,6 +259,41 @@ def test_truncated_token_files_are_refused(tmp_path):
     (folder / "train.bin").write_bytes(tokens[:-6])
     with pytest.raises(gpt2.UserError, match="damaged"):
         gpt2.prepare_tokens(data_settings(tmp_path, file))
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=2, max_size=12), fraction=st.floats(0.01, 0.5))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_documents_come_back_from_the_token_files(tmp_path, texts, fraction):
+    """All of them, with whatever characters, and in their order within each split."""
+    texts = [text for text in texts if text.encode("utf-8", "ignore").decode() == text]
+    assume(len(set(texts)) > 1)
+    folder = tmp_path / hashlib.sha256(repr((texts, fraction)).encode()).hexdigest()
+    folder.mkdir(exist_ok=True)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    try:
+        data = gpt2.prepare_tokens(data_settings(folder, folder / "texts.jsonl", val_fraction=fraction))
+    except gpt2.UserError as error:
+        assert "no document fell to train" in str(error)  # with so few, all may fall to the other side
+        return
+    train, validation = texts_of(data, "train"), texts_of(data, "validation")
+    held_out = set(validation)
+    assert held_out and train == [text for text in texts if text not in held_out]
+    assert validation == [text for text in texts if text in held_out]
+
+
+@given(world=st.sampled_from([1, 2, 4]), rows=st.integers(1, 3), first=st.integers(0, 300), steps=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_processes_share_the_windows_of_a_step(world, rows, first, steps):
+    """Together they read what one process reads, whatever their number, from any position and into the next epoch."""
+    context, batch = 7, world * rows
+    order = gpt2.TrainingOrder(np.arange(900, dtype=np.uint16), context, 0)
+    shared = argparse.Namespace(batch_tokens=batch * context)
+    session = lambda rank: argparse.Namespace(
+        settings=shared, order=order, world=world, rank=rank, device=torch.device("cpu")
+    )
+    for position in range(first, first + steps * batch, batch):
+        parts = [gpt2.Session.fetch_batch(session(rank), position) for rank in range(world)]
+        assert np.array_equal(torch.cat(parts), order.windows(position, batch))
 
 
 @given(tokens=st.integers(40, 400), context=st.integers(3, 20), seed=st.integers(0, 5))

@@ -111,11 +111,12 @@ def finished(undisturbed, tmp_path):
     return tmp_path / "run"
 
 
-def wait_for(file: Path, seconds: float = 60) -> None:
+def wait_for(file: Path, lines: int = 0, seconds: float = 60) -> None:
+    """Until the file is there and has so many lines."""
     deadline = time.monotonic() + seconds
-    while not file.exists():
-        assert time.monotonic() < deadline, f"no {file} after {seconds} s"
-        time.sleep(0.002)
+    while not file.exists() or file.read_text().count("\n") < lines:
+        assert time.monotonic() < deadline, f"no {file} of {lines} lines after {seconds} s"
+        time.sleep(0.001)
 
 
 def assert_ends_as(run: Path, undisturbed: Path) -> None:
@@ -136,15 +137,15 @@ def losses_of(run: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_loses_nothing(start, undisturbed, tmp_path, count):
-    """After the run's folder was made. It saves after every second step, so that some kills fall into a save."""
-    moment, killed, half_written = random.Random(count), 0, 0
+    """Spread evenly over the log's lines, and a little later. Every second step saves: some kills fall into that."""
+    moment, killed, half_written, total = random.Random(count), 0, 0, len(losses_of(undisturbed))
     while killed < count:
         folder = tmp_path / str(killed)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         process = start(folder, *RECIPE, "--output-dir", "run")
-        wait_for(folder / "run/metrics.json")
-        time.sleep(moment.uniform(0, 0.4))
+        wait_for(folder / "run/metrics.jsonl", lines=moment.randrange(total))
+        time.sleep(moment.uniform(0, 0.03))
         process.send(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             assert process.out and not process.err  # it was faster, and finished
@@ -383,9 +384,9 @@ original = gpt2.training_step
 
 def step(session, number, batch, stop=False):
     if number == 5 and session.rank == 1:
-        pathlib.Path("pid").with_suffix(".tmp").write_text(str(os.getpid()))
+        pathlib.Path("pid.tmp").write_text(str(os.getpid()))
         os.rename("pid.tmp", "pid")
-        time.sleep(600)
+        time.sleep({seconds})
     return original(session, number, batch, stop)
 
 gpt2.training_step = step
@@ -393,22 +394,44 @@ sys.exit(gpt2.main(gpt2.parse_arguments()))
 """
 
 
+def start_two_ranks(text: Path, folder: Path, seconds: int) -> subprocess.Popen:
+    """A run of two processes, of which the second one waits in its sixth step."""
+    (folder / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent), seconds=seconds))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
+    words = [*launcher, "--data", str(text), "--cache-dir", str(text.parent / "cache"), *RECIPE, "--output-dir", "run"]
+    process = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(folder / "pid", seconds=120)
+    return process
+
+
 def test_a_rank_that_dies_takes_the_run_down_with_its_error_shown(text, tmp_path):
     """While the other one waits for its gradients."""
-    (tmp_path / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
-    words = ["--data", text, "--cache-dir", text.parent / "cache", *RECIPE, "--output-dir", "run"]
-    process = subprocess.Popen(
-        [*launcher, *map(str, words)], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_two_ranks(text, tmp_path, seconds=600)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     try:
-        wait_for(tmp_path / "pid", seconds=120)
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1 and "SIGKILL" in error and "rank      : 1" in error
     assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_ends_all_ranks_after_the_same_step(text, undisturbed, tmp_path, number):
+    """torchrun passes the signal on to all, and itself ends with exit code 1."""
+    process = start_two_ranks(text, tmp_path, seconds=1)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    told = out.strip().splitlines()[-1].partition("Go on: torchrun --nproc_per_node=2 driver.py ")[2]
+    assert told == "--resume --output-dir run", (out, error)
+    assert (tmp_path / "run/checkpoints/step-00000008").is_dir()  # they tell each other in step 7, and read it in 8
+    assert "best validation loss" in out and (tmp_path / "run/training_loss.png").exists()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
+    done = subprocess.run([*launcher, *told.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = losses_of(tmp_path / "run"), losses_of(undisturbed)
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
 
 
 # Memory

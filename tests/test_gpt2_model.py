@@ -237,7 +237,7 @@ def test_training_mode_is_as_it_was_after_generating(reference):
 def test_top_k_and_top_p_keep_the_likeliest():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])).expand(4000, -1)
     generator = torch.Generator().manual_seed(0)
-    drawn = lambda **how: gpt2.choose(
+    drawn = lambda **how: gpt2.sample_token(
         logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how, generator=generator
     )
     share = torch.bincount(drawn().flatten(), minlength=5) / 4000

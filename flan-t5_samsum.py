@@ -99,7 +99,8 @@ def build_parser():
     group.add_argument("--gradient-checkpointing", action="store_true",
                        help="compute activations twice instead of keeping them: less memory, a third slower")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default: %(default)s")
-    group.add_argument("--lora-r", type=number(int, 1, 2**16), default=16, metavar="N", help="LoRA rank (default: %(default)s)")
+    group.add_argument("--lora-r", type=number(int, 1, 2**16), default=16, metavar="N",
+                       help="LoRA rank (default: %(default)s)")
     group.add_argument("--lora-alpha", type=number(float, 0, low_included=False), default=32, metavar="X",
                        help="LoRA's update is scaled by alpha / rank (default: %(default)s)")
     group.add_argument("--lora-dropout", type=number(float, 0, 0.99), default=0.05, metavar="X",
@@ -606,7 +607,7 @@ def load_tokenizer_and_config(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError,
             huggingface_hub.errors.StrictDataclassError) as error:
         raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # else it would be an empty one
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # it would be an empty one
         raise UserError(f"{folder} holds no tokenizer: it needs a tokenizer.json or spiece.model")
     if config.model_type not in ("t5", "mt5"):
         raise UserError(f"{folder} is a {config.model_type} model, not T5")
@@ -659,7 +660,7 @@ def load_base(folder, device, dtype, quantization=None):
         raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     untied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings") is False
-    if untied and model.lm_head.weight is model.shared.weight:  # transformers makes up for a lost head with the embedding
+    if untied and model.lm_head.weight is model.shared.weight:  # which transformers takes in place of a lost head
         missing.append("lm_head.weight")
     if missing:
         raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: copy it again")
@@ -758,7 +759,7 @@ def save_result(model, tokenizer, folder, args):
 
 
 def put_in_place(written, folder):
-    """Renames a written folder when it is on the disk, so that after a crash or power cut `folder` is whole or absent."""
+    """Renames a written folder once it is on disk, so that after a crash or power cut `folder` is whole or absent."""
     for path in [*written.rglob("*"), written] if os.name == "posix" else ():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -948,7 +949,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, lengths, batch_size, seed, multiple_of=1):
-        self.lengths, self.batch_size, self.seed, self.multiple_of, self.epoch = lengths, batch_size, seed, multiple_of, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.multiple_of = multiple_of
 
     def __len__(self):
         return len(self.lengths) + -len(self.lengths) % self.multiple_of
@@ -1016,7 +1018,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if len(self.sampler) > len(rows):
             empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
             rows = datasets.concatenate_datasets([rows, empty])
-        super().__init__(train_dataset=rows, eval_dataset=data["validation"], compute_loss_func=token_mean_loss, **kwargs)
+        super().__init__(train_dataset=rows, eval_dataset=data["validation"], compute_loss_func=token_mean_loss,
+                         **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
         self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
         self.recent = []  # step and loss of each micro-batch since the last log
@@ -1544,7 +1547,8 @@ def is_whole(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return all(any(checkpoint.glob(name)) for name in ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"))
+    files = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+    return all(any(checkpoint.glob(name)) for name in files)
 
 
 def warn_about_slow_hardware(config, data, device, steps, args):

@@ -952,7 +952,7 @@ class TrainingOrder:
 
     An epoch cuts the stream at a random offset into windows of `context` + 1 tokens that overlap by one (so each token
     is a target once), and visits all of them in random order. A position in this endless order is one whole number, so
-    a checkpoint needs no more, and neither micro-batch nor number of processes changes what a step learns from.
+    the step tells where a resumed run is, and neither micro-batch nor processes change what a step learns from.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int):
@@ -1047,7 +1047,6 @@ class Progress:
     """How far a run has come."""
 
     step: int = 0  # optimiser steps taken
-    windows: int = 0  # position in the training order
     seconds: float = 0.0  # spent on training steps
     validation_loss: float | None = None  # the last one, nats per token
     best_loss: float | None = None
@@ -1219,13 +1218,18 @@ class Session:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
-    def fetch_batch(self, first_window: int) -> torch.Tensor:
-        """This process's windows of the step that begins at `first_window`: (rows, context + 1), bound for the device.
+    @property
+    def rows(self) -> int:
+        """Windows per training step, all processes together."""
+        return self.settings.batch_tokens // self.order.context
 
-        A step reads the same windows however many processes share it: each takes its own stretch of them.
+    def fetch_batch(self, step: int) -> torch.Tensor:
+        """This process's windows of a step: (rows / world, context + 1), on their way to the device.
+
+        A step reads the same windows however many processes share it: each takes its own part of them.
         """
-        rows = self.settings.batch_tokens // self.order.context // self.world
-        batch = torch.from_numpy(self.order.windows(first_window + self.rank * rows, rows))
+        share = self.rows // self.world
+        batch = torch.from_numpy(self.order.windows(step * self.rows + self.rank * share, share))
         is_cuda = self.device.type == "cuda"  # from pinned memory the copy overlaps with the step before
         return (batch.pin_memory() if is_cuda else batch).to(self.device, non_blocking=is_cuda)
 
@@ -1377,25 +1381,8 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
     """Put the model on the device and find out how it runs best there. Fills in the settings that were still open."""
     rank, world, device = processes
     order = TrainingOrder(data.train, settings.context, settings.seed)
-    rows, rest = divmod(settings.batch_tokens, settings.context * world)
-    if rest:
-        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
-                        f"{world} (processes)")
-    if settings.micro_batch != "auto" and rows % settings.micro_batch:
-        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process "
-                        "has per step (--batch-tokens / context / processes)")
-    if settings.max_steps is None:
-        settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
-    if settings.warmup_steps is None:
-        settings.warmup_steps = min(2000, settings.max_steps // 20)
-    if settings.eval_every is None:
-        settings.eval_every = min(1000, max(1, settings.max_steps // 5))
-
-    # bf16 where the hardware really has it. Older GPUs claim it too, but emulate it.
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if settings.dtype == "bf16" and not has_bf16:
-        raise UserError(f"--dtype bf16: {device_name(device)} does not have it")
-    dtype = torch.bfloat16 if has_bf16 and settings.dtype != "fp32" else torch.float32
+    rows = complete_settings(settings, order, world)
+    dtype = choose_dtype(settings, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
         if settings.deterministic:
@@ -1416,6 +1403,32 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
     if world > 1:
         session.network = nn.parallel.DistributedDataParallel(session.network)
     return session
+
+
+def complete_settings(settings: argparse.Namespace, order: TrainingOrder, world: int) -> int:
+    """Check the batch, and fill in what depends on the length of the data. Returns a process's windows per step."""
+    rows, rest = divmod(settings.batch_tokens, settings.context * world)
+    if rest:
+        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
+                        f"{world} (processes)")
+    if settings.micro_batch != "auto" and rows % settings.micro_batch:
+        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process "
+                        "has per step (--batch-tokens / context / processes)")
+    if settings.max_steps is None:
+        settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
+    if settings.warmup_steps is None:
+        settings.warmup_steps = min(2000, settings.max_steps // 20)
+    if settings.eval_every is None:
+        settings.eval_every = min(1000, max(1, settings.max_steps // 5))
+    return rows
+
+
+def choose_dtype(settings: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Of matrix products: bf16 where the hardware really has it (older GPUs claim it too, but emulate it)."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if settings.dtype == "bf16" and not has_bf16:
+        raise UserError(f"--dtype bf16: {device_name(device)} does not have it")
+    return torch.bfloat16 if has_bf16 and settings.dtype != "fp32" else torch.float32
 
 
 def device_name(device: torch.device) -> str:
@@ -1620,8 +1633,7 @@ def train(settings: argparse.Namespace) -> int:
 def describe(session: Session) -> None:
     """Say on a few lines what is about to run where."""
     settings, config, facts = session.settings, session.model.config, session.data.facts
-    rows = settings.batch_tokens // config.context
-    tokens = facts["tokens"]
+    rows, tokens = session.rows, facts["tokens"]
     say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, "
         f"{config.heads} heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")
     say(f"data: {facts['name']}, {tokens['train']:,} training and {tokens['validation']:,} validation tokens of "
@@ -1669,13 +1681,12 @@ class Run:
     def loop(self, request: StopRequest) -> None:
         """Step after step. The values of a step are read one step later, so that the device never waits for Python."""
         session, progress, settings = self.session, self.progress, self.settings
-        batch, waiting, stop = session.fetch_batch(progress.windows), None, False
+        batch, waiting, stop = session.fetch_batch(progress.step), None, False
         clock = time.perf_counter()
         while progress.step < settings.max_steps and not stop:
             values = training_step(session, progress.step, batch, request.number is not None)
             progress.step += 1
-            progress.windows += settings.batch_tokens // settings.context
-            batch = session.fetch_batch(progress.windows)
+            batch = session.fetch_batch(progress.step)
             arrived, waiting = waiting, (progress.step, start_reading(values))
             stop = arrived is not None and self.log_step(*arrived)
             stop = stop or (session.world == 1 and request.number is not None)
@@ -1704,7 +1715,7 @@ class Run:
         if values["skip"]:
             line["skipped"] = values["skipped"]
             say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}, windows from "
-                f"{(step - 1) * (settings.batch_tokens // settings.context)} of the training order")
+                f"{(step - 1) * self.session.rows} of the training order")
         is_report = step % self.report_every == 0 or step == settings.max_steps
         if is_report and seconds > self.reported[1]:
             pace = (seconds - self.reported[1]) / (step - self.reported[0])
@@ -1746,7 +1757,7 @@ class Run:
             "parameters": count_parameters(session.model),
             "steps": progress.step,
             "tokens": progress.step * self.settings.batch_tokens,
-            "epochs": progress.windows / session.order.per_epoch,
+            "epochs": progress.step * session.rows / session.order.per_epoch,
             "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
             **(session.speed(steps, seconds) if steps else {}),
@@ -1941,37 +1952,6 @@ def export(settings: argparse.Namespace) -> int:
     return 0
 
 
-def plan(settings: argparse.Namespace) -> int:
-    """Print what a run needs, try a few of its steps, and leave nothing behind but the token files."""
-    processes = join_processes()
-    data = prepare_tokens(settings)
-    model = make_model(settings, data.tokenizer)
-    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
-    say(f"parameters: {count_parameters(model):,}, and {numbers - count_parameters(model):,} in padding rows")
-    say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
-    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each; about "
-        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")
-    tokens = data.facts["tokens"]
-    say(f"data: {tokens['train']:,} training tokens, {tokens['train'] / settings.batch_tokens:,.1f} steps of "
-        f"{settings.batch_tokens:,} tokens per epoch; {tokens['validation']:,} validation tokens")
-    session, seconds = open_session(settings, processes, data, model), []
-    describe(session)
-    while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
-        batch = session.fetch_batch(0)[: session.micro_batch]
-        synchronise(session.device)
-        started = time.perf_counter()
-        training_step(session, len(seconds), batch)
-        synchronise(session.device)
-        seconds.append(time.perf_counter() - started)
-    micro_batches = settings.batch_tokens // (session.micro_batch * config.context * session.world)
-    pace = micro_batches * min(seconds)
-    speed = session.speed(1, pace)
-    say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
-        f"peak memory {peak_memory(session.device):.2f} GiB")
-    say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
-    return 0
-
-
 PLAN_SECONDS = 20  # of trying, at most about this
 
 
@@ -1982,6 +1962,33 @@ def activation_bytes(config: GPTConfig) -> float:
     output and the MLP's four-fold width before and after the GELU. Then the logits, and cross-entropy's float32 copies.
     """
     return config.layers * config.width * (2 * 4 + 14 * 2) + config.padded_vocab_size * (2 * 2 + 2 * 4)
+
+
+def plan(settings: argparse.Namespace) -> int:
+    """Print what a run needs, try a few of its steps, and leave nothing behind but the token files."""
+    processes = join_processes()
+    data = prepare_tokens(settings)
+    model = make_model(settings, data.tokenizer)
+    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
+    say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
+    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each; about "
+        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")
+    session, seconds = open_session(settings, processes, data, model), []
+    describe(session)
+    say(f"epoch: {len(data.train) / settings.batch_tokens:,.1f} steps of {settings.batch_tokens:,} tokens per epoch")
+    while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
+        batch = session.fetch_batch(0)[: session.micro_batch]
+        synchronise(session.device)
+        started = time.perf_counter()
+        training_step(session, len(seconds), batch)
+        synchronise(session.device)
+        seconds.append(time.perf_counter() - started)
+    pace = session.rows // (session.micro_batch * session.world) * min(seconds)
+    speed = session.speed(1, pace)
+    say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
+        f"peak memory {peak_memory(session.device):.2f} GiB")
+    say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
+    return 0
 
 
 def main(arguments: argparse.Namespace) -> int:

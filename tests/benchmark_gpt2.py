@@ -55,8 +55,7 @@ def seconds_per_call(call: Callable[[int], object], device: torch.device, count:
 
 
 def our_step(session: gpt2.Session) -> Callable[[int], object]:
-    rows = session.settings.batch_tokens // session.order.context
-    return lambda step: gpt2.training_step(session, step, session.fetch_batch(step * rows))
+    return lambda step: gpt2.training_step(session, step, session.fetch_batch(step))
 
 
 def their_model(session: gpt2.Session) -> GPT2LMHeadModel:
@@ -69,10 +68,9 @@ def their_step(session: gpt2.Session, is_compiled: bool) -> Callable[[int], obje
     model = their_model(session).train()
     network = torch.compile(model, dynamic=False) if is_compiled else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    rows = session.settings.batch_tokens // session.order.context
 
     def step(number: int) -> None:
-        tokens = session.fetch_batch(number * rows)[:, :-1]
+        tokens = session.fetch_batch(number)[:, :-1]
         with session.autocast():
             loss = network(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -98,8 +96,7 @@ def report(name: str, session: gpt2.Session, step: Callable, count: int) -> None
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_per_call(step, session.device, count)
-    rate = session.settings.batch_tokens / seconds
-    mfu = rate * gpt2.flops_per_token(session.model.config) / session.matmul_rate
+    rate, mfu = session.speed(1, seconds).values()
     memory = gpt2.peak_memory(session.device)
     print(f"| {name:34} | {seconds * 1e3:10,.1f} | {rate:12,.0f} | {mfu:5.1%} | {memory:8.2f} |", flush=True)
 

@@ -58,9 +58,9 @@ def make_session(folder: Path, text: Path, *words, model=None, **changes) -> gpt
 
 
 def take_steps(session: gpt2.Session, count: int, first: int = 0) -> list[dict]:
-    readings, rows = [], session.settings.batch_tokens // session.order.context
+    readings = []
     for step in range(first, first + count):
-        values = gpt2.training_step(session, step, session.fetch_batch(step * rows))
+        values = gpt2.training_step(session, step, session.fetch_batch(step))
         readings.append(dict(zip(gpt2.STATS + gpt2.Guard.FIELDS, values.tolist(), strict=True)))
     return readings
 

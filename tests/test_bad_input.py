@@ -230,7 +230,7 @@ BAD = {
     "a column that is not there": (lambda f: ["--dataset", f.jsonl(), "--target-column", "gist"],
                                    ["no column gist", "--target-column", COLUMNS]),
     # Encodings
-    "Latin-1": (dataset(lambda f: f.write("d.jsonl", (json.dumps(ROW) + "\n").encode() * 12 + b'{"dialogue": "Zo\xeb"}')),
+    "Latin-1": (dataset(lambda f: f.write("d.jsonl", (json.dumps(ROW) + "\n").encode() * 12 + b'{"x": "Zo\xeb"}')),
                 ["d.jsonl:13: not UTF-8 (byte 0xeb)", "convert it"]),
     "UTF-16": (dataset(lambda f: f.write("d.jsonl", (json.dumps(ROW) + "\n").encode("utf-16") * 12)),
                ["d.jsonl:1: not UTF-8 (byte 0xff)", "convert it"]),
@@ -276,7 +276,7 @@ BAD = {
     "weights of other geometry": (model(lambda f: f.model(d_ff=128)), ["cannot load the weights in"]),
     "a shard that is missing": (
         model(lambda f: with_file(without(f.model(), "model.safetensors"), "model.safetensors.index.json",
-                                  json.dumps({"metadata": {}, "weight_map": {"shared.weight": "model-1-of-1.safetensors"}}))),
+                                  '{"metadata": {}, "weight_map": {"shared.weight": "model-1-of-1.safetensors"}}')),
         ["cannot load the weights in"],
     ),
     "no tokenizer": (model(lambda f: without(f.model(), "tokenizer.json", "tokenizer_config.json")),
@@ -300,7 +300,7 @@ BAD = {
     "an adapter of another rank": (adapter(lambda f: f.adapter(r=4)), ["adapter", "does not fit"]),
     "an adapter with weights missing": (
         adapter(lambda f: f.adapter(weights=lambda w: w.pop(sorted(w)[0]))), ["adapter", "lacks weights"]),
-    "an adapter of other layers": (adapter(lambda f: f.adapter(target_modules=["q_proj"])), ["adapter", "does not fit"]),
+    "an adapter of other layers": (adapter(lambda f: f.adapter(target_modules=["q_proj"])), ["does not fit", "q_proj"]),
     "a broken adapter_config.json": (adapter(lambda f: with_file(f.adapter(), "adapter_config.json", "{")),
                                      ["adapter_config.json", "--model NAME"]),
     "an adapter without a base": (adapter(lambda f: f.adapter(base_model_name_or_path=None)), ["--model NAME"]),
@@ -312,7 +312,7 @@ BAD = {
     "an empty chat": (summarize(lambda f: f.write("chat.txt", "")), ["chat.txt holds no dialogue"]),
     "a chat of blank lines": (summarize(lambda f: f.write("chat.txt", "\n \r\n\t\n")), ["chat.txt holds no dialogue"]),
     "a chat in Latin-1": (summarize(lambda f: f.write("chat.txt", b"Zo\xeb: hi")), ["chat.txt is not UTF-8", "byte 2"]),
-    "a chat with a broken line": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": "x"}\n{')), ["c.jsonl:2:", "JSON"]),
+    "a chat with a broken line": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": "x"}\n{')), ["c.jsonl:2:", "not"]),
     "a chat without its column": (summarize(lambda f: f.write("c.jsonl", '{"text": "x"}\n')),
                                   ["cannot tell the source among text", "--source-column NAME"]),
     "a chat that is null": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": "x"}\n{"dialogue": null}\n')),
@@ -413,8 +413,8 @@ def test_flan_as_a_process(files, flags, words):
 # gpt2_from_scratch.py
 # ----------------------------------------------------------------------------------------------------------------------
 
-SIZES = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-tokens", "64", "--max-steps", "2",
-         "--vocab-size", "300"]  # fmt: skip
+SIZES = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-tokens", "64", "--max-steps",
+         "2", "--vocab-size", "300"]  # fmt: skip
 TEXT = "".join(f"Line {i} of a text about {('cats', 'dogs', 'fish')[i % 3]}.\n" for i in range(200))
 
 
@@ -467,7 +467,7 @@ def test_gpt2_bad_input(gpt2_command, files, name):
     prepare, words = GPT2_BAD[name]
     arguments = prepare(files)
     before = contents(files.home)
-    code, out, error = gpt2_command(*arguments, *(SIZES if "--data" in arguments and "--width" not in arguments else ()))
+    code, _, error = gpt2_command(*arguments, *(SIZES if "--data" in arguments and "--width" not in arguments else ()))
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     for word in words:
         assert word in error, (word, error)
@@ -489,14 +489,15 @@ def test_flan_trains_on_unusual_rows(command, files):
     rows = fake_hub.samsum_rows("train", 6)
     unusual = [ROW, ROW | {"summary": "Again."}, {"id": "e", "dialogue": EMOJI, "summary": EMOJI},
                {"id": "long", "dialogue": MEGABYTE, "summary": "They greet."},
-               {"id": "odd", "dialogue": "A: \0 \u2028 \u200b <pad> </s>", "summary": "\ufeffOdd.", "more": [1]}]  # fmt: skip
+               {"id": "odd", "dialogue": "A: \0 \u2028 \u200b <pad>", "summary": "\ufeffOdd.", "more": [1]}]  # fmt: skip
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in [*rows, *unusual])
     files.write("d/train.jsonl", "\ufeff" + lines + "\r\n\r\n")
-    quoted = 'id,dialogue,summary\r\n1,"Ada: ""hi"", you\r\nFemi: ho","They, greet."\r\n1,' + EMOJI + ',"Fun.\r\n"\r\n2,x,\r\n'
-    files.write("d/validation.csv", "\ufeff" + quoted)
-    files.parquet("d/test.parquet", id=[7, 7, None], dialogue=["Ada: hi", EMOJI, "x"], summary=["She greets.", "Fun.", None])
-    done = command("--dataset", "d", "--model", files.model_folder, "--batch-size", "2", "--epochs", "1", "--max-new-tokens",
-                   "4", "--max-source-length", "64", cwd=files.home)  # fmt: skip
+    quoted = '1,"Ada: ""hi"", you\r\nFemi: ho","They, greet."\r\n1,' + EMOJI + ',"Fun.\r\n"\r\n2,x,\r\n'
+    files.write("d/validation.csv", "\ufeffid,dialogue,summary\r\n" + quoted)
+    summaries = ["She greets.", "Fun.", None]
+    files.parquet("d/test.parquet", id=[7, 7, None], dialogue=["Ada: hi", EMOJI, "x"], summary=summaries)
+    done = command("--dataset", "d", "--model", files.model_folder, "--batch-size", "2", "--epochs", "1",
+                   "--max-new-tokens", "4", "--max-source-length", "64", cwd=files.home)  # fmt: skip
     assert done.code == 0 and done.err == "", done
     assert "validation: dropped 1 row(s)" in done.out and "test: dropped 1 row(s)" in done.out
     assert "rows: 11 train (9.1% truncated), 2 validation (0.0% truncated), 2 test" in done.out
@@ -515,8 +516,8 @@ def test_flan_trains_on_unusual_rows(command, files):
     ("chat.jsonl", "\ufeff" + json.dumps(ROW) + "\r\n\r\n" + json.dumps(ROW | {"dialogue": EMOJI}), 2),
 ])  # fmt: skip
 def test_flan_summarises_unusual_chats(command, files, name, content, count):
-    done = command("--summarize", files.write(name, content), "--adapter", files.trained.folder, "--max-new-tokens", "4",
-                   cwd=files.home)  # fmt: skip
+    done = command("--summarize", files.write(name, content), "--adapter", files.trained.folder, "--max-new-tokens",
+                   "4", cwd=files.home)  # fmt: skip
     assert done.code == 0 and len(done.out.splitlines()) == count, done
 
 

@@ -8,17 +8,18 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
+import fake_hub
 import pytest
 import torch
-from conftest import RECIPE, SCRIPT, start, wait, write_jsonl
+from conftest import RECIPE, SCRIPT, write_jsonl
 from test_flan_t5_resume import assert_same_end, metrics
 
 NAME = "flan-t5-small-chats-lr=1e-2"  # of the run that the fixture `trained` made
@@ -60,132 +61,164 @@ def assert_one_line(done, *words):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Killed, and stopped twice. The processes are forked from this one, which has imported everything.
+# Killed, and stopped twice
 # ----------------------------------------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
 
+# Importing takes seconds, so one process imports everything and does nothing but fork: each order, a line of JSON with
+# a folder, the words of the command line and code to run before, is answered with a process id and then an exit code.
+SERVER = """
+import importlib.util, json, os, sys
+script = sys.argv[1]
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+flan.torch.set_num_threads(1)
+flan.get_device = lambda: (flan.torch.device("cpu"), flan.torch.float32)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(order["folder"])
+        for descriptor, name in ((1, "out.txt"), (2, "err.txt")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = [script, *order["words"]]
+        flan.plot_loss = flan.plot_rouge = lambda *_: None  # they take most of the time of so small a run
+        exec(order["before"])
+        sys.exit(flan.explained(flan.main, flan.explained(flan.parse_arguments)))
+    print(child, flush=True)
+    print(child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
-def forked(work):
-    """Runs work() in a process forked from this one, which exits with what it returns; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+
+@pytest.fixture(scope="module")
+def server():
+    server = subprocess.Popen([sys.executable, "-c", SERVER, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              bufsize=0, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    yield server
+    server.stdin.close()
+    server.wait(60)
 
 
-def exit_code(pid, timeout=120):
-    """Of a process made by `forked`; negative: the signal that ended it."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError(f"still running after {timeout} s")
+class Forked:
+    """The script in a process of its own."""
 
+    def __init__(self, server, folder, words, before=""):
+        self.server, self.folder = server, folder
+        order = {"folder": str(folder), "words": [str(word) for word in words], "before": before}
+        server.stdin.write(json.dumps(order).encode() + b"\n")
+        while len(words := server.stdout.readline().split()) == 2:
+            pass  # the end of a process that a failed test did not wait for
+        self.pid = int(words[0])
 
-def ended(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    def ended(self, timeout=0):
+        return bool(select.select([self.server.stdout], [], [], timeout)[0])
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def exit_code(self, timeout=180):
+        """Negative: the signal that ended it."""
+        if not self.ended(timeout):
+            self.kill()
+        return int(self.server.stdout.readline().split()[1])
+
+    def __str__(self):
+        return "".join((self.folder / name).read_text()[-3000:] for name in ("out.txt", "err.txt"))
 
 
 @pytest.fixture
-def launch(command, data, model_folder):
-    """launch(home): starts the run of the fixture `trained`, or goes on with it if it is there; its process id."""
+def launch(server, data, model_folder):
+    """launch(home): starts the run of the fixture `trained`, or goes on with it if it is there."""
 
-    def launch(home):
+    def launch(home, before=""):
         run = home / "runs" / NAME
         if (run / "metrics.json").exists():
-            flags = ("--resume", "--output-dir", run)
+            words = ("--resume", "--output-dir", run)
         else:
             shutil.rmtree(run, ignore_errors=True)  # killed before it was a run
-            flags = ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE)
-        return forked(lambda: command(*flags, cwd=home).code)
+            words = ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE)
+        return Forked(server, home, words, before)
 
     return launch
 
 
-@pytest.fixture(scope="session")
-def seconds(command, data, model_folder, tmp_path_factory):
-    """How long an uninterrupted run takes in a forked process."""
-    home = tmp_path_factory.mktemp("timed")
-    begin = time.monotonic()
-    flags = ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE)
-    assert exit_code(forked(lambda: command(*flags, cwd=home).code)) == 0
-    return time.monotonic() - begin
+def half_written(run):
+    """Whether a folder of the run is being written."""
+    with contextlib.suppress(FileNotFoundError):  # it was, and has just been renamed
+        return any(path.is_dir() and any(path.iterdir()) for path in run.glob("*.incomplete"))
+    return False
 
 
-def kill_somewhere(pid, run, rng, seconds):
-    """kill -9 at a random moment of the whole run, or of one of its seven times of saving; what was going on."""
+def kill_somewhere(process, run, rng, seconds):
+    """kill -9 at a random moment of the whole run, or of one of its first five times of saving."""
     if rng.random() < 0.5:
-        time.sleep(rng.uniform(0, seconds))
+        process.ended(rng.uniform(0, seconds))
     else:
-        begun, saving = rng.randrange(7), False  # before and after a save the folder aside is not there
-        while not ended(pid) and (begun >= 0 or not saving):
-            now = any(path.is_dir() and any(path.iterdir()) for path in run.glob("*.incomplete"))
-            begun, saving = begun - (now and not saving), now
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
-    aside = sorted(path.name for path in run.glob("*.incomplete"))
-    os.kill(pid, signal.SIGKILL)
-    return aside
+        number, saving = rng.randrange(5), False
+        while not process.ended(0.001) and (number >= 0 or not saving):
+            now = half_written(run)
+            number, saving = number - (now and not saving), now
+        process.ended(rng.uniform(0, 0.03))
+    process.kill()
 
 
-def kill_and_go_on(launch, trained, tmp_path, seconds, kills):
-    """Every other run is killed once more while it goes on. Returns how often a folder was left half-written."""
-    rng, half_written, killed, attempt = random.Random(0), 0, 0, 0
+def kill_and_go_on(launch, trained, tmp_path, kills):
+    """Every other run is killed once more while it goes on. Returns how many kills left a folder half-written."""
+    (tmp_path / "timed").mkdir()
+    begin = time.monotonic()
+    assert launch(tmp_path / "timed").exit_code() == 0
+    rng, while_saving, killed, attempt = random.Random(0), 0, 0, 0
+    seconds = time.monotonic() - begin
     while killed < kills:
         attempt += 1
         home = tmp_path / str(attempt)
         run = home / "runs" / NAME
         home.mkdir()
         for _ in range(1 + attempt % 2):
-            pid = launch(home)
-            aside = kill_somewhere(pid, run, rng, seconds)
-            if exit_code(pid) == -signal.SIGKILL:
+            process = launch(home)
+            kill_somewhere(process, run, rng, seconds)
+            if process.exit_code() == -signal.SIGKILL:
                 killed += 1
-                half_written += bool(aside)
-        assert exit_code(launch(home)) == 0
+                while_saving += half_written(run)
+        process = launch(home)
+        assert process.exit_code() == 0, process
         assert_same_run(run, trained.folder)
         shutil.rmtree(home)
-    return half_written
+    print(f"{killed} kills, {while_saving} while a folder was being written, {attempt} runs")
+    return while_saving
 
 
-def test_killed_at_any_moment_and_resumed_is_the_same_run(launch, trained, tmp_path, seconds):
-    kill_and_go_on(launch, trained, tmp_path, seconds, kills=3)
+def test_killed_at_any_moment_and_resumed_is_the_same_run(launch, trained, tmp_path):
+    kill_and_go_on(launch, trained, tmp_path, kills=3)
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_and_resumed_is_the_same_run(launch, trained, tmp_path, seconds):
-    assert kill_and_go_on(launch, trained, tmp_path, seconds, kills=50) >= 10
+def test_killed_fifty_times_and_resumed_is_the_same_run(launch, trained, tmp_path):
+    assert kill_and_go_on(launch, trained, tmp_path, kills=50) >= 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(flan, command, launch, trained, tmp_path, monkeypatch, number):
+def test_a_second_signal_stops_at_once(launch, trained, tmp_path, number):
     """Both come while step 10 is prepared: the process is gone before that step, with the checkpoint of step 6."""
-    collate, calls = flan.Collator.__call__, []
-
-    def interrupt(collator, rows):
-        calls.append(1)
-        if len(calls) == 19:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
-        return collate(collator, rows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flan.Collator, "__call__", interrupt)
-        assert exit_code(launch(tmp_path)) == -number
+    twice = f"""
+collate, calls = flan.Collator.__call__, []
+def interrupt(*rest):
+    calls.append(1)
+    if len(calls) == 19:
+        os.kill(os.getpid(), {number:d})
+        os.kill(os.getpid(), {number:d})
+    return collate(*rest)
+flan.Collator.__call__ = interrupt
+"""
+    assert launch(tmp_path, twice).exit_code() == -number
     run = tmp_path / "runs" / NAME
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
-    assert exit_code(launch(tmp_path)) == 0
+    process = launch(tmp_path)
+    assert process.exit_code() == 0, process
     assert_same_run(run, trained.folder)
 
 
@@ -240,7 +273,10 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize("where, call, free, last", FULL[:2] + [pytest.param(*c, marks=pytest.mark.slow) for c in FULL[2:]])
+SHORT_AND_SLOW = [*FULL[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL[2:])]
+
+
+@pytest.mark.parametrize("where, call, free, last", SHORT_AND_SLOW)
 def test_a_full_disk_is_one_line_and_costs_nothing(
     flan, command, data, model_folder, trained, disk, monkeypatch, where, call, free, last
 ):
@@ -346,8 +382,8 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     monkeypatch.setattr(flan.Collator, "__call__", watched)
     monkeypatch.setattr(flan, "token_mean_loss", poisoned)
     run = tmp_path / "run"
-    done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--batch-size", "1", "--output-dir", run,
-                   "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
+    done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--batch-size", "1", "--output-dir",
+                   run, "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
     if what == "gradient" and step == 7:  # it ruins the weights, so that the loss of the next step shows it
         named, word = 8, "loss is nan"
     else:
@@ -507,7 +543,7 @@ def test_code_beside_models_adapters_and_data_is_ignored(command, model_folder, 
 def test_bf16_and_quantised_weights_are_never_silently_fp32(
     flan, command, data, model_folder, tmp_path, monkeypatch, flags, stored
 ):
-    """On a CPU that is told to use bf16: what every attention projection holds and computes, in training and scoring."""
+    """On a CPU told to use bf16: what every attention projection holds and computes, in training and in scoring."""
     seen = {True: set(), False: set()}  # by whether the model trains
     add_lora = flan.add_lora
 
@@ -535,8 +571,10 @@ def test_bf16_and_quantised_weights_are_never_silently_fp32(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps, warm_up):
-    """The share by which resident memory grows between the steps `warm_up` and `steps`, evaluations included."""
+def grown(flan, command, model_folder, tmp_path, monkeypatch, rows, steps, warm_up):
+    """The share by which resident memory grows between the steps `warm_up` and `steps`; an epoch has rows / 2 steps."""
+    for split, count in {"train": rows, "validation": 5, "test": 5}.items():
+        write_jsonl(tmp_path / f"chats/{split}.jsonl", fake_hub.samsum_rows(split, count))
     resident, original = {}, flan.Reporter.on_step_end
 
     def watch(reporter, args, state, control, **kwargs):
@@ -544,21 +582,23 @@ def grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps, warm_
         return original(reporter, args, state, control, **kwargs)
 
     monkeypatch.setattr(flan.Reporter, "on_step_end", watch)
-    done = command("--model", model_folder, "--dataset", data, "--batch-size", "2", "--micro-batch-size", "1",
+    done = command("--model", model_folder, "--dataset", "chats", "--batch-size", "2", "--micro-batch-size", "1",
                    "--max-new-tokens", "4", "--epochs", "1000", "--max-steps", steps, cwd=tmp_path)  # fmt: skip
     assert done.code == 0 and len(resident) == steps, done
-    return max(resident[step] for step in range(steps - 20, steps + 1)) / resident[warm_up] - 1
+    print({step: resident[step] for step in range(100, steps + 1, 100)})
+    return max(resident[step] for step in range(warm_up, steps + 1)) / resident[warm_up] - 1
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 
 
 @needs_proc
-def test_memory_stays_flat(flan, command, model_folder, data, tmp_path, monkeypatch):
-    assert grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps=180, warm_up=60) < 0.02
+def test_memory_stays_flat(flan, command, model_folder, tmp_path, monkeypatch):
+    assert grown(flan, command, model_folder, tmp_path, monkeypatch, rows=400, steps=200, warm_up=80) < 0.02
 
 
 @needs_proc
 @pytest.mark.slow
-def test_memory_stays_flat_over_2000_steps(flan, command, model_folder, data, tmp_path, monkeypatch):
-    assert grown(flan, command, model_folder, data, tmp_path, monkeypatch, steps=2000, warm_up=100) < 0.02
+def test_memory_stays_flat_over_2000_steps(flan, command, model_folder, tmp_path, monkeypatch):
+    """With an evaluation, its plots and a checkpoint every 100 steps."""
+    assert grown(flan, command, model_folder, tmp_path, monkeypatch, rows=200, steps=2000, warm_up=300) < 0.02

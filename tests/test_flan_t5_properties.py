@@ -81,7 +81,7 @@ def test_dialogues_are_the_runs_of_lines_between_blank_ones(flan, tmp_path, dial
         parts += [*dialogue, *gaps[i]] if i < len(dialogues) - 1 else dialogue
     text = line_end.join([*gaps[5], *parts]) + last
     path = tmp_path / "chat.txt"
-    path.write_bytes((text.encode("utf-8-sig") if bom else text.encode()))
+    path.write_bytes(text.encode("utf-8-sig") if bom else text.encode())
     expected = ["\n".join(line.strip() for line in dialogue) for dialogue in dialogues]
     assert list(flan.read_dialogues(str(path))) == expected
 
@@ -159,7 +159,7 @@ def test_an_epoch_is_a_permutation_in_whole_batches(flan, lengths, batch_size, s
     assert all(len(batch) == batch_size for batch in batches[:-1])
     if len(lengths) <= 50 * batch_size:  # one chunk: its batches side by side are the rows sorted by length
         groups = sorted(([lengths[i] for i in batch] for batch in batches), reverse=True)
-        assert sum(groups, []) == sorted(lengths, reverse=True)
+        assert [length for group in groups for length in group] == sorted(lengths, reverse=True)
     again = sampler(epoch)  # as a resumed run makes it
     list(sampler(epoch + 1))
     assert list(again) == order and list(again) == order

@@ -1611,7 +1611,7 @@ def train(settings: argparse.Namespace) -> int:
     folder = Path(settings.output_dir or "runs")
     is_new = settings.output_dir and not settings.resume
     if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        way_out = "--resume continues the run in it; or " if (folder / "metrics.json").exists() else ""
+        way_out = "--resume continues the run in it; or " if is_run(folder) else ""
         raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
@@ -1658,6 +1658,7 @@ class Run:
         """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         if self.folder:
+            make_folder(self.folder / "checkpoints")
             self.write_metrics("running")
             self.log = RunLog(self.folder, progress.step)
         try:
@@ -1861,8 +1862,8 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
     saved = {}
     if given.get("resume"):
         run = Path(given["output_dir"]) if "output_dir" in given else newest_run()
-        if not (run / "metrics.json").exists():
-            raise UserError(f"--resume: there is no run in {run}")
+        if not is_run(run):
+            raise UserError(f"--resume: there is no run of this script in {run}")
         given["output_dir"] = str(run)
         saved = read_json(run / "metrics.json").get("configuration", {})
         for name in given.keys() & saved.keys() - FREE_ON_RESUME:
@@ -1886,11 +1887,15 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
     return settings
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir()
+
+
 def newest_run() -> Path:
-    runs = [file for file in Path("runs").glob("*/metrics.json") if (file.parent / "checkpoints").is_dir()]
+    runs = [folder for folder in Path("runs").glob("*") if is_run(folder)]
     if not runs:
         raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
-    return max(runs, key=lambda file: file.stat().st_mtime).parent
+    return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
 
 
 def find_weights(settings: argparse.Namespace) -> Path:
@@ -1975,7 +1980,7 @@ def plan(settings: argparse.Namespace) -> int:
         f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")
     session, seconds = open_session(settings, processes, data, model), []
     describe(session)
-    say(f"epoch: {len(data.train) / settings.batch_tokens:,.1f} steps of {settings.batch_tokens:,} tokens per epoch")
+    say(f"one epoch: {len(data.train):,} tokens, {len(data.train) / settings.batch_tokens:,.1f} steps")
     while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
         batch = session.fetch_batch(0)[: session.micro_batch]
         synchronise(session.device)

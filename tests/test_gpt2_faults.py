@@ -190,7 +190,17 @@ def test_a_folder_that_holds_no_run_is_not_resumed(start, tmp_path):
     """As a kill between making the folder and writing metrics.json leaves it: its settings are not known."""
     (tmp_path / "run").mkdir()
     process = start(tmp_path, "--resume", "--output-dir", "run")
-    assert process.wait() == 2 and process.err == "error: --resume: there is no run in run\n"
+    assert process.wait() == 2 and process.err == "error: --resume: there is no run of this script in run\n"
+
+
+def test_the_newest_run_is_resumed_also_before_its_first_checkpoint(start, tmp_path):
+    assert start(tmp_path, *RECIPE, "--max-steps", "2").wait() == 0
+    process = start(tmp_path, *RECIPE, "--eval-every", "10", code=WAIT_IN_STEP)
+    wait_for(tmp_path / "in step")
+    process.send(signal.SIGKILL)
+    process.wait()
+    process = start(tmp_path, "--resume")
+    assert process.wait() == 0 and "no good checkpoint in runs/gpt2-nano-words-lr=1e-2-2: starting" in process.out
 
 
 # Stopped

@@ -244,7 +244,10 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
     "output is a file": (lambda: ["--data", "text.txt", "--output-dir", "text.txt"], "text.txt"),
     "export into something": (lambda: ["--init", a_model(), "--export", folder_of("d", {"x": "y"})], "not empty"),
     "cache is a file": (lambda: ["--data", "text.txt", "--cache-dir", "text.txt"], "text.txt"),
-    "damaged metrics of a run": (lambda: ["--resume", "--output-dir", folder_of("r", {"metrics.json": "{", "checkpoints/x": ""})], "JSON"),
+    "damaged metrics of a run": (
+        lambda: ["--resume", "--output-dir", folder_of("r", {"metrics.json": "{", "checkpoints/x": ""})],
+        "JSON",
+    ),
 }
 
 

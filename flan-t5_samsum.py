@@ -38,6 +38,7 @@ MODELS = {
     "xl": "google/flan-t5-xl",
     "xxl": "philschmid/flan-t5-xxl-sharded-fp16",
 }
+DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
 # The recipe of the original experiments; a preset may differ from it.
 RECIPE = {"dataset": "samsum", "lr": 1e-4, "epochs": 10}
 PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 3}}
@@ -69,12 +70,13 @@ def number(kind, low, high=float("inf"), low_included=True):
 
 def build_parser():
     parser = Parser(
-        prog="flan-t5_samsum.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="flan-t5_samsum.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     count = number(int, 1)
 
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", default="tiny", metavar="NAME",
+    group.add_argument("--model", metavar="NAME",
                        help=f"{', '.join(MODELS)}, a Hub id or a folder (default: tiny)")
     group.add_argument("--dataset", metavar="NAME",
                        help="samsum, sample, a Hub id, or a file or folder of .jsonl, .json, .csv or .parquet "
@@ -147,6 +149,7 @@ def build_parser():
 # What to do: no part of a configuration.
 MODES = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter", "split")
 PLACES = ("output_dir", "cache_dir")
+FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing")  # they change memory and speed, not what is computed
 
 
 def parse_arguments(argv=None):
@@ -159,10 +162,11 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     run = run_in_question(args)
     if run is not None:
+        chosen = [name for name in ("int8", "int4", "full") if getattr(args, name)]
         saved = read_metrics(run)["configuration"]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved | (dict.fromkeys(("int8", "int4", "full"), False) if chosen else {}))
         args = parser.parse_args(argv)
-        changed = [name for name, value in saved.items() if getattr(args, name) != value]
+        changed = [name for name, value in saved.items() if getattr(args, name) != value and name not in FREE_ON_RESUME]
         if args.resume and changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
@@ -171,19 +175,35 @@ def parse_arguments(argv=None):
             args.output_dir = run
         elif args.adapter is None:
             args.adapter = str(run)
+    if args.model is None:
+        args.model = "tiny" if args.adapter in (None, "none") else base_of_adapter(Path(args.adapter))
     for name, value in {**RECIPE, **PRESETS.get(args.model, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("dataset", "model"):  # a run can be continued from another folder
-        if Path(getattr(args, name)).exists() and getattr(args, name) not in MODELS:
+    for name, presets in (("dataset", DATASETS), ("model", MODELS)):  # a run can be continued from another folder
+        if getattr(args, name) not in presets and Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, args.batch_size // processes)
-    if args.batch_size % (args.micro_batch_size * processes):
+    is_used = args.summarize is not None or args.evaluate or args.merge is not None
+    if args.batch_size % (args.micro_batch_size * processes) and not is_used:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
                         f"{args.micro_batch_size} x {processes} process(es)")
     return args
+
+
+def base_of_adapter(folder):
+    """The --model that an adapter without a run around it was trained on, as PEFT noted it; "tiny" if it is none."""
+    path = next((path for path in (folder / "adapter", folder) if (path / "adapter_config.json").is_file()), None)
+    if path is None:
+        return "tiny"  # load_for_use says what is wrong, or loads a whole model
+    try:
+        name = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        Path(name)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path / 'adapter_config.json'} names no base: give it, --model NAME") from None
+    return next((preset for preset, value in MODELS.items() if value == name), name)
 
 
 def run_in_question(args):
@@ -243,7 +263,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning a
 # Threads that wait should sleep: where other programs share the cores, spinning makes a CPU many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: the Trainer would take all, by slow DataParallel
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import logging
 
@@ -258,12 +278,13 @@ import math
 import pickle
 import platform
 import re
-import resource
+import shlex
 import shutil
 import textwrap
 import threading
 import time
 import warnings
+from datetime import timedelta
 
 import bitsandbytes
 import datasets
@@ -318,7 +339,6 @@ def say(*lines, file=None):
 # Data: from the Hub, a file or a folder, to rows of id, dialogue and summary, to tokens.
 # ------------------------------------------------------------------------------------------------------------------
 
-DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
 COLUMNS = {  # known names of the two columns, in lower case; anything else must be named by a flag
     "source": ("dialogue", "dialog", "conversation", "transcript", "document", "article"),
     "target": ("summary", "highlights", "abstract"),
@@ -590,13 +610,13 @@ def device_name(device):
     return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
 
 
-def find_model(name, cache_dir=None):
-    """The local folder of --model: a preset, a folder or a Hub id (downloaded, safetensors preferred)."""
+def find_model(name, cache_dir=None, weights=True):
+    """The local folder of --model: a preset, a folder or a Hub id (downloaded, with or without its weights)."""
     path = Path(MODELS.get(name, name))
     if not path.is_dir():
         if name not in MODELS and (looks_like_path(name) or "/" not in name):
             raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
-        path = fetch(str(path), "model", cache_dir)
+        path = fetch(str(path), "model", cache_dir, weights)
     return path
 
 
@@ -654,9 +674,9 @@ def load_base(folder, device, dtype, quantization=None):
         )
     except pickle.UnpicklingError:
         raise UserError(f"{folder} has weights with code in them, which is not run: use .safetensors") from None
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
+        if "out of memory" in str(error):  # while quantising, transformers wraps it in an error of its own
+            raise torch.OutOfMemoryError(str(error)) from None
         raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     untied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings") is False
@@ -696,6 +716,8 @@ def load_adapter(model, folder):
         with warnings.catch_warnings():  # it would leave what is missing at its random start
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
             return PeftModel.from_pretrained(model, str(folder)).eval()
+    except torch.OutOfMemoryError:
+        raise
     except UserWarning:
         raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: it lacks weights") from None
     except pickle.UnpicklingError:
@@ -711,22 +733,21 @@ def merged_adapter(model):
     """Merges the adapter into the base weights for a while: the same function, and faster to generate with.
 
     Subtracting the adapter again would not give back the same bits, so the original matrices are kept and put back.
-    Price: a second copy of the adapted matrices. Quantised weights are left alone, as merging would round them.
+    Price: a copy of the adapted matrices in main memory. Quantised weights are left alone, as merging would round them.
     """
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
     if not isinstance(model, PeftModel) or not layers or getattr(model, "is_quantized", False):
         yield model
         return
-    originals = [layer.get_base_layer().weight.data for layer in layers]
-    for layer in layers:
-        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.clone()
+    weights = [layer.get_base_layer().weight for layer in layers]
+    originals = [weight.detach().to("cpu", copy=True) for weight in weights]  # on the host: the GPU may have no room
     model.merge_adapter()
     try:
         yield model
     finally:
         model.unmerge_adapter()
-        for layer, original in zip(layers, originals, strict=True):
-            layer.get_base_layer().weight.data = original
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data.copy_(original)
 
 
 def save_model(model, tokenizer, folder, args):
@@ -802,7 +823,7 @@ def generate_summaries(model, tokenizer, sources, args, precision, batch_size=No
     state = PartialState()
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
     mine = order[state.process_index :: state.num_processes]
-    batch_size = batch_size or max(1, (256 if device.type == "cuda" else 64) // args.num_beams)
+    batch_size = batch_size or max(1, (256 if device.type == "cuda" else 32) // args.num_beams)
     autocast = torch.autocast(device.type, precision, enabled=precision != model.dtype)
     summaries, start = {}, 0
     bar = tqdm(total=len(mine), desc="summaries", unit="row", leave=False, dynamic_ncols=True, disable=None)
@@ -818,6 +839,8 @@ def generate_summaries(model, tokenizer, sources, args, precision, batch_size=No
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
+            output = None
+        if output is None:  # out here, as the exception holds on to what it had computed
             batch_size = len(rows) // 2
             torch.cuda.empty_cache()
             continue
@@ -1064,9 +1087,11 @@ class SummarizationTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def restart_clock(self):
-        """So that the speed in the log is that of training alone, without evaluations and checkpoints."""
+        """So that speed and memory in the log are those of training alone, without evaluations and checkpoints."""
         self.since, self.tokens_since = time.perf_counter(), self.data_collator.tokens
         self.step_since = self.state.global_step
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
 
     def evaluate(self, *args, **kwargs):
         """Scores validation and test, logs them, and keeps the adapter if validation ROUGE-1 is the best so far.
@@ -1093,11 +1118,11 @@ class SummarizationTrainer(Seq2SeqTrainer):
             self.control.should_training_stop = True  # the Trainer saves next; scored when the run goes on
             return {}
         entry["seconds"] = round(time.perf_counter() - start, 2)
-        epoch = self.state.epoch or 0
+        epoch = epoch_number(self.state.epoch)
         if self.is_world_process_zero():
             try:
                 for split, rows in examples.items():
-                    write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch:g}.jsonl", rows)
+                    write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch}.jsonl", rows)
                 if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
                     save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.settings)
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -1140,6 +1165,8 @@ def undamaged(checkpoint):
     way = "delete this folder to go on from the checkpoint before it"
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{checkpoint} is damaged or has code in it, which is not run: {way}") from None
     except Exception as error:
@@ -1160,8 +1187,12 @@ def peak_memory_gib(device):
     """The most memory this process has held: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+    return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
 def training_arguments(args, run, device, precision, steps, **changes):
@@ -1267,6 +1298,12 @@ def indented(dialogue):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def epoch_number(epoch):
+    """As it is shown and as files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333."""
+    epoch = round(epoch or 0, 3)
+    return int(epoch) if epoch == int(epoch) else epoch
+
+
 def evaluations(log):
     return [entry for entry in log if "validation" in entry]
 
@@ -1284,8 +1321,7 @@ class Report:
             if "loss" in entry:
                 losses.append(entry["loss"])
             elif "validation" in entry:
-                epoch = round(entry.get("epoch") or 0, 3)
-                result.append({"epoch": int(epoch) if epoch == int(epoch) else epoch, "step": entry["step"],
+                result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
                                "train_loss": float(np.mean(losses)) if losses else None,
                                "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
                 losses = []
@@ -1334,20 +1370,28 @@ def cells(scores):
     return " | ".join(f"{scores[kind]:5.2f} {intervals[kind]:>14}" for kind in ROUGE_TYPES)
 
 
-def plot_loss(curve, path, title):
-    """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
-    steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
+@contextlib.contextmanager
+def new_plot(path, **labels):
+    """Axes to draw on; when that is done they get labels, a legend and a grid, and the picture goes to `path`."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
-    axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
-    low, rate = int(losses.argmin()), curve[int(losses.argmin())]["learning_rate"]
-    axes.plot(steps[low], losses[low], "o", color="tab:red", label=f"smallest: {losses[low]:.4f} at step {steps[low]}"
-              + (f", lr {rate:.2e}" if rate is not None else ""))
-    axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per token)")
-    axes.legend()
+    yield axes
+    axes.set(**labels)
+    axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_loss(curve, path, title):
+    """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
+    steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
+    low = int(losses.argmin())
+    rate = curve[low]["learning_rate"]
+    label = f"smallest: {losses[low]:.4f} at step {steps[low]}" + (f", lr {rate:.2e}" if rate is not None else "")
+    with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
+        axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
+        axes.plot(steps[low], losses[low], "o", color="tab:red", label=label)
 
 
 def smoothed(values, reach=3):
@@ -1357,21 +1401,16 @@ def smoothed(values, reach=3):
 
 def plot_rouge(epochs, path, title):
     """Both splits after each epoch, ROUGE-1 with its 95% interval; the chosen epoch is marked."""
-    x = [e["epoch"] for e in epochs]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for split, style in (("validation", "--"), ("test", "-")):
-        for i, (kind, label) in enumerate(ROUGE_TYPES.items()):
-            axes.plot(x, [e[split][kind] for e in epochs], style, marker=".", color=f"C{i}", label=f"{label}, {split}")
+    x, best = [e["epoch"] for e in epochs], next(e["epoch"] for e in epochs if e["best"])
     low, high = np.array([e["test"]["rouge1_interval"] for e in epochs]).T
-    axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
-    best = next(e for e in epochs if e["best"])
-    axes.axvline(best["epoch"], color="grey", linestyle=":", label=f"best on validation: epoch {best['epoch']:g}")
-    axes.set(title=title, xlabel="epoch", ylabel="ROUGE F1 (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small", ncols=2)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with new_plot(path, title=title, xlabel="epoch", ylabel="ROUGE F1 (%)") as axes:
+        for split, style in (("validation", "--"), ("test", "-")):
+            for i, (kind, label) in enumerate(ROUGE_TYPES.items()):
+                scores = [e[split][kind] for e in epochs]
+                axes.plot(x, scores, style, marker=".", color=f"C{i}", label=f"{label}, {split}")
+        axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
+        axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def write_json(path, content):
@@ -1437,6 +1476,16 @@ def configuration(args):
     return {name: value for name, value in vars(args).items() if name not in (*MODES, *PLACES)}
 
 
+def as_flags(args):
+    """The words of a command line that gives this configuration."""
+    usual, words = vars(parse_arguments(["--model", args.model])), ["--model", args.model]
+    for name, value in configuration(args).items():
+        if value != usual[name]:
+            value = value if isinstance(value, list) else [] if value is True else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, value)]
+    return words
+
+
 def number_of_steps(args, rows):
     """Optimiser steps of a run with `rows` training rows."""
     steps = math.ceil(rows / args.batch_size) * args.epochs
@@ -1487,10 +1536,14 @@ def train(args):
         "parameters": total, "trainable_parameters": trainable, "protocol": protocol(args, data),
         "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
     }
+    if args.resume and read_metrics(run)["processes"] != state.num_processes:
+        raise UserError(f"{run} was trained by {read_metrics(run)['processes']} process(es), now there are "
+                        f"{state.num_processes}: resume it with as many")
     if args.resume and read_metrics(run).get("data") != facts["data"]:
         raise UserError(f"the rows of {args.dataset} or their tokens are not those that {run} began with: bring them "
                         "back, or start a new run")
-    say(*(f"--{key.replace('_', '-')} {value}" for key, value in facts["configuration"].items() if value is not None),
+    say(*(f"{key.replace('_', '-')}: {' '.join(value) if isinstance(value, list) else value}"
+          for key, value in facts["configuration"].items()),
         f"device: {facts['device']}, {facts['precision']}, {state.num_processes} process(es)",
         "rows: " + ", ".join(f"{len(rows)} {split} ({facts['protocol']['truncated'][split]:.1%} truncated)"
                               for split, rows in data.items()),
@@ -1509,8 +1562,9 @@ def train(args):
                     shutil.rmtree(run)
                 raise cannot_write(run, error) from None
         purge_step = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 0 if args.resume else None
-        # The writer's thread prints a traceback when the disk is full; the same error is then raised here as well.
-        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
+        # TensorBoard's thread prints a traceback when the disk is full; the same error is then raised here as well.
+        is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
+        threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
         writer = SummaryWriter(run, purge_step=purge_step)
     trainer = make_trainer(args, run, model, tokenizer, data, precision, stop, Reporter(run, report, stop, writer))
     report.status = "failed"
@@ -1525,9 +1579,14 @@ def train(args):
     except OSError as error:
         raise cannot_write(run, error) from None
     if stop():
-        say(f"interrupted; go on with: python flan-t5_samsum.py --resume --output-dir {run}")
+        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {run}")
         return 128 + stop.number
     return 0
+
+
+def launcher():
+    processes = PartialState().num_processes
+    return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
 
 
 def find_checkpoint(run):
@@ -1572,14 +1631,17 @@ def warn_about_slow_hardware(config, data, device, steps, args):
 
 
 def out_of_memory_advice(args):
+    training = args.summarize is None and not args.evaluate and args.merge is None
     ways = {
-        f"--micro-batch-size {args.micro_batch_size // 2}": args.micro_batch_size > 1,
-        "--gradient-checkpointing": not args.gradient_checkpointing,
-        "no --full": args.full,
-        "--int8": not (args.full or args.int8 or args.int4),
-        "--int4": not (args.full or args.int4),
-        f"--max-source-length {args.max_source_length // 2}": True,
-        "a smaller --model": True,
+        f"--micro-batch-size {args.micro_batch_size // 2}": training and args.micro_batch_size > 1,
+        "--gradient-checkpointing": training and not args.gradient_checkpointing,
+        "no --full": training and args.full,
+        "--int8": args.merge is None and not (args.full or args.int8 or args.int4),
+        "--int4": args.merge is None and not (args.full or args.int4),
+        "--num-beams 1": args.num_beams > 1,
+        f"--max-source-length {args.max_source_length // 2}": args.merge is None,
+        "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": args.merge is not None,
+        "a smaller --model": training,
     }
     return f"out of GPU memory: try {', '.join(way for way, open_to_us in ways.items() if open_to_us)}"
 
@@ -1599,7 +1661,7 @@ def finish(run, report, log, writer, args):
         if best["step"] == 0 and len(epochs) > 1:
             say("No epoch was better than the model before training: another --lr, or more --epochs?")
     writer.close()
-    if epochs:
+    if epochs and report.status != "failed":
         result = run / result_name(args)
         say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
             "predictions/       every evaluation, row by row",
@@ -1625,23 +1687,14 @@ def load_for_use(args):
                 args.model, adapter = str(adapter), None
             else:
                 raise UserError(f"{args.adapter} holds no adapter (no adapter_config.json)")
-        elif run_in_question(args) is None and not flag_given("--model"):
-            try:
-                args.model = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-                Path(args.model)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{adapter / 'adapter_config.json'} names no base: give it, --model NAME") from None
     folder = find_model(args.model, args.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
-    model = load_base(folder, device, precision, quantization_of(args))
+    dtype = torch.float32 if args.full else precision  # as in training
+    model = load_base(folder, device, dtype, quantization_of(args))
     if adapter:
         model = load_adapter(model, adapter)
     say(f"model: {args.model}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
     return model, tokenizer, precision
-
-
-def flag_given(flag):
-    return any(word.split("=")[0] == flag for word in sys.argv)
 
 
 def read_dialogues(name, column=None):
@@ -1649,7 +1702,7 @@ def read_dialogues(name, column=None):
     if name == "-" and sys.stdin.isatty():
         print("Type or paste a dialogue, a line per message (Anna: hi!); an empty line ends it, Ctrl-D leaves.",
               file=sys.stderr)
-        yield from (block for block in blocks(sys.stdin))
+        yield from blocks(sys.stdin)
         return
     path = Path("standard input" if name == "-" else name)
     try:
@@ -1685,18 +1738,18 @@ def blocks(lines):
 def summarize(args):
     """Prints one summary per dialogue, in order, each on its own line; everything else goes to standard error."""
     dialogues = read_dialogues(args.summarize, args.source_column)
-    if not (args.summarize == "-" and sys.stdin.isatty()):  # at a terminal they come, and are answered, one by one
-        dialogues = [list(dialogues)]
-        if not dialogues[0]:
-            raise UserError(f"{'standard input' if args.summarize == '-' else args.summarize} holds no dialogue")
+    if args.summarize == "-" and sys.stdin.isatty():  # they come, and are answered, one by one
+        groups = ([dialogue] for dialogue in dialogues)
     else:
-        dialogues = ([dialogue] for dialogue in dialogues)
+        groups = [list(dialogues)]
+        if not groups[0]:
+            raise UserError(f"{'standard input' if args.summarize == '-' else args.summarize} holds no dialogue")
     model, tokenizer, precision = load_for_use(args)
     with merged_adapter(model):
-        for group in dialogues:
+        for group in groups:
             sources, _ = encode(tokenizer, [PREFIX + dialogue for dialogue in group], args.max_source_length)
             for summary in generate_summaries(model, tokenizer, sources, args, precision):
-                print(" ".join(summary.split()), flush=True)
+                say(" ".join(summary.split()))
     return 0
 
 
@@ -1718,9 +1771,9 @@ def merge(args):
         raise UserError(f"{args.merge} exists and is not empty: choose another folder")
     args.int8 = args.int4 = False  # merging into quantised weights would round: the base is loaded anew in bf16
     model, tokenizer, _ = load_for_use(args)
-    model = model.to(torch.bfloat16)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
+    model = model.to(torch.bfloat16)
     temporary = args.merge.with_name(args.merge.name + ".incomplete")
     try:
         save_model(model, tokenizer, temporary, args)
@@ -1749,9 +1802,7 @@ GPU_RESERVE = 1.5  # GiB that are not ours: the CUDA context, and what the alloc
 def geometry(args):
     """The T5Config of --model, known for the presets, else from its config.json; no weights are downloaded."""
     if args.model not in T5_SIZES:
-        path = Path(MODELS.get(args.model, args.model))
-        folder = path if path.is_dir() else fetch(str(path), "model", args.cache_dir, weights=False)
-        return load_tokenizer_and_config(folder)[1]
+        return load_tokenizer_and_config(find_model(args.model, args.cache_dir, weights=False))[1]
     d_model, d_ff, layers, heads = T5_SIZES[args.model]
     return transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
@@ -1820,8 +1871,14 @@ def plan(args):
     say(f"{base_name(args)}: {total:,} parameters, {trainable:,} trained ({trainable / total:.2%})",
         "weights: " + ", ".join(f"{PRECISIONS[name]} {size / GIB:.2f} GiB" for name, size in weights.items()))
     source, target = plan_data(args)
+    if args.full or set(args.lora_targets) != {"q", "k", "v", "o"}:
+        say("peak memory is predicted for LoRA on q k v o only")
+        return 0
     rows = plan_memory(args, config, weights, trainable, source, target)
-    say("", f"peak memory in GiB, at {source} + {target} tokens per row (the longest batch):",
+    plain, checkpointed = (activation_bytes(config, args.lora_r, args.micro_batch_size, source, target, checkpointing)
+                           / GIB for checkpointing in (False, True))
+    say(f"activations of {args.micro_batch_size} rows of {source} + {target} tokens (the longest batch): "
+        f"{plain:.2f} GiB, with --gradient-checkpointing {checkpointed:.2f} GiB", "", "predicted peak memory in GiB:",
         "| micro-batch | checkpointing | " + " | ".join(PRECISIONS[name] for name in rows[0][2]) + " |",
         "|---:|:---|" + "---:|" * len(rows[0][2]))
     say(*(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | "
@@ -1834,8 +1891,7 @@ def plan_data(args):
     """Prints steps, tokens and truncated rows; returns the padded length of the longest source and target."""
     source, target = args.max_source_length, args.max_target_length
     try:
-        path = Path(MODELS.get(args.model, args.model))
-        folder = path if path.is_dir() else fetch(str(path), "model", args.cache_dir, weights=False)
+        folder = find_model(args.model, args.cache_dir, weights=False)
         data = tokenize(load_data(args), load_tokenizer_and_config(folder)[0], args)
     except UserError as error:
         say(f"data: not counted, so the longest rows allowed are assumed: {error}")
@@ -1857,7 +1913,9 @@ def plan_memory(args, config, weights, trainable, source, target):
 
     A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
     """
-    precisions = ["fp32"] if args.full else ["bf16", "int8", "int4"]
+    precisions = ["bf16", "int8", "int4"]
+    if torch.cuda.is_available() and get_device()[1] == torch.float32:  # no bf16 on this GPU
+        precisions[0] = "fp32"
     sizes = [args.micro_batch_size]
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
@@ -1865,8 +1923,8 @@ def plan_memory(args, config, weights, trainable, source, target):
     for checkpointing in (False, True):
         for size in sizes:
             activations = activation_bytes(config, args.lora_r, size, source, target, checkpointing)
-            fixed = {name: 16 * trainable + (0 if args.full else weights[name]) for name in precisions}
-            rows.append((size, checkpointing, {name: (fixed[name] + activations) / GIB for name in precisions}))
+            peak = {name: (weights[name] + 16 * trainable + activations) / GIB for name in precisions}
+            rows.append((size, checkpointing, peak))
     return rows
 
 
@@ -1893,12 +1951,10 @@ def advice(rows, batch_size):
         lines.append(f"on {name}: " + ("does not fit" if flags is None else " ".join(flags) or "fits as it is"))
         if flags == []:
             break
-    if "int8" in rows[0][2]:
-        least = {precision: rows[-1][2][precision] for precision in ("bf16", "int8")}
-        card = {precision: next((size for size in cards.values() if size >= least[precision] + GPU_RESERVE), None)
-                for precision in least}
-        if card["bf16"] == card["int8"]:
-            lines.append("INT8 does not help at this size: the same GPU is needed without it, and it is slower")
+    least = list(rows[-1][2].values())[:2]  # unquantised and INT8, in the smallest configuration
+    card = [next((size for size in cards.values() if size >= need + GPU_RESERVE), None) for need in least]
+    if card[0] == card[1]:
+        lines.append("INT8 does not help at this size: the same GPU is needed without it, and it is slower")
     return lines
 
 
@@ -1935,8 +1991,11 @@ def lr_find(args):
     trainer.create_optimizer()
     rate = lambda step: RANGE_TEST[min(step, len(RANGE_TEST) - 1)] / args.lr
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, rate)
-    with contextlib.suppress(NotFinite):
+    try:
         trainer.train()
+    except NotFinite:
+        if not test.losses:
+            raise
     rates = RANGE_TEST[: len(test.losses)].tolist()
     best = suggest_learning_rate(rates, test.losses)
     if is_main_process():
@@ -1944,11 +2003,11 @@ def lr_find(args):
         plot_range_test(rates, test.losses, best, run / "lr_find.png", run.name)
         write_json(run / "lr_find.json", {"configuration": configuration(args), "suggestion": best,
                                           "learning_rates": rates, "losses": test.losses})
-    words = [*(word for word in sys.argv[1:] if word != "--lr-find"), "--lr", as_power_of_ten(best)]
+    args.lr = best
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {test.losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {test.losses[-1]:.3f})",
         f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss",
-        f"plot:  {run / 'lr_find.png'}", f"train: python flan-t5_samsum.py {' '.join(words)}")
+        f"plot:  {run / 'lr_find.png'}", f"train: {launcher()} flan-t5_samsum.py {shlex.join(as_flags(args))}")
     return 0
 
 
@@ -1960,16 +2019,12 @@ def suggest_learning_rate(rates, losses):
 
 
 def plot_range_test(rates, losses, best, path, title):
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
-    axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
-    axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
-    axes.set(title=title, xlabel="learning rate", ylabel="training loss (nats per token)", xscale="log")
-    axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with new_plot(path, title=title, xlabel="learning rate", ylabel="training loss (nats per token)") as axes:
+        axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
+        axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
+        axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
+        axes.set_xscale("log")
+        axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
 
 
 def plot(args):
@@ -2013,22 +2068,17 @@ def plot_smallest(curve, low, path, title, reach=40):
     """The neighbourhood of the smallest loss, `reach` logged points to each side, with the learning rate there."""
     near = curve[max(0, low - reach) : low + reach + 1]
     steps, point = [e["step"] for e in near], curve[low]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
-    label = f"smallest: {point['loss']:.4f} at step {point['step']}"
-    axes.plot(point["step"], point["loss"], "o", color="tab:red", label=label)
-    axes.set(title=title, xlabel="optimiser step", ylabel="training loss (nats per token)")
-    if point["learning_rate"] is not None:
-        right = axes.twinx()
-        right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange", label="learning rate")
-        right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
-        right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
-        axes.set_zorder(right.get_zorder() + 1)  # the legend over the line
-        axes.patch.set_visible(False)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
+        axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
+        axes.plot(point["step"], point["loss"], "o", color="tab:red",
+                  label=f"smallest: {point['loss']:.4f} at step {point['step']}")
+        if point["learning_rate"] is not None:
+            right = axes.twinx()
+            right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange")
+            right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
+            right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
+            axes.set_zorder(right.get_zorder() + 1)  # the legend over the line
+            axes.patch.set_visible(False)
 
 
 def compare(args):
@@ -2052,8 +2102,8 @@ def compare(args):
 def read_run(folder):
     """metrics.json of a run, with its name and, of the best epoch, the rows of both splits and the test ROUGE-1."""
     metrics = read_metrics(folder)
-    if not metrics.get("epochs"):
-        raise UserError(f"{folder} has no scores yet")
+    if not metrics.get("epochs") or not metrics.get("training"):
+        raise UserError(f"{folder} has no finished epoch yet")
     metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
     for split in ("validation", "test"):
         path = folder / "predictions" / f"{split}-epoch-{metrics['best_epoch']:g}.jsonl"
@@ -2141,7 +2191,8 @@ def plot_comparison(runs, path):
 
 def main(args):
     """Does what the command line says; returns the exit code."""
-    PartialState(cpu=get_device()[0].type == "cpu")  # joins the processes of torchrun, on a CPU through gloo
+    # Joins the processes of torchrun, on a CPU through gloo. Hours, because the others wait while one downloads.
+    PartialState(cpu=get_device()[0].type == "cpu", timeout=timedelta(hours=12))
     try:
         return run_mode(args)
     except torch.OutOfMemoryError:

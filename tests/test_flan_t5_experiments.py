@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 
 import fake_hub
@@ -158,7 +159,7 @@ def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):
     (line,) = [line for line in lines if line.startswith("steps:")]
     assert numbers(line)[:2] == [15, 5]  # 24 rows are 5 batches of 5; three epochs of them
     longest = 64 * -(-limit // 64), 64 * -(-max(map(len, targets)) // 64)
-    assert f"{longest[0]} + {longest[1]} tokens per row" in done.out
+    assert f"5 rows of {longest[0]} + {longest[1]} tokens" in done.out
     assert not (tmp_path / "runs").exists()
 
 
@@ -195,7 +196,7 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
 
 
 def range_test_on_a_quadratic(flan, curvature, seed=0):
-    """Gradient descent on curvature / 2 |x|^2, noisy gradients: 1 / curvature is best, from 2 / curvature it diverges."""
+    """Noisy gradient descent on curvature / 2 |x|^2: a rate of 1 / curvature is best, above 2 / curvature it diverges."""
     rng, x = np.random.default_rng(seed), np.ones(50)
     rates, losses = np.geomspace(1e-6, 1, 100), []
     for rate in rates:
@@ -208,7 +209,7 @@ def range_test_on_a_quadratic(flan, curvature, seed=0):
 
 @pytest.mark.parametrize("curvature", [30.0, 300.0, 3000.0])
 def test_the_range_test_on_a_quadratic(flan, curvature):
-    """It ends where divergence begins (with noise, the loss grows a little before); its suggestion trains, well: a fifth to a fiftieth of the best rate."""
+    """It ends where divergence begins, with noise a little before; it suggests 1/5 to 1/50 of the best rate."""
     rates, losses = range_test_on_a_quadratic(flan, curvature)
     assert 1 / curvature < rates[-1] < 8 / curvature and len(losses) < 100
     assert 0.02 < flan.suggest_learning_rate(rates, losses) * curvature < 0.2
@@ -268,6 +269,20 @@ def test_lr_find_leaves_a_plot_and_no_weights(range_test):
     words = line.split()
     assert "--lr-find" not in words and float(words[words.index("--lr") + 1]) == pytest.approx(suggestion)
     assert words[words.index("--batch-size") + 1] == "4"
+
+
+def test_the_command_that_lr_find_prints_trains_with_the_suggestion(range_test, command, trained):
+    _, done, home = range_test
+    (line,) = [line for line in done.out.splitlines() if line.startswith("train:")]
+    words = shlex.split(line.split("flan-t5_samsum.py ")[1])
+    again = command(*words, "--limit", "4", "--epochs", "1", cwd=home)
+    assert again.code == 0, again
+    (run,) = (path for path in (home / "runs").iterdir() if not path.name.endswith("lr-find"))
+    found, expected = (json.loads((folder / "metrics.json").read_text())["configuration"]
+                       for folder in (run, trained.folder))
+    changed = {name for name in expected if found[name] != expected[name]}
+    assert changed == {"lr", "limit", "epochs"}
+    shutil.rmtree(run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,6 +482,23 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     assert done.code == 2 and len(done.err.splitlines()) == 1 and not done.out, done
     assert words in done.err and "other" in done.err and trained.folder.name in done.err
     assert not (tmp_path / "comparison.png").exists()
+
+
+def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder, trained, tmp_path):
+    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "8", *RECIPE, "--output-dir", "a")
+    assert command(*flags, cwd=tmp_path).code == 0
+    best = json.loads((tmp_path / "a/metrics.json").read_text())["best_epoch"]
+    assert best == pytest.approx(4 / 3, abs=1e-3)  # else its scores are not those of the mid epoch
+    done = command("--compare", "a", trained.folder, cwd=tmp_path)
+    assert done.code == 0 and f"| {best} |" in done.out, done
+
+
+def test_compare_refuses_a_run_that_died_before_its_first_epoch(command, trained, tmp_path):
+    other = shutil.copytree(trained.folder, tmp_path / "other")
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(metrics | {"training": {}, "epochs": metrics["epochs"][:1]}))
+    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and "other has no finished epoch" in done.err, done
 
 
 def test_compare_needs_runs_with_scores(command, trained, tmp_path):

@@ -1,0 +1,134 @@
+"""flan-t5_samsum.py: where settings come from, and which of them may differ from those of an earlier run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPT, write_jsonl
+
+
+@pytest.fixture
+def settings(flan, monkeypatch):
+    """settings(*words, processes=1): the parsed command line, or the UserError."""
+
+    def parse(*words, processes=1):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        return flan.parse_arguments([str(word) for word in words])
+
+    return parse
+
+
+def run_with(folder, **configuration):
+    """A folder that counts as a run with an adapter; its configuration is that of `--model small`, but for this."""
+    saved = {"model": "small", "dataset": "samsum", "lr": 1e-4, "epochs": 10, "batch_size": 8, "micro_batch_size": 8,
+             "int8": False, "int4": False, "full": False, "gradient_checkpointing": False, "max_steps": None,
+             "max_new_tokens": 64}  # fmt: skip
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"configuration": saved | configuration}))
+    return folder
+
+
+def test_the_recipe_and_the_preset(settings):
+    xl, tiny = settings("--model", "xl"), settings()
+    own = settings("--lr", "5e-4", "--epochs", "2", "--dataset", "samsum")
+    assert (xl.dataset, xl.lr, xl.epochs, xl.batch_size) == ("samsum", 1e-4, 10, 8)
+    assert (xl.lora_r, xl.lora_alpha, xl.lora_dropout, xl.lora_targets) == (16, 32, 0.05, ["q", "k", "v", "o"])
+    assert (tiny.model, tiny.dataset) == ("tiny", "sample") and tiny.lr > xl.lr and tiny.epochs < xl.epochs
+    assert (own.model, own.dataset, own.lr, own.epochs) == ("tiny", "samsum", 5e-4, 2)
+
+
+def test_a_folder_named_like_a_preset_does_not_take_its_place(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("samsum", "sample", "small"):
+        (tmp_path / name).mkdir()
+    assert settings().dataset == "sample" and settings("--model", "small").dataset == "samsum"
+    assert settings("--model", "small").model == "small"
+    assert settings("--dataset", "./samsum").dataset == str(tmp_path / "samsum")
+
+
+@pytest.mark.parametrize("flag", ["--evaluate", "--summarize", "--merge"])
+def test_use_takes_the_settings_of_the_run(settings, tmp_path, flag):
+    run = run_with(tmp_path / "run")
+    args = settings(flag, *(["out"] if flag == "--merge" else ["-"] if flag == "--summarize" else []), "--adapter", run)
+    assert (args.model, args.dataset, args.max_new_tokens) == ("small", "samsum", 64)
+    # However many processes share the work: the batch of the training is no concern of theirs.
+    assert settings("--evaluate", "--adapter", run, processes=3).max_new_tokens == 64
+    assert settings("--evaluate", "--adapter", run, "--max-new-tokens", "9").max_new_tokens == 9
+
+
+@pytest.mark.parametrize("saved, flag", [("int8", "int4"), ("int4", "int8"), ("full", "int8")])
+def test_a_precision_that_is_given_replaces_that_of_the_run(settings, tmp_path, saved, flag):
+    run = run_with(tmp_path / "run", **{saved: True})
+    args = settings("--evaluate", "--adapter", run)
+    assert {name for name in ("int8", "int4", "full") if getattr(args, name)} == {saved}
+    args = settings("--evaluate", "--adapter", run, f"--{flag}")
+    assert {name for name in ("int8", "int4", "full") if getattr(args, name)} == {flag}
+
+
+def test_resume_may_change_memory_but_no_result(flan, settings, tmp_path):
+    run = run_with(tmp_path / "run")
+    args = settings("--resume", "--output-dir", run, "--micro-batch-size", "2", "--gradient-checkpointing")
+    assert (args.micro_batch_size, args.gradient_checkpointing, args.batch_size) == (2, True, 8)
+    for words in (["--int8"], ["--lr", "1e-3"], ["--max-new-tokens", "128"], ["--seed", "1"]):
+        if words[0] == "--seed":
+            (run / "metrics.json").write_text(json.dumps({"configuration": {"seed": 42}}))
+        with pytest.raises(flan.UserError, match=words[0]):
+            settings("--resume", "--output-dir", run, *words)
+
+
+def test_an_adapter_that_lies_alone_names_its_base(flan, settings, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({"base_model_name_or_path": "google/flan-t5-xl"}))
+    args = settings("--evaluate", "--adapter", folder)
+    assert (args.model, args.dataset, args.lr) == ("xl", "samsum", 1e-4)  # the recipe of that size, not of tiny
+    assert settings("--evaluate", "--adapter", folder, "--model", "large").model == "large"
+    path.write_text(json.dumps({"base_model_name_or_path": "somebody/t5"}))
+    assert settings("--evaluate", "--adapter", folder).model == "somebody/t5"
+    for damaged in ("{", "{}", '{"base_model_name_or_path": null}', "[]"):
+        path.write_text(damaged)
+        with pytest.raises(flan.UserError, match="--model NAME"):
+            settings("--evaluate", "--adapter", folder)
+
+
+@pytest.mark.parametrize("given, seen", [(None, "0"), ("", ""), ("3", "3"), ("2,5", "2")])
+def test_without_torchrun_one_gpu_is_used(given, seen):
+    """Else the Trainer takes all it sees, by the slow DataParallel, and multiplies the batch by their number."""
+    code = ("import importlib.util as u, os; s = u.spec_from_file_location('s', {!r}); m = u.module_from_spec(s); "
+            "s.loader.exec_module(m); print(repr(os.environ['CUDA_VISIBLE_DEVICES']))")  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    done = subprocess.run([sys.executable, "-c", code.format(str(SCRIPT))], env=environment, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert done.stdout.strip() == repr(seen)
+
+
+@pytest.mark.parametrize("words", [("--epoch", "3"), ("--lr-f",), ("--summ", "x.txt")])
+def test_flags_cannot_be_abbreviated(command, tmp_path, words):
+    done = command(*words, cwd=tmp_path)
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and words[0] in done.err
+
+
+def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, monkeypatch):
+    """Whoever reads "damaged" deletes good work. The advice names flags of what was asked for."""
+
+    def no_room(*args, **kwargs):
+        raise flan.torch.OutOfMemoryError("CUDA out of memory")
+
+    chat = write_jsonl(tmp_path / "chats.jsonl", [{"dialogue": "Ada: Hi!"}])
+    for name, words in (("PeftModel", ("--summarize", chat)), ("AutoModelForSeq2SeqLM", ("--summarize", chat)),
+                        ("AutoModelForSeq2SeqLM", ("--merge", "out"))):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(flan, name), "from_pretrained", no_room)
+            done = command(*words, "--adapter", trained.folder, cwd=tmp_path)
+        assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
+        assert "--micro-batch-size" not in done.err and ("--int8" in done.err) == (words[0] != "--merge")
+    wrapped = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate"))
+    monkeypatch.setattr(flan.AutoModelForSeq2SeqLM, "from_pretrained", wrapped)  # as when it quantises
+    done = command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
+    assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
+    with pytest.raises(flan.torch.OutOfMemoryError), flan.undamaged(tmp_path):
+        no_room()

@@ -1022,6 +1022,16 @@ def token_mean_loss(outputs, labels, num_items_in_batch):
     return loss / num_items_in_batch
 
 
+class EpochForSampler(TrainerCallback):
+    """Tells the sampler which epoch it is: the Trainer's own message is lost when several processes resume in one."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class SummarizationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer, and where it differs:
 
@@ -1046,6 +1056,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
         self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
         self.recent = []  # step and loss of each micro-batch since the last log
+        self.add_callback(EpochForSampler(self.sampler))
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler

@@ -196,7 +196,7 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
 
 
 def range_test_on_a_quadratic(flan, curvature, seed=0):
-    """Noisy gradient descent on curvature / 2 |x|^2: a rate of 1 / curvature is best, above 2 / curvature it diverges."""
+    """Noisy gradient descent on curvature / 2 |x|^2: 1 / curvature is the best rate, 2 / curvature diverges."""
     rng, x = np.random.default_rng(seed), np.ones(50)
     rates, losses = np.geomspace(1e-6, 1, 100), []
     for rate in rates:

@@ -524,6 +524,7 @@ def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "bos_token_id": end, "eos_token_id": end,
     })
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file() lets nobody else read it
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
@@ -1791,7 +1792,8 @@ class Run:
             return
         for name, value in results.items():
             shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 1000 else f"{value:,.0f}"
-            say(f"| {name.replace('_', ' '):22} | {shown:>14} |")
+            name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
+            say(f"| {name:22} | {shown:>14} |")
         say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, '', self.settings)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
         if status == "finished":

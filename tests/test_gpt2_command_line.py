@@ -382,6 +382,8 @@ def test_export_loads_in_transformers(trained, tmp_path, monkeypatch, capsys):
         AutoTokenizer.from_pretrained(tmp_path / "out/model"),
     )
     assert theirs.config.vocab_size == len(tokenizer) == 300
+    modes = {file.stat().st_mode for file in (tmp_path / "out/model").iterdir()}
+    assert len(modes) == 1  # the weights are readable by whoever may read the configuration
     tokens = tokenizer(TEXT[:300], return_tensors="pt")["input_ids"][:, :32]
     ours = gpt2.load_pretrained(tmp_path / "out/model").eval()
     torch.testing.assert_close(ours(tokens)[..., :300], theirs.eval()(tokens).logits, rtol=1e-4, atol=1e-4)

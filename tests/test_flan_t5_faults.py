@@ -19,7 +19,7 @@ from pathlib import Path
 import fake_hub
 import pytest
 import torch
-from conftest import RECIPE, SCRIPT, write_jsonl
+from conftest import RECIPE, SCRIPT, start, wait, write_jsonl
 from test_flan_t5_resume import assert_same_end, metrics
 
 NAME = "flan-t5-small-chats-lr=1e-2"  # of the run that the fixture `trained` made
@@ -602,3 +602,83 @@ def test_memory_stays_flat(flan, command, model_folder, tmp_path, monkeypatch):
 def test_memory_stays_flat_over_2000_steps(flan, command, model_folder, tmp_path, monkeypatch):
     """With an evaluation, its plots and a checkpoint every 100 steps."""
     assert grown(flan, command, model_folder, tmp_path, monkeypatch, rows=200, steps=2000, warm_up=300) < 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+WRAPPER = """
+import importlib.util, os, signal, sys, time
+script = sys.argv[1]
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+rank, encode, step_end = int(os.environ["RANK"]), flan.encode, flan.Reporter.on_step_end
+def watched_encode(tokenizer, texts, limit):
+    with open(f"encoded-{rank}", "a") as file:
+        file.write(f"{len(texts)} ")
+    return encode(tokenizer, texts, limit)
+def watched_step_end(reporter, args, state, control, **more):
+    if state.global_step == 8:
+        open(f"step-8-{rank}", "w")
+        exec(os.environ.get("STEP_8", ""))
+    return step_end(reporter, args, state, control, **more)
+flan.encode, flan.Reporter.on_step_end = watched_encode, watched_step_end
+sys.argv.pop(0)
+sys.exit(flan.explained(flan.main, flan.explained(flan.parse_arguments)))
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path, data, model_folder):
+    """torchrun(*words, step_8=code): the run of `trained` or its continuation in two processes; code runs in step 8."""
+
+    def torchrun(*words, step_8=""):
+        (tmp_path / "wrapper.py").write_text(WRAPPER)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "wrapper.py")
+        words = words or ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, "--cache-dir", "cache")
+        return start(*words, cwd=tmp_path, launcher=launcher, env={"STEP_8": step_8})
+
+    return torchrun
+
+
+def test_a_rank_that_dies_takes_the_run_down(torchrun, tmp_path):
+    """And only the first rank has tokenised. The checkpoint of step 6 stays."""
+    process = torchrun(step_8="if rank == 1: os.kill(os.getpid(), signal.SIGKILL)")
+    while not (tmp_path / "step-8-1").exists() and process.poll() is None:
+        time.sleep(0.1)
+    done = wait(process, 60)  # it is over within a minute of the death
+    assert done.code not in (0, 2) and (tmp_path / "step-8-1").exists(), done
+    assert "Signal 9 (SIGKILL)" in done.err and re.search(r"rank\s*: 1 ", done.err)
+    run = tmp_path / "runs" / NAME
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert (tmp_path / "encoded-0").read_text().split() == ["24", "24", "7", "7", "5", "5"]
+    assert not (tmp_path / "encoded-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL of rank 0", "SIGKILL of rank 1", "SIGTERM", "Ctrl-C"])
+def test_two_processes_interrupted_and_resumed_are_the_same_run(torchrun, tmp_path, how):
+    done = wait(torchrun(), 240)
+    assert done.code == 0, done
+    whole = (tmp_path / "runs" / NAME).rename(tmp_path / "whole")
+    if "SIGKILL" in how:
+        process = torchrun(step_8=f"if rank == {how[-1]}: os.kill(os.getpid(), signal.SIGKILL)")
+    else:
+        (tmp_path / "step-8-0").unlink()
+        process = torchrun(step_8="time.sleep(1)")
+        while not (tmp_path / "step-8-0").exists() and process.poll() is None:
+            time.sleep(0.05)
+        if how == "Ctrl-C":  # a terminal sends it to all processes
+            os.killpg(process.pid, signal.SIGINT)
+        else:  # torchrun passes it on
+            process.send_signal(signal.SIGTERM)
+    done = wait(process, 120)
+    assert done.code != 0, done
+    run = tmp_path / "runs" / NAME
+    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    assert steps == ([6] if "SIGKILL" in how else [6, 8]), done
+    done = wait(torchrun("--resume", "--output-dir", run), 240)
+    assert done.code == 0, done
+    assert_same_run(run, whole)

@@ -160,6 +160,8 @@ def parse_arguments(argv=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # it would tie T5's head to the embedding, or do nothing
+        raise UserError("FSDP does not work with T5's untied head: use torchrun, and --int8 or --int4 for less memory")
     run = run_in_question(args)
     if run is not None:
         chosen = [name for name in ("int8", "int4", "full") if getattr(args, name)]

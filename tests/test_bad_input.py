@@ -377,6 +377,13 @@ def test_a_file_that_vanishes_under_way(flan, command, files, monkeypatch):
     assert_one_line(command("--dataset", files.splits(), cwd=files.home), ["test.jsonl", "No such file"])
 
 
+def test_fsdp_is_refused(command, tmp_path, monkeypatch):
+    """On a CPU accelerate ignores it without a word, and elsewhere it fails on the head of a Flan-T5."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert_one_line(command(cwd=tmp_path), ["FSDP", "torchrun", "--int8"])
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", ["a row", "the order", "the tokenizer"])
 def test_rows_that_changed_since_the_run_began(flan, command, files, change):
     model, chats = files.copy(files.model_folder, "model"), files.copy(files.data, "chats")

@@ -359,15 +359,21 @@ def fetch(repo_id, repo_type, cache_dir=None, weights=True):
     files, obstacle = ask_hub(repo_id, repo_type)
     patterns = [f"*{suffix}" for suffix in FILE_TYPES]
     if repo_type == "model":  # the weights only once: a repository may hold them in five formats
-        safe = any(name.endswith(".safetensors") for name in files)
-        patterns = ["*.json", "*.model", *(["*.safetensors" if safe else "*.bin"] if weights else [])]
+        # A .bin that is not in the cache would count as a gap, so .bin is asked for only where the Hub has no other.
+        only_bin = files and not any(name.endswith(".safetensors") for name in files)
+        patterns = ["*.json", "*.model", *(["*.bin" if only_bin else "*.safetensors"] if weights else [])]
     try:
         with PartialState().main_process_first():
             return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
                                                           cache_dir=cache_dir, local_files_only=obstacle is not None))
+    except huggingface_hub.errors.GatedRepoError:  # the names of its files are shown to everybody
+        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`") from None
     except Exception as error:  # a broken connection, in classes of the Hub client's HTTP library; a full disk
         raise UserError(f"cannot get {repo_type} {repo_id} from the Hub ({obstacle or first_line(error)}), and it is "
                         f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
+
+
+hub_is_silent = threading.Event()  # then it is not waited for a second time
 
 
 def ask_hub(repo_id, repo_type, seconds=8):
@@ -382,17 +388,18 @@ def ask_hub(repo_id, repo_type, seconds=8):
 
     def ask():
         try:
-            info = huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=seconds)
+            info = huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type)
             answer[:] = [file.rfilename for file in info.siblings], None
         except Exception as error:
             answer[:] = [], error
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    if not hub_is_silent.is_set():
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds)
     files, obstacle = answer
-    if isinstance(obstacle, huggingface_hub.errors.GatedRepoError):
-        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`")
+    if isinstance(obstacle, str):
+        hub_is_silent.set()
     if isinstance(obstacle, (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
         raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
     return files, first_line(obstacle) if isinstance(obstacle, Exception) else obstacle
@@ -771,9 +778,11 @@ def save_result(model, tokenizer, folder, args):
     temporary = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     if isinstance(model, PeftModel):
-        base = MODELS.get(args.model, args.model)  # its name, not its folder in the Hub's cache
-        model.peft_config["default"].base_model_name_or_path = base
-        model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the Hub at every save
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub
+        # whenever the Trainer saves a checkpoint.
+        path, base = temporary / "adapter_config.json", {"base_model_name_or_path": MODELS.get(args.model, args.model)}
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
         tokenizer.save_pretrained(temporary)
     else:

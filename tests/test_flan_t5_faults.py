@@ -85,9 +85,9 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = [script, *order["words"]]
-        flan.plot_loss = flan.plot_rouge = lambda *_: None  # they take most of the time of so small a run
+        flan.plot_loss = flan.plot_rouge = lambda *_: None  # see no_plots
         exec(order["before"])
-        sys.exit(flan.explained(flan.main, flan.explained(flan.parse_arguments)))
+        sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
     print(child, flush=True)
     print(child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -222,6 +222,26 @@ flan.Collator.__call__ = interrupt
     assert_same_run(run, trained.folder)
 
 
+@pytest.fixture
+def no_plots(flan, monkeypatch):
+    """They take most of the time of so small a run."""
+    for name in ("plot_loss", "plot_rouge"):
+        monkeypatch.setattr(flan, name, lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_resumed_run_logs_the_same_means(command, data, model_folder, tmp_path):
+    """40 steps, of which two are averaged for each point of the curve, in epochs of five."""
+    run = tmp_path / "run"
+    flags = ("--limit", "20", "--epochs", "8", *RECIPE[:-1], "2", "--output-dir", run)
+    assert command("--model", model_folder, "--dataset", data, *flags, cwd=tmp_path).code == 0
+    whole = shutil.copytree(run, tmp_path / "whole")
+    assert [entry["step"] for entry in metrics(whole)["curve"]][:6] == [2, 4, 5, 6, 8, 10]
+    shutil.rmtree(run / "checkpoint-40")
+    assert command("--resume", "--output-dir", run, cwd=tmp_path).code == 0
+    assert_same_run(run, whole, last=40)
+
+
 def test_a_checkpoint_without_all_its_files_is_passed_over(flan, command, trained, tmp_path, capsys):
     """Not what a kill leaves, but a disk that lost files. The Trainer itself would go on with a new optimiser."""
     home = shutil.copytree(trained.home, tmp_path / "home")
@@ -268,7 +288,7 @@ FULL = [
     ("SummarizationTrainer._save_checkpoint", 2, 100_000, 6),  # no room for the weights
     ("SummarizationTrainer._save_checkpoint", 1, 0, None),
     ("write_jsonl", 5, 0, 6),  # predictions
-    ("plot_loss", 2, 0, 6),
+    ("Report.write", 3, 0, None),  # metrics.json after the first epoch
     ("Reporter.on_log", 9, 0, 6),  # TensorBoard
 ]
 
@@ -276,6 +296,7 @@ FULL = [
 SHORT_AND_SLOW = [*FULL[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL[2:])]
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("where, call, free, last", SHORT_AND_SLOW)
 def test_a_full_disk_is_one_line_and_costs_nothing(
     flan, command, data, model_folder, trained, disk, monkeypatch, where, call, free, last
@@ -593,6 +614,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 
 @needs_proc
+@pytest.mark.usefixtures("no_plots")
 def test_memory_stays_flat(flan, command, model_folder, tmp_path, monkeypatch):
     assert grown(flan, command, model_folder, tmp_path, monkeypatch, rows=400, steps=200, warm_up=80) < 0.02
 
@@ -626,7 +648,7 @@ def watched_step_end(reporter, args, state, control, **more):
     return step_end(reporter, args, state, control, **more)
 flan.encode, flan.Reporter.on_step_end = watched_encode, watched_step_end
 sys.argv.pop(0)
-sys.exit(flan.explained(flan.main, flan.explained(flan.parse_arguments)))
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
 """
 
 

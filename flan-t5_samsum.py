@@ -14,7 +14,7 @@
     python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and is that chance?
 
 The file reads in the order in which the data flows:
-command line -> data -> model -> scores -> training -> report -> train -> use -> experiments -> main.
+command line -> files -> data -> model -> scores -> training -> report -> one run -> use -> experiments -> main.
 """
 
 import argparse
@@ -47,6 +47,14 @@ PREFIX = "summarize: "  # the same in training and in every kind of inference: F
 
 class UserError(Exception):
     """Something the user can mend. It is printed as one line, and the script ends with exit code 2."""
+
+
+class NotFinite(UserError):
+    """The loss or its gradient is infinite or not a number."""
+
+
+class Interrupted(Exception):
+    """Raised inside a long computation after SIGINT or SIGTERM."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,9 +154,9 @@ def build_parser():
     return parser
 
 
-# What to do: no part of a configuration.
-MODES = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter", "split")
-PLACES = ("output_dir", "cache_dir")
+# What to do and where: no part of a configuration.
+NOT_CONFIGURATION = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter",
+                     "split", "output_dir", "cache_dir")
 FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing")  # they change memory and speed, not what is computed
 
 
@@ -162,7 +170,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # it would tie T5's head to the embedding, or do nothing
         raise UserError("FSDP does not work with T5's untied head: use torchrun, and --int8 or --int4 for less memory")
-    run = run_in_question(args)
+    run = find_run(args)
     if run is not None:
         chosen = [name for name in ("int8", "int4", "full") if getattr(args, name)]
         saved = read_metrics(run)["configuration"]
@@ -208,7 +216,7 @@ def base_of_adapter(folder):
     return next((preset for preset, value in MODELS.items() if value == name), name)
 
 
-def run_in_question(args):
+def find_run(args):
     """The folder of the run that --resume, --summarize, --evaluate or --merge is about; None for a new run."""
     if args.resume:
         return args.output_dir or newest_run("checkpoint-*")
@@ -240,7 +248,7 @@ def read_metrics(run):
         raise UserError(f"{run / 'metrics.json'} is damaged ({error!r})") from None
 
 
-def explained(work, *arguments):
+def exit_on_user_error(work, *arguments):
     """Calls `work`; a mistake of the user's becomes one line and exit code 2 instead of a traceback."""
     try:
         return work(*arguments)
@@ -255,7 +263,7 @@ def explained(work, *arguments):
 
 
 if __name__ == "__main__":
-    ARGUMENTS = explained(parse_arguments)
+    ARGUMENTS = exit_on_user_error(parse_arguments)
 
 # ------------------------------------------------------------------------------------------------------------------
 # The slow imports, and what must be set before them.
@@ -335,6 +343,90 @@ def say(*lines, file=None):
     """Prints, once, however many processes there are."""
     if is_main_process():
         print(*lines, sep="\n", file=file or sys.stdout, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files: complete or absent, whatever happens while they are written.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path, content):
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def replace_folder(written, folder):
+    """Renames a written folder once it is on disk, so that after a crash or power cut `folder` is whole or absent."""
+    for path in [*written.rglob("*"), written] if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = folder.with_name(folder.name + ".old.incomplete")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    written.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(folder, error):
+    """A UserError for a failure to write. torch.save and safetensors report a full disk in errors of their own."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    way = "make room, or choose another folder"
+    if (folder / "metrics.json").is_file():
+        way = f"make room, then go on with --resume --output-dir {folder}"
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return UserError(f"cannot write to {folder}: {reason} ({shutil.disk_usage(disk).free >> 20:,} MiB free); {way}")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def checkpoints(run):
+    """The whole checkpoints of a run, the oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def is_complete(checkpoint):
+    """Whether all files of a checkpoint are there: the Trainer itself would go on without some of them."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    files = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+    return all(any(checkpoint.glob(name)) for name in files)
+
+
+def find_checkpoint(run):
+    """The newest whole checkpoint of a run, or None; one that was being written when the run died is passed over."""
+    found = checkpoints(run)
+    partial = [path for path in found if not is_complete(path)] + sorted(run.glob("checkpoint.incomplete/checkpoint-*"))
+    for path in partial:
+        say(f"passed over {path}: it was not written to its end")
+    found = [path for path in found if path not in partial]
+    say(f"going on from {found[-1]}" if found else f"{run} has no checkpoint yet: it starts with the first step")
+    return found[-1] if found else None
+
+
+@contextlib.contextmanager
+def loading_checkpoint(checkpoint):
+    way = "delete this folder to go on from the checkpoint before it"
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{checkpoint} is damaged or has code in it, which is not run: {way}") from None
+    except Exception as error:
+        raise UserError(f"{checkpoint} is damaged ({first_line(error)}): {way}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -516,7 +608,7 @@ def find_column(rows, kind, chosen):
     return known[0]
 
 
-def one_kind_of_line_break(text):
+def normalize_newlines(text):
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
@@ -542,7 +634,7 @@ def load_data(args):
                     raise UserError(f"row {i} of {split} has no column {column}")
                 if row[column] is not None and not isinstance(row[column], str):
                     raise UserError(f"row {i} of {split}: {column} is {type(row[column]).__name__}, not text")
-                texts.append(one_kind_of_line_break(row[column] or ""))
+                texts.append(normalize_newlines(row[column] or ""))
             if not all(texts):
                 dropped += 1
                 continue
@@ -656,10 +748,6 @@ def without_weights(config):
     if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     return model
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_base(folder, device, dtype, quantization=None):
@@ -787,31 +875,7 @@ def save_result(model, tokenizer, folder, args):
         tokenizer.save_pretrained(temporary)
     else:
         save_model(model, tokenizer, temporary, args)
-    put_in_place(temporary, folder)
-
-
-def put_in_place(written, folder):
-    """Renames a written folder once it is on disk, so that after a crash or power cut `folder` is whole or absent."""
-    for path in [*written.rglob("*"), written] if os.name == "posix" else ():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = folder.with_name(folder.name + ".old.incomplete")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    written.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def cannot_write(folder, error):
-    """A UserError for a failure to write. torch.save and safetensors report a full disk in errors of their own."""
-    reason = getattr(error, "strerror", None) or first_line(error)
-    way = "make room, or choose another folder"
-    if (folder / "metrics.json").is_file():
-        way = f"make room, then go on with --resume --output-dir {folder}"
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return UserError(f"cannot write to {folder}: {reason} ({shutil.disk_usage(disk).free >> 20:,} MiB free); {way}")
+    replace_folder(temporary, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -942,14 +1006,6 @@ def describe(protocol):
 # ------------------------------------------------------------------------------------------------------------------
 # Training: Seq2SeqTrainer, with an exact loss, resumable order, scores after each epoch and whole checkpoints.
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class NotFinite(UserError):
-    """The loss or its gradient is infinite or not a number."""
-
-
-class Interrupted(Exception):
-    """Raised inside a long computation after SIGINT or SIGTERM."""
 
 
 class StopSignal:
@@ -1163,42 +1219,23 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             name = f"checkpoint-{self.state.global_step}"
-            put_in_place(Path(self.args.output_dir) / name, self.run / name)
+            replace_folder(Path(self.args.output_dir) / name, self.run / name)
             for old in checkpoints(self.run)[:-2]:
                 shutil.rmtree(old)
         self.restart_clock()
 
     # The Trainer reads a checkpoint in three places, all without running code that it may hold (weights_only=True).
     def _load_from_checkpoint(self, checkpoint, *args):
-        with undamaged(checkpoint):
+        with loading_checkpoint(checkpoint):
             super()._load_from_checkpoint(checkpoint, *args)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with undamaged(checkpoint):
+        with loading_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
-        with undamaged(checkpoint):
+        with loading_checkpoint(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-@contextlib.contextmanager
-def undamaged(checkpoint):
-    way = "delete this folder to go on from the checkpoint before it"
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{checkpoint} is damaged or has code in it, which is not run: {way}") from None
-    except Exception as error:
-        raise UserError(f"{checkpoint} is damaged ({first_line(error)}): {way}") from None
-
-
-def checkpoints(run):
-    """The whole checkpoints of a run, the oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def result_name(args):
@@ -1267,7 +1304,8 @@ class Reporter(TrainerCallback):
             return False
         flag = torch.tensor(int(self.stop()), device=args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        self.stop.number = self.stop.number or int(flag) * signal.SIGTERM
+        if flag:
+            self.stop.number = self.stop.number or signal.SIGTERM
         return bool(flag)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -1383,11 +1421,11 @@ def table(epochs):
         loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
         epoch = f"{entry['epoch']:g}" + (" (best)" if entry["best"] else "")
         for split in ("validation", "test"):
-            lines.append(f"| {epoch:>8} | {loss:>7} | {split:10} | {cells(entry[split])} |")
+            lines.append(f"| {epoch:>8} | {loss:>7} | {split:10} | {format_scores(entry[split])} |")
     return "\n".join(lines)
 
 
-def cells(scores):
+def format_scores(scores):
     intervals = {kind: "[{:.1f}, {:.1f}]".format(*scores[kind + "_interval"]) for kind in ROUGE_TYPES}
     return " | ".join(f"{scores[kind]:5.2f} {intervals[kind]:>14}" for kind in ROUGE_TYPES)
 
@@ -1435,24 +1473,13 @@ def plot_rouge(epochs, path, title):
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def write_json(path, content):
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def versions():
     packages = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Train
+# One run, from the settings to the last line it prints.
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -1478,7 +1505,7 @@ def new_run_folder(args, name):
     if is_main_process():
         try:
             for suffix in ("", *(f"-{n}" for n in range(2, 10000))):
-                folder = [wanted.with_name(wanted.name + suffix)]
+                folder = [wanted.with_name(wanted.name + suffix) if suffix else wanted]
                 try:
                     folder[0].mkdir(parents=True)
                     break
@@ -1495,7 +1522,7 @@ def new_run_folder(args, name):
 
 
 def configuration(args):
-    return {name: value for name, value in vars(args).items() if name not in (*MODES, *PLACES)}
+    return {name: value for name, value in vars(args).items() if name not in NOT_CONFIGURATION}
 
 
 def as_flags(args):
@@ -1542,39 +1569,62 @@ def make_trainer(args, run, model, tokenizer, data, precision, stop, callback, *
     return trainer
 
 
-def train(args):
-    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
-    state = PartialState()
-    device, precision = get_device()
-    model, tokenizer, data = load_for_training(args, device, precision)
+def facts_of(args, model, data, device, precision):
+    """What is known of a run before its first step: the head of its metrics.json."""
     # PEFT counts packed 4-bit weights as what they are, two to a byte.
     trainable, total = [model.num_parameters()] * 2 if args.full else model.get_nb_trainable_parameters()
-
-    checkpoint = find_checkpoint(args.output_dir) if args.resume else None
-    run = args.output_dir if args.resume else new_run_folder(args, run_name(args))
-    facts = {
+    return {
         "configuration": configuration(args), "versions": versions(), "device": device_name(device),
-        "processes": state.num_processes, "precision": str(precision).removeprefix("torch."),
+        "processes": PartialState().num_processes, "precision": str(precision).removeprefix("torch."),
         "parameters": total, "trainable_parameters": trainable, "protocol": protocol(args, data),
         "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
     }
-    if args.resume and read_metrics(run)["processes"] != state.num_processes:
-        raise UserError(f"{run} was trained by {read_metrics(run)['processes']} process(es), now there are "
-                        f"{state.num_processes}: resume it with as many")
-    if args.resume and read_metrics(run).get("data") != facts["data"]:
-        raise UserError(f"the rows of {args.dataset} or their tokens are not those that {run} began with: bring them "
-                        "back, or start a new run")
-    say(*(f"{key.replace('_', '-')}: {' '.join(value) if isinstance(value, list) else value}"
-          for key, value in facts["configuration"].items()),
-        f"device: {facts['device']}, {facts['precision']}, {state.num_processes} process(es)",
-        "rows: " + ", ".join(f"{len(rows)} {split} ({facts['protocol']['truncated'][split]:.1%} truncated)"
-                              for split, rows in data.items()),
-        f"parameters: {total:,}, of which trained {trainable:,} ({trainable / total:.2%})",
-        f"steps: {number_of_steps(args, len(data['train']))}", f"run: {run}", "")
 
-    stop = StopSignal()
-    report = Report(run, facts)
-    writer = None
+
+def show_facts(facts, run):
+    for name, value in facts["configuration"].items():
+        say(f"{name.replace('_', '-')}: {' '.join(value) if isinstance(value, list) else value}")
+    rows = facts["protocol"]["rows"]
+    shares = facts["protocol"]["truncated"]
+    args = argparse.Namespace(**facts["configuration"])
+    say(f"device: {facts['device']}, {facts['precision']}, {facts['processes']} process(es)",
+        "rows: " + ", ".join(f"{rows[split]} {split} ({shares[split]:.1%} truncated)" for split in rows),
+        f"parameters: {facts['parameters']:,}, of which trained {facts['trainable_parameters']:,} "
+        f"({facts['trainable_parameters'] / facts['parameters']:.2%})",
+        f"steps: {number_of_steps(args, rows['train'])}", f"run: {run}", "")
+
+
+def check_resumable(run, facts):
+    """UserError unless the processes and the data are those that the run began with."""
+    began = read_metrics(run)
+    if began["processes"] != facts["processes"]:
+        raise UserError(f"{run} was trained by {began['processes']} process(es), now there are {facts['processes']}: "
+                        "resume it with as many")
+    if began.get("data") != facts["data"]:
+        raise UserError(f"the rows of {facts['configuration']['dataset']} or their tokens are not those that {run} "
+                        "began with: bring them back, or start a new run")
+
+
+def open_board(run, first_step):
+    """TensorBoard's writer; what an earlier try wrote from `first_step` on is no longer shown."""
+    # Its thread prints a traceback when the disk is full; the same error is then raised in ours as well.
+    is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
+    threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
+    return SummaryWriter(run, purge_step=first_step)
+
+
+def train(args):
+    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
+    device, precision = get_device()
+    model, tokenizer, data = load_for_training(args, device, precision)
+    facts = facts_of(args, model, data, device, precision)
+    checkpoint = find_checkpoint(args.output_dir) if args.resume else None
+    run = args.output_dir if args.resume else new_run_folder(args, run_name(args))
+    if args.resume:
+        check_resumable(run, facts)
+    show_facts(facts, run)
+
+    stop, report, writer = StopSignal(), Report(run, facts), None
     if is_main_process():
         if not checkpoint:
             try:
@@ -1583,11 +1633,8 @@ def train(args):
                 if not args.resume:
                     shutil.rmtree(run)
                 raise cannot_write(run, error) from None
-        purge_step = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 0 if args.resume else None
-        # TensorBoard's thread prints a traceback when the disk is full; the same error is then raised here as well.
-        is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
-        threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
-        writer = SummaryWriter(run, purge_step=purge_step)
+        done = int(checkpoint.name.split("-")[1]) if checkpoint else -1
+        writer = open_board(run, first_step=done + 1 if args.resume else None)
     trainer = make_trainer(args, run, model, tokenizer, data, precision, stop, Reporter(run, report, stop, writer))
     report.status = "failed"
     try:
@@ -1609,27 +1656,6 @@ def train(args):
 def launcher():
     processes = PartialState().num_processes
     return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-
-
-def find_checkpoint(run):
-    """The newest whole checkpoint of a run, or None; one that was being written when the run died is passed over."""
-    found = checkpoints(run)
-    partial = [path for path in found if not is_whole(path)] + sorted(run.glob("checkpoint.incomplete/checkpoint-*"))
-    for path in partial:
-        say(f"passed over {path}: it was not written to its end")
-    found = [path for path in found if path not in partial]
-    say(f"going on from {found[-1]}" if found else f"{run} has no checkpoint yet: it starts with the first step")
-    return found[-1] if found else None
-
-
-def is_whole(checkpoint):
-    """Whether all files of a checkpoint are there: the Trainer itself would go on without some of them."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    files = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-    return all(any(checkpoint.glob(name)) for name in files)
 
 
 def warn_about_slow_hardware(config, data, device, steps, args):
@@ -1724,7 +1750,7 @@ def read_dialogues(name, column=None):
     if name == "-" and sys.stdin.isatty():
         print("Type or paste a dialogue, a line per message (Anna: hi!); an empty line ends it, Ctrl-D leaves.",
               file=sys.stderr)
-        yield from blocks(sys.stdin)
+        yield from split_at_blank_lines(sys.stdin)
         return
     path = Path("standard input" if name == "-" else name)
     try:
@@ -1739,12 +1765,12 @@ def read_dialogues(name, column=None):
         for i, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
                 raise UserError(f"{path}:{i}: no text in {column}")
-            yield one_kind_of_line_break(row[column])  # as in training
+            yield normalize_newlines(row[column])  # as in training
     else:
-        yield from blocks(one_kind_of_line_break(text).split("\n"))
+        yield from split_at_blank_lines(normalize_newlines(text).split("\n"))
 
 
-def blocks(lines):
+def split_at_blank_lines(lines):
     """Runs of lines that are not blank, joined."""
     block = []
     for line in lines:
@@ -1783,7 +1809,7 @@ def evaluate_split(args):
     with merged_adapter(model):
         scores, _ = score(model, tokenizer, rows[args.split], args, precision)
     say("| split | " + " | ".join(ROUGE_TYPES.values()) + " |", "|:---|" + "---:|" * len(ROUGE_TYPES),
-        f"| {args.split} | {cells(scores)} |", "", describe(protocol(args, rows)))
+        f"| {args.split} | {format_scores(scores)} |", "", describe(protocol(args, rows)))
     return 0
 
 
@@ -1791,15 +1817,19 @@ def merge(args):
     """Writes base + adapter as one bf16 model that `AutoModelForSeq2SeqLM.from_pretrained` loads."""
     if args.merge.exists() and any(args.merge.iterdir() if args.merge.is_dir() else [args.merge]):
         raise UserError(f"{args.merge} exists and is not empty: choose another folder")
+    if not args.merge.name:  # the folder comes by renaming, which would take the current one away
+        raise UserError(f"--merge {args.merge}: choose a folder with a name")
     args.int8 = args.int4 = False  # merging into quantised weights would round: the base is loaded anew in bf16
     model, tokenizer, _ = load_for_use(args)
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the embeddings are no longer tied: they never were
+            model = model.merge_and_unload(safe_merge=True)
     model = model.to(torch.bfloat16)
     temporary = args.merge.with_name(args.merge.name + ".incomplete")
     try:
         save_model(model, tokenizer, temporary, args)
-        put_in_place(temporary, args.merge)
+        replace_folder(temporary, args.merge)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise cannot_write(args.merge.parent, error) from None
@@ -2236,4 +2266,4 @@ def run_mode(args):
 
 
 if __name__ == "__main__":
-    sys.exit(explained(main, ARGUMENTS))
+    sys.exit(exit_on_user_error(main, ARGUMENTS))

@@ -281,6 +281,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for 
 
 import contextlib
 import csv
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -1410,6 +1411,7 @@ class Report:
             plot_loss(curve, self.run / "training_loss.png", self.run.name)
         if epochs:
             plot_rouge(epochs, self.run / "rouge.png", self.run.name)
+        gc.collect()  # closed figures hold one another; left alone they would pile up, megabytes an epoch
 
 
 def table(epochs):

@@ -6,7 +6,7 @@
     python gpt2_from_scratch.py --model gpt2 --data texts/    # GPT-2 (124M) on a folder of text, on one GPU
     torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
     python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                      # what that will cost, beforehand
-    python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt --lr 1e-4   # go on from OpenAI's weights
+    python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt             # go on from OpenAI's weights
     python gpt2_from_scratch.py --resume                      # continue the newest run exactly where it stopped
     python gpt2_from_scratch.py --export my-gpt2/             # the newest run's best model, for transformers
     tensorboard --logdir runs                                 # watch all runs
@@ -64,6 +64,9 @@ PRESETS = {
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
+# With --init and without --model: what fine-tunes published weights gently. The batch: resolved with the context.
+FINE_TUNING = {"model": None, "lr": 1e-4, "batch_tokens": None}
+FINE_TUNING_TOKENS = 2**15  # per step, about
 DEFAULTS = {
     "model": "nano", "init": None, "dropout": 0.0,
     "data": "stdlib", "glob": "*", "text_column": "text", "limit": None, "tokenizer": None, "vocab_size": 50257,
@@ -108,7 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=PRESETS, help="a preset of the sizes below (default: nano)")
-    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run")
+    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run. "
+         "Without --model, the defaults are then --lr 1e-4, --batch-tokens 32768 and one epoch")
     flag("--layers", type=count, metavar="N", help="transformer blocks")
     flag("--heads", type=count, metavar="N", help="attention heads per block")
     flag("--width", type=count, metavar="N", help="size of the residual stream")
@@ -137,13 +141,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="of matrices; the rest has none (default: 0.1)")
     flag("--batch-tokens", type=count, metavar="N", help="tokens per optimiser step, all processes together")
     flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
-         help="sequences per forward pass and process; the rest accumulates (default: auto, the most that fits)")
+         help="sequences per forward pass and process; the rest accumulates (default: auto: on a GPU what fits, "
+         "up to 65536 tokens)")
     flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
     flag("--max-steps", type=count, metavar="N", help="optimiser steps, whatever --epochs says (nano: 1500)")
     flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
          "(default: a fifth of all, at most 1000)")
     flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it)")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it; "
+         "there fp32 means TF32 products)")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
     flag("--no-deterministic", dest="deterministic", **off, help="let a GPU use faster kernels whose rounding varies "
          "from run to run: resuming is then close, no longer bit-identical")
@@ -308,25 +314,20 @@ class GPTConfig:
 class KVCache:
     """Keys and values of all tokens so far, so that generating a token costs one token's work.
 
-    Its size is fixed, (layers, B, H, context, D) for each of keys and values: the shapes never change on the way.
+    There is room for (layers, B, H, context, D) of each. GPT.forward() counts the tokens.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device):
         shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
         self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.slots, self.length = torch.arange(config.context, device=device), 0
-
-    def advance(self, tokens: int) -> None:
-        """Make room for `tokens` new ones: their positions (T,), and who sees whom as a mask (T, context)."""
-        self.positions = self.slots[self.length : self.length + tokens]
-        self.mask = self.slots <= self.positions[:, None]
-        self.length += tokens
+        self.length = 0
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens' k and v (B, H, T, D) and return those of all slots, (B, H, context, D)."""
-        self.keys[layer].index_copy_(2, self.positions, k)
-        self.values[layer].index_copy_(2, self.positions, v)
-        return self.keys[layer], self.values[layer]
+        """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -343,12 +344,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # softmax(q k^T / sqrt(D)) v
-        else:
+        if cache:
             k, v = cache.update(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        dropout = self.dropout if self.training else 0.0
+        # softmax(q k^T / sqrt(D)) v. A single new token sees all before it; several only ever fill an empty cache.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -415,15 +415,20 @@ class GPT(nn.Module):
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
-        """From tokens (B, T) to logits (B, T, padded V).
+        """From tokens (B, T) to logits (B, T, padded V); with `cache`, to those of the last token, (B, 1, padded V).
 
+        The cache must be empty, or T be 1.
         With `targets` (B, T) to the summed cross-entropy in nats, a scalar; targets of -1 do not count. The sum, not
         the mean, because sums of micro-batches add up to exactly the batch's sum.
         """
-        positions = cache.positions if cache else torch.arange(tokens.shape[1], device=tokens.device)
+        start = cache.length if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
+        if cache:
+            cache.length += tokens.shape[1]
+            x = x[:, -1:]
         # Padding rows must never be predicted: their logits become minus infinity. So their gradient is zero, and they
         # stay what initialise() makes them, zero.
         rows = torch.arange(self.config.padded_vocab_size, device=tokens.device)
@@ -1087,13 +1092,14 @@ def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guar
     try:
         progress = Progress(**{name: values[name] for name in vars(Progress())})
         tensors = load_file(folder / "training.safetensors")
-        moments = [{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-                   for name, parameter in model.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq") if progress.step else ()  # at step 0 there are none yet
+        moments = {parameter: {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+                   for name, parameter in model.named_parameters()}
         guard.state.copy_(tensors["guard"])
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"its training state is damaged ({first_line(error)})") from None
     model.load_state_dict(saved.state_dict())
-    optimiser.state.update(zip(model.parameters(), moments, strict=True))
+    optimiser.state.update(moments)
     return progress
 
 
@@ -1135,7 +1141,8 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     if top_k:
         probabilities[:, top_k:] = 0
     if top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens, together
+        up_to = probabilities.cpu().cumsum(dim=-1).to(logits.device)  # a GPU's cumsum is not deterministic
+        before = up_to - probabilities  # of the likelier tokens, together
         probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
 
@@ -1143,13 +1150,12 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
 @torch.no_grad()
 def generate(
     model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8, top_k: int = 50,
-    top_p: float = 1.0, seed: int = 0, cached: bool = True,
+    top_p: float = 1.0, seed: int = 0,
 ) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; the last yield is when all have. When the context is full, its
-    newer half is read again as if it were the prompt. `cached=False` computes everything anew for each token, with the
-    same result: it is there to check the cache against.
+    newer half is read again as if it were the prompt.
     """
     device, context = model.wte.weight.device, model.config.context
     generator = torch.Generator(device).manual_seed(seed)
@@ -1163,9 +1169,7 @@ def generate(
             if visible > context:
                 visible, cache = max(1, context // 2), None
             new = 1 if cache else visible
-            if cached:
-                cache = cache or KVCache(model.config, count, device)
-                cache.advance(new)
+            cache = cache or KVCache(model.config, count, device)
             logits = model(sequence[:, -new:], cache=cache)[:, -1]  # (count, V)
             token = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
             sequence, visible = torch.cat([sequence, token], dim=1), visible + 1
@@ -1348,17 +1352,18 @@ COMPILE_SECONDS = 60  # about what torch.compile takes; it must save that much t
 
 def join_processes() -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. torchrun puts the first two into the environment; alone, they are 0 and 1."""
-    rank, world, local = (int(os.environ.get(name, alone)) for name, alone in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local, here = (int(os.environ.get(name, alone)) for name, alone in
+                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"there is no GPU for process {local}: this machine has {torch.cuda.device_count()}")
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if world > 1 and not dist.is_initialized():  # hours, because the others wait while the first one tokenises
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
     return rank, world, device
 
 
@@ -1388,8 +1393,7 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
         torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)  # strict: told to warn only, attention's backward pass varies
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
     model.to(device).train()
@@ -1402,12 +1406,14 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
     session.micro_batch = settings.micro_batch
     session.network, session.mode = compile_network(session)
     if world > 1:
-        session.network = nn.parallel.DistributedDataParallel(session.network)
+        session.network = nn.parallel.DistributedDataParallel(session.network, gradient_as_bucket_view=True)
     return session
 
 
 def complete_settings(settings: argparse.Namespace, order: TrainingOrder, world: int) -> int:
     """Check the batch, and fill in what depends on the length of the data. Returns a process's windows per step."""
+    if settings.batch_tokens is None:
+        settings.batch_tokens = max(1, FINE_TUNING_TOKENS // (settings.context * world)) * settings.context * world
     rows, rest = divmod(settings.batch_tokens, settings.context * world)
     if rest:
         raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
@@ -1428,7 +1434,7 @@ def choose_dtype(settings: argparse.Namespace, device: torch.device) -> torch.dt
     """Of matrix products: bf16 where the hardware really has it (older GPUs claim it too, but emulate it)."""
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if settings.dtype == "bf16" and not has_bf16:
-        raise UserError(f"--dtype bf16: {device_name(device)} does not have it")
+        raise UserError(f"--dtype bf16 is for GPUs of compute capability 8.0 or more, not for {device_name(device)}")
     return torch.bfloat16 if has_bf16 and settings.dtype != "fp32" else torch.float32
 
 
@@ -1439,23 +1445,32 @@ def device_name(device: torch.device) -> str:
 
 
 def largest_micro_batch(session: Session, rows: int) -> int:
-    """The largest divisor of `rows` that fits: tried out on a GPU, elsewhere of at most 8,192 tokens."""
-    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    """The largest divisor of `rows` that fits a GPU, tried out, or without one simply the largest.
+
+    Of at most 2^16 tokens on a GPU, 2^13 elsewhere: more at once is no faster.
+    """
+    limit = 2**16 if session.device.type == "cuda" else 2**13
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0 and size * session.order.context <= limit] or [1]
     if session.device.type != "cuda":
-        return next(size for size in sizes if size == 1 or size * session.order.context <= 8192)
+        return sizes[0]
     # Room for what comes later: AdamW's two moments, and the buffers in which processes exchange gradients.
     reserve = [torch.empty_like(p) for p in session.model.parameters() for _ in range(2 + (session.world > 1))]
+    memory = torch.cuda.get_device_properties(session.device).total_memory / 2**30
     for size in sizes:
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             run_once(session, session.model, size)
-            break
+            fits = peak_memory(session.device) < 0.95 * memory  # the rest goes to what is not PyTorch's, and to gaps
+        except torch.OutOfMemoryError:
+            fits = False
         session.optimiser.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if fits:
+            break
     else:
-        raise UserError("not even one sequence fits this GPU: choose a smaller --model or --context")
+        raise torch.OutOfMemoryError("not even one sequence fits")
     del reserve
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     if session.world > 1:  # all processes must agree
         smallest = torch.tensor(size, device=session.device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -1475,12 +1490,15 @@ def run_once(session: Session, network: Callable, rows: int) -> None:
 def compile_network(session: Session) -> tuple[Callable, str]:
     """torch.compile where it works and pays; otherwise the model as it is, and the reason in a few words."""
     settings = session.settings
-    flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps
     if not settings.compile:
         return session.model, "eager (--no-compile)"
     if session.device.type != "cuda":
         return session.model, f"eager (compiling rarely pays on {session.device.type.upper()})"
-    if flops / (0.25 * session.matmul_rate * session.world) < COMPILE_SECONDS:  # a quarter of the rate: seen often
+    if settings.compile_pays is None:  # decided once: a resumed run rounds as it did before
+        flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps
+        seconds = flops / (0.25 * session.matmul_rate * session.world)  # a quarter of the rate: seen often
+        settings.compile_pays = seconds >= COMPILE_SECONDS
+    if not settings.compile_pays:
         return session.model, "eager (so short a run is over before it is compiled)"
     try:
         network = torch.compile(session.model, dynamic=False)
@@ -1634,13 +1652,15 @@ def train(settings: argparse.Namespace) -> int:
 def describe(session: Session) -> None:
     """Say on a few lines what is about to run where."""
     settings, config, facts = session.settings, session.model.config, session.data.facts
-    rows, tokens = session.rows, facts["tokens"]
+    rows, tokens, dtype = session.rows, facts["tokens"], str(session.dtype).removeprefix("torch.")
+    if dtype == "float32" and session.device.type == "cuda":
+        dtype += " (TF32 products)"
     say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, "
         f"{config.heads} heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")
     say(f"data: {facts['name']}, {tokens['train']:,} training and {tokens['validation']:,} validation tokens of "
         f"{facts['bytes']['validation'] / tokens['validation']:.2f} bytes")
-    say(f"device: {session.world} x {device_name(session.device)}, {str(session.dtype).removeprefix('torch.')}, "
-        f"{session.mode}; matrix products reach {session.matmul_rate / 1e12:.2f} TFLOP/s")
+    say(f"device: {session.world} x {device_name(session.device)}, {dtype}, {session.mode}; "
+        f"matrix products reach {session.matmul_rate / 1e12:.2f} TFLOP/s")
     say(f"training: {settings.max_steps:,} steps of {rows} x {config.context} tokens "
         f"({settings.max_steps * rows / session.order.per_epoch:.2f} epochs), micro-batch {session.micro_batch}, "
         f"learning rate {short(settings.lr)} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")
@@ -1665,6 +1685,8 @@ class Run:
         try:
             if progress.step == 0:
                 self.evaluate()
+                if settings.weights:  # of --init: if training only makes them worse, they stay the best checkpoint
+                    self.save()
             self.loop(request)
             status = "finished" if progress.step >= settings.max_steps else "stopped"
         except (OSError, SafetensorError) as error:  # a full disk, most of all
@@ -1684,7 +1706,7 @@ class Run:
         """Step after step. The values of a step are read one step later, so that the device never waits for Python."""
         session, progress, settings = self.session, self.progress, self.settings
         batch, waiting, stop = session.fetch_batch(progress.step), None, False
-        clock = time.perf_counter()
+        self.clock = time.perf_counter()
         while progress.step < settings.max_steps and not stop:
             values = training_step(session, progress.step, batch, request.number is not None)
             progress.step += 1
@@ -1692,26 +1714,29 @@ class Run:
             arrived, waiting = waiting, (progress.step, start_reading(values))
             stop = arrived is not None and self.log_step(*arrived)
             stop = stop or (session.world == 1 and request.number is not None)
-            now = time.perf_counter()
-            progress.seconds, clock = progress.seconds + now - clock, now
             is_due = progress.step % settings.eval_every == 0 or progress.step == settings.max_steps
             if is_due or stop:
                 stop = self.log_step(*waiting) or stop
                 waiting = None
                 if is_due:
                     self.evaluate()
-                if self.folder:
-                    save_checkpoint(self.folder, session.model, session.optimiser, session.guard, progress,
-                                    session.data.tokenizer)
-                    self.write_metrics("running")
-                clock = time.perf_counter()
+                self.save()
+                self.clock = time.perf_counter()
+
+    def save(self) -> None:
+        session = self.session
+        if self.folder:
+            save_checkpoint(self.folder, session.model, session.optimiser, session.guard, self.progress,
+                            session.data.tokenizer)
+            self.write_metrics("running")
 
     def log_step(self, step: int, reading: tuple) -> bool:
         """Take in the values of a step: log them, report now and then. True if some process was asked to stop.
 
         Raises UserError when the run is diverging.
         """
-        values, settings, seconds = finish_reading(reading), self.settings, self.progress.seconds
+        values, settings, now = finish_reading(reading), self.settings, time.perf_counter()
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now  # the step is really done
         rate = learning_rate(step - 1, settings)
         line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": rate}
         if values["skip"]:
@@ -1719,9 +1744,9 @@ class Run:
             say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}, windows from "
                 f"{(step - 1) * self.session.rows} of the training order")
         is_report = step % self.report_every == 0 or step == settings.max_steps
-        if is_report and seconds > self.reported[1]:
-            pace = (seconds - self.reported[1]) / (step - self.reported[0])
-            self.reported = (step, seconds)
+        if is_report:
+            pace = (self.progress.seconds - self.reported[1]) / (step - self.reported[0])
+            self.reported = (step, self.progress.seconds)
             line |= self.session.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
             say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
                 f"{values['norm']:.2f} | lr {rate:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
@@ -1730,8 +1755,9 @@ class Run:
             self.log.write(step, board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
-                            f"{values['in_a_row']:.0f} steps skipped in a row): try a lower --lr or more "
-                            f"--warmup-steps; the last good checkpoint is {self.last_checkpoint()}")
+                            f"{values['in_a_row']:.0f} steps skipped in a row); the last good checkpoint is "
+                            f"{self.last_checkpoint()}. Start anew with a lower --lr, or from what was good: "
+                            f"--init {self.folder} --lr {short(settings.lr / 4)}")
         return values["stop"] > 0
 
     def last_checkpoint(self) -> Path | str:
@@ -1863,7 +1889,9 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
             given[name] = str(Path(given[name]).resolve())
     saved = {}
     if given.get("resume"):
-        run = Path(given["output_dir"]) if "output_dir" in given else newest_run()
+        for name in {"plan", "sample", "export"} & given.keys():
+            raise UserError(f"--{name} does not go together with --resume, which continues training")
+        run = Path(given["output_dir"]) if "output_dir" in given else newest_run(is_run)
         if not is_run(run):
             raise UserError(f"--resume: there is no run of this script in {run}")
         given["output_dir"] = str(run)
@@ -1874,8 +1902,9 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
                 raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
                                 f"settings: leave {flag} out, or start a new run")
     name = given.get("model") or saved.get("model") or DEFAULTS["model"]
-    preset = PRESETS[name] | ({"max_steps": None} if "epochs" in given else {})
-    unset = {"name": name, "weights": None, "fingerprint": None, "hub_cache": None}
+    preset = FINE_TUNING if "init" in given and "model" not in given else PRESETS[name]
+    preset = preset | ({"max_steps": None} if "epochs" in given else {})
+    unset = {"name": name, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None}
     settings = argparse.Namespace(**unset | DEFAULTS | preset | saved | given)
     settings.cache_dir = str(Path(settings.cache_dir).resolve())
     if "cache_dir" in given:
@@ -1893,8 +1922,8 @@ def is_run(folder: Path) -> bool:
     return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir()
 
 
-def newest_run() -> Path:
-    runs = [folder for folder in Path("runs").glob("*") if is_run(folder)]
+def newest_run(is_usable: Callable[[Path], object]) -> Path:
+    runs = [folder for folder in Path("runs").glob("*") if is_run(folder) and is_usable(folder)]
     if not runs:
         raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
     return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
@@ -1902,7 +1931,7 @@ def newest_run() -> Path:
 
 def find_weights(settings: argparse.Namespace) -> Path:
     """The folder that --init means: a run's best checkpoint (default: the newest run's), itself, or one on the Hub."""
-    run = Path(settings.init) if settings.init else newest_run()
+    run = Path(settings.init) if settings.init else newest_run(find_checkpoints)
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
     for folder in find_checkpoints(run):
@@ -2008,15 +2037,16 @@ def main(arguments: argparse.Namespace) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
-    except UserError as error:
-        message = str(error)
+    except UserError as error:  # all processes meet the same one
+        message = str(error) if is_main_process() else None
     except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
         message = first_line(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is too small for this: choose a smaller --micro-batch, --context or --model"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(f"error: {message}", file=sys.stderr)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

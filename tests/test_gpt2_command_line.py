@@ -212,7 +212,7 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         "no multiple of 32",
     ),
     "micro-batch does not divide": (lambda: ["--data", "text.txt", *SIZES, "--micro-batch", "3"], "--micro-batch 3"),
-    "bf16 without hardware": (lambda: ["--data", "text.txt", *SIZES, "--dtype", "bf16"], "does not have it"),
+    "bf16 without hardware": (lambda: ["--data", "text.txt", *SIZES, "--dtype", "bf16"], "--dtype bf16 is for GPUs"),
     "no such weights": (lambda: ["--init", "nowhere", "--data", "text.txt"], "no such folder"),
     "weights of nothing": (lambda: [Path("m").mkdir(), "--init", "m", "--data", "text.txt"][1:], "neither tokenizer"),
     "weights without weights": (
@@ -238,6 +238,8 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         "310 tokens",
     ),
     "nothing to resume": (lambda: ["--resume"], "no run"),
+    "resume and plan": (lambda: ["--resume", "--plan"], "--plan does not go together with --resume"),
+    "resume and sample": (lambda: ["--resume", "--sample", "a"], "--sample does not go together with --resume"),
     "resume of nothing": (lambda: ["--resume", "--output-dir", "nowhere"], "no run"),
     "no run to sample from": (lambda: ["--sample", "a"], "no run"),
     "no run to export": (lambda: ["--export", "there"], "no run"),

@@ -1,4 +1,4 @@
-"""The model of gpt2_from_scratch.py against Hugging Face's GPT-2, and its generation against itself without a cache."""
+"""The model of gpt2_from_scratch.py against Hugging Face's GPT-2, and its generation with a cache against none."""
 
 import json
 import sys
@@ -198,9 +198,20 @@ def test_no_position_sees_the_future():
     assert not torch.allclose(before[:, 7:, :50], after[:, 7:, :50])
 
 
-def greedy(model: gpt2.GPT, prompt: list[int], new: int, cached: bool, end: int = -1) -> list[list[int]]:
-    steps = gpt2.generate(model, prompt, 2, new, end, temperature=0, cached=cached)
+def greedy(model: gpt2.GPT, prompt: list[int], new: int, end: int = -1) -> list[list[int]]:
+    steps = gpt2.generate(model, prompt, 2, new, end, temperature=0)
     return [list(column) for column in zip(*steps, strict=True)]
+
+
+@torch.no_grad()
+def greedy_without_cache(model: gpt2.GPT, prompt: list[int], new: int) -> list[int]:
+    """Everything computed anew for each token; when the context is full, its newer half is kept."""
+    seen, text, context = prompt[-model.config.context :], [], model.config.context
+    for _ in range(new):
+        seen = seen if len(seen) <= context else seen[-(context // 2) :]
+        text.append(model(torch.tensor([seen]))[0, -1].argmax().item())
+        seen = [*seen, text[-1]]
+    return text
 
 
 def test_greedy_text_equals_generate_of_transformers(reference):
@@ -211,21 +222,29 @@ def test_greedy_text_equals_generate_of_transformers(reference):
         0, 3:
     ].tolist()
     assert len(expected) == 21 and len(set(expected)) > 3
-    assert greedy(ours, prompt, 21, cached=True) == [expected, expected]
+    assert greedy(ours, prompt, 21) == [expected, expected]
 
 
 @pytest.mark.parametrize("prompt_length", [1, 9, 24, 30])
 def test_cached_and_uncached_greedy_tokens_are_equal_also_beyond_the_context(reference, prompt_length):
     model = gpt2.load_pretrained(reference[1])
     prompt = [(7 * i) % 200 for i in range(prompt_length)]
-    assert greedy(model, prompt, 40, cached=True) == greedy(model, prompt, 40, cached=False)
+    assert greedy(model, prompt, 40) == [greedy_without_cache(model.eval(), prompt, 40)] * 2
+
+
+def test_the_cache_works_in_bf16(reference):
+    """Under autocast keys and values come as bf16."""
+    model = gpt2.load_pretrained(reference[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = list(gpt2.generate(model, [5, 17, 3], 2, 30, end=-1, temperature=0))
+    assert len(steps) == 30 and all(0 <= token < TINY["vocab_size"] for step in steps for token in step)
 
 
 def test_generation_stops_when_all_have_reached_the_end(reference):
     model = gpt2.load_pretrained(reference[1])
-    free = greedy(model, [5, 17, 3], 10, cached=True)[0]
+    free = greedy(model, [5, 17, 3], 10)[0]
     first = free.index(free[4])
-    assert greedy(model, [5, 17, 3], 10, cached=True, end=free[4]) == [free[: first + 1]] * 2
+    assert greedy(model, [5, 17, 3], 10, end=free[4]) == [free[: first + 1]] * 2
 
 
 def test_training_mode_is_as_it_was_after_generating(reference):

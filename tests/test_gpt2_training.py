@@ -271,6 +271,7 @@ def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command,
     assert error.startswith("error: the run diverges at step 15") and "\n" not in error
     kept = gpt2.find_checkpoints(Path("run"))
     assert str(kept[0]) in error
+    assert error.endswith("--init run --lr 2.5e-3")
     assert all(torch.isfinite(tensor).all() for tensor in load_file(kept[0] / "model.safetensors").values())
     assert json.loads(Path("run/metrics.json").read_text())["status"] == "failed"
 
@@ -431,10 +432,80 @@ def test_a_damaged_checkpoint_is_passed_over(command, text, uninterrupted, capsy
     assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
 
 
+def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_path, text, monkeypatch):
+    """A clock that only the device moves: a step takes a second, and is queued; evaluating takes a hundred."""
+    session = make_session(tmp_path, text, max_steps=14, eval_every=4)
+    clock, ready = [0.0], [0.0]
+    train, finish, evaluate = gpt2.training_step, gpt2.finish_reading, gpt2.evaluate
+
+    def queue(*arguments):
+        ready.append(max(ready[-1], clock[0]) + 1)
+        return train(*arguments)
+
+    def wait(reading):
+        clock[0] = max(clock[0], reading[1])
+        return finish((reading[0], None))
+
+    def wait_and_evaluate(session):
+        clock[0] = max(clock[0], ready[-1]) + 100
+        return evaluate(session)
+
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpt2, "training_step", queue)
+    monkeypatch.setattr(gpt2, "start_reading", lambda values: (values, ready[-1]))
+    monkeypatch.setattr(gpt2, "finish_reading", wait)
+    monkeypatch.setattr(gpt2, "evaluate", wait_and_evaluate)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan).train() == 0
+    results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
+    assert results["training_seconds"] == 14 and results["tokens_per_second"] == 256
+
+
 def test_more_steps_can_be_asked_for(command, text):
     assert command("--data", text, *SIZES, "--max-steps", 4, "--output-dir", "run", "--schedule", "wsd") == 0
     assert command("--resume", "--output-dir", "run", "--max-steps", 6) == 0
     assert gpt2.find_checkpoints(Path("run"))[0].name == "step-00000006"
+
+
+def test_weights_that_training_only_makes_worse_stay_the_best_checkpoint(command, text, uninterrupted):
+    """Fine-tuning with an absurd learning rate: what --init gave can still be had, and the run be resumed."""
+    words = ["--data", text, "--init", uninterrupted, "--lr", 5, "--batch-tokens", 256, "--eval-every", 2]
+    assert command(*words, "--max-steps", 4, "--output-dir", "run") == 0
+    assert json.loads(Path("run/metrics.json").read_text())["results"]["best_step"] == 0
+    assert command("--resume", "--output-dir", "run", "--max-steps", 6) == 0
+    assert command("--init", "run", "--export", "best") == 0
+    one, two = (load_file(folder / "model.safetensors") for folder in (Path("best"), weights_in(uninterrupted)))
+    assert_bit_identical(one, two)
+
+
+def weights_in(run: Path) -> Path:
+    return gpt2.find_weights(gpt2.resolve_settings(gpt2.parse_arguments(["--init", str(run)])))
+
+
+def test_a_run_that_died_before_its_first_step_is_resumed_from_the_weights_of_init(
+    command, text, uninterrupted, monkeypatch, capsys
+):
+    words = ["--data", text, "--init", uninterrupted, "--batch-tokens", 256, "--max-steps", 3]
+    assert command(*words, "--output-dir", "straight") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2.Run, "loop", lambda self, request: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            command(*words, "--output-dir", "run")
+    assert command("--resume", "--output-dir", "run") == 0
+    assert "resumed from run/checkpoints/step-00000000" in capsys.readouterr().out
+    assert_bit_identical(weights_of(Path("run"), 3), weights_of(Path("straight"), 3))
+
+
+def test_without_a_preset_init_trains_gently_for_an_epoch(uninterrupted, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("alpha beta gamma delta\n" * 10_000)
+    words = ["--data", str(text), "--init", str(uninterrupted), "--cache-dir", str(tmp_path)]
+    settings = gpt2.resolve_settings(gpt2.parse_arguments([*words, "--context", "30"]))
+    data = gpt2.prepare_tokens(settings)
+    gpt2.open_session(settings, (0, 1, CPU), data, gpt2.make_model(settings, data.tokenizer))
+    assert settings.lr == 1e-4
+    assert settings.batch_tokens == 2**15 // 30 * 30  # whole contexts
+    assert settings.max_steps == round(len(data.train) / settings.batch_tokens)
 
 
 def test_the_last_two_and_the_best_checkpoint_are_kept(command, text, monkeypatch):

@@ -2142,7 +2142,7 @@ def compare(args):
     say(epoch_table(runs), "", run_table(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     if pairs:
-        say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:",
+        say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:", "",
             "| A | B | B - A | 95% interval | p |", "|:---|:---|---:|---:|---:|")
         say(*(f"| {a['name']} | {b['name']} | {difference:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.4f} |"
               for a, b, difference, low, high, p in pairs))

@@ -14,22 +14,9 @@
 A run leaves in runs/<name>/: checkpoints/ (each loads in Hugging Face transformers as it is), metrics.jsonl (the log),
 metrics.json (configuration, versions, device, results), training_loss.png and TensorBoard events.
 
-The sections, in the order in which the data flows:
-
-    1  Command line     every flag. Stands first, so that --help answers before PyTorch is loaded
-    2  Model            attention, MLP, block, GPT: exactly GPT-2 (Radford et al. 2019)
-    3  Hugging Face     GPT-2 folders read, written, and fetched from the Hub
-    4  Tokenizer        byte-level BPE, trained here or GPT-2's own
-    5  Documents        from files, columns or the Hub to pieces of text for training and validation
-    6  Tokens           from documents to files of tokens, and from these to windows in a seeded order
-    7  Optimiser        AdamW, the learning-rate schedule, a guard against bad steps
-    8  Checkpoints      exact, atomic, without pickle
-    9  Generation       KV cache, temperature, top-k, top-p
-    10 Training step    forward, backward, update: what runs a million times
-    11 Evaluation       the whole validation slice, and a bigram model to compare with
-    12 Session          device, precision, compilation, processes, micro-batch: how it runs here
-    13 Training run     steps, evaluations, checkpoints, log, plot, table
-    14 Main             settings, --sample, --export, --plan
+The sections, in the order in which the data flows: 1 Command line (first, so that --help answers before PyTorch is
+loaded), 2 Model, 3 Hugging Face, 4 Tokenizer, 5 Documents, 6 Tokens, 7 Optimiser, 8 Checkpoints, 9 Generation,
+10 Training step, 11 Evaluation, 12 Session (how it runs on this machine), 13 Training run, 14 Main.
 """
 
 import argparse
@@ -64,17 +51,18 @@ PRESETS = {
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
-# With --init and without --model: what fine-tunes published weights gently. The batch: resolved with the context.
-FINE_TUNING = {"model": None, "lr": 1e-4, "batch_tokens": None}
-FINE_TUNING_TOKENS = 2**15  # per step, about
+FINE_TUNING = {"model": None, "lr": 1e-4, "batch_tokens": None}  # with --init, without --model; tokens: about 2^15
 DEFAULTS = {
     "model": "nano", "init": None, "dropout": 0.0,
     "data": "stdlib", "glob": "*", "text_column": "text", "limit": None, "tokenizer": None, "vocab_size": 50257,
-    "val_fraction": 0.05, "schedule": "cosine", "warmup_steps": None, "weight_decay": 0.1, "micro_batch": "auto",
+    "val_fraction": None, "schedule": "cosine", "warmup_steps": None, "weight_decay": 0.1, "micro_batch": "auto",
     "epochs": 1.0, "max_steps": None, "eval_every": None, "seed": 0, "dtype": "auto", "compile": True,
     "deterministic": True, "output_dir": None, "cache_dir": "cache", "resume": False, "plan": False, "sample": None,
     "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
 }
+# What settings hold besides the flags: the model's name; the folder that --init means; which token files are in use;
+# where downloads go (None: to Hugging Face's cache); whether the run is long enough to be compiled.
+NOT_FLAGS = {"name": None, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None}
 FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # the rest stays as the run had it
 
 
@@ -111,8 +99,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=PRESETS, help="a preset of the sizes below (default: nano)")
-    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run. "
-         "Without --model, the defaults are then --lr 1e-4, --batch-tokens 32768 and one epoch")
+    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run "
+         "(without --model: --lr 1e-4 and about 32768 --batch-tokens by default)")
     flag("--layers", type=count, metavar="N", help="transformer blocks")
     flag("--heads", type=count, metavar="N", help="attention heads per block")
     flag("--width", type=count, metavar="N", help="size of the residual stream")
@@ -130,8 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          "bytes, gpt2 (from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt")
     flag("--vocab-size", type=number(int, 257, 2**20), metavar="N",
          help="of --tokenizer bpe (default: 50257; nano: 1024)")
-    flag("--val-fraction", type=number(float, 0, 0.5, above=True), metavar="P",
-         help="share of documents held out for validation; of a single document, its end (default: 0.05)")
+    flag("--val-fraction", type=number(float, 0, 0.5, above=True), metavar="P", help="share of documents (of a single "
+         "one: its end) held out for validation (default: 0.05, at most about 20 million characters)")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--lr", type=number(float, 0, 10, above=True), metavar="X", help="peak learning rate (default: the preset's)")
@@ -141,15 +129,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="of matrices; the rest has none (default: 0.1)")
     flag("--batch-tokens", type=count, metavar="N", help="tokens per optimiser step, all processes together")
     flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
-         help="sequences per forward pass and process; the rest accumulates (default: auto: on a GPU what fits, "
-         "up to 65536 tokens)")
+         help="sequences per forward pass and process; the rest accumulates (default: auto, what fits)")
     flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
     flag("--max-steps", type=count, metavar="N", help="optimiser steps, whatever --epochs says (nano: 1500)")
     flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
          "(default: a fifth of all, at most 1000)")
     flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], help="of matrix products (default: bf16 on a GPU that has it; "
-         "there fp32 means TF32 products)")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], help="default: bf16 on a GPU that has it; there, fp32 is TF32")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
     flag("--no-deterministic", dest="deterministic", **off, help="let a GPU use faster kernels whose rounding varies "
          "from run to run: resuming is then close, no longer bit-identical")
@@ -164,7 +150,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init (default: "
          "the newest run); without PROMPT, every line of standard input")
     flag("--export", metavar="DIR", help="write the model of --init (default: the newest run) for transformers")
-    flag("--plan", action="store_true", default=None, help="print parameters, memory, FLOPs, speed, time to the end")
+    flag("--plan", action="store_true", default=None, help="print parameters, memory, FLOPs, speed, time to the end; "
+         "the data is tokenised first: if it is large, add --limit")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--max-new-tokens", type=count, metavar="N", help="longest continuation (default: 200)")
@@ -191,6 +178,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+
+# ---------- Helpers of all sections: printing, JSON, folders ----------------------------------------------------------
 
 
 def is_main_process() -> bool:
@@ -312,15 +301,12 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all tokens so far, so that generating a token costs one token's work.
-
-    There is room for (layers, B, H, context, D) of each. GPT.forward() counts the tokens.
-    """
+    """Keys and values of all tokens so far, (layers, B, H, context, D): a new token costs one token's work."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device):
         shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
         self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.length = 0
+        self.length = 0  # tokens so far, counted by GPT.forward()
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""
@@ -412,9 +398,8 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.wte.weight[self.config.vocab_size :] = 0
 
-    def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> torch.Tensor:
         """From tokens (B, T) to logits (B, T, padded V); with `cache`, to those of the last token, (B, 1, padded V).
 
         The cache must be empty, or T be 1.
@@ -538,6 +523,7 @@ def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 HUB_SECONDS = 10  # how long the Hub has to answer
+OFFLINE = "Offline, copy its files into a folder and give that:"
 
 
 def why_no_hub() -> str | None:
@@ -551,19 +537,20 @@ def why_no_hub() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    answer = [f"{constants.ENDPOINT} did not answer within {HUB_SECONDS} seconds"]
+    reason = f"{constants.ENDPOINT} did not answer within {HUB_SECONDS} seconds"
 
     def ask():
+        nonlocal reason
         try:
             get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-            answer[0] = None
+            reason = None
         except Exception as error:  # whichever HTTP library the client uses, it has error classes of its own
-            answer[0] = f"{constants.ENDPOINT}: {first_line(error)}"
+            reason = f"{constants.ENDPOINT}: {first_line(error)}"
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS + 1)
-    return answer[0]
+    return reason
 
 
 def is_hub_id(name: str) -> bool:
@@ -587,8 +574,8 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
     except errors.RepositoryNotFoundError:
         raise UserError(f"{flag} {name}: the Hub has no such model (or it is private: `hf auth login`)") from None
     except Exception as error:
-        raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). Offline, copy "
-                        f"its files into a folder and give that: {flag} FOLDER") from None
+        raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). {OFFLINE} "
+                        f"{flag} FOLDER") from None
 
 
 # ---------- 4. Tokenizer ----------------------------------------------------------------------------------------------
@@ -596,7 +583,7 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
 END_OF_TEXT = "<|endoftext|>"
 
 
-def gpt2_pieces(bpe: models.BPE) -> Tokenizer:
+def byte_level(bpe: models.BPE) -> Tokenizer:
     """A tokenizer that cuts text into words with GPT-2's pattern and its bytes into the pieces of `bpe`."""
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -609,7 +596,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
     It knows all 256 bytes, so any text has an encoding. 257 tokens (with end-of-text) are the bytes alone.
     """
-    tokenizer = gpt2_pieces(models.BPE())
+    tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -618,15 +605,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """From tokenizer.json, or from OpenAI's pair vocab.json + merges.txt. UserError if neither can be read."""
+    one, vocabulary, merges = (folder / name for name in TOKENIZER_FILES)
+    if not one.exists() and not vocabulary.exists():
+        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
     try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").exists():
-            tokenizer = gpt2_pieces(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-        else:
-            raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
-    except UserError:
-        raise
+        tokenizer = (Tokenizer.from_file(str(one)) if one.exists() else
+                     byte_level(models.BPE.from_file(str(vocabulary), str(merges))))
     except Exception as error:  # the class that the tokenizers library raises
         raise UserError(f"the tokenizer in {folder} cannot be read ({first_line(error)})") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
@@ -671,7 +655,7 @@ class Source:
     name: str  # for the run's folder
     identity: list  # all that its text depends on, for the fingerprint of its token files
     documents: Callable[[], Iterator[str]]  # begins anew at each call
-    files: list[Path]  # empty for a data set on the Hub, which is read only once
+    files: list[Path]  # empty for a data set on the Hub, which is streamed
 
 
 def open_source(settings: argparse.Namespace) -> Source:
@@ -776,14 +760,14 @@ def open_hub_source(settings: argparse.Namespace) -> Source:
     except errors.HfHubHTTPError as error:
         raise UserError(f"--data {repo}: the Hub refuses it ({first_line(error)})") from None
     if not note.exists():
-        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). "
-                        "Offline, copy its files into a folder and give that: --data FOLDER --glob '*.parquet'")
+        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER "
+                        "--glob '*.parquet'")
     commit = read_json(note)["commit"]
 
     def documents() -> Iterator[str]:
         if reason:
             raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
-                            f"({reason}). Offline, copy its files into a folder and give that: --data FOLDER")
+                            f"({reason}). {OFFLINE} --data FOLDER")
         import datasets
 
         try:
@@ -805,29 +789,38 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def split_documents(source: Source, val_fraction: float) -> tuple[Callable[[], Iterator[tuple[str, str]]], int | None]:
-    """How to iterate over (split, document), and the length of all text (None for a stream, which is read only once).
+VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
 
-    A document's split depends on its content alone, so equal documents never stand on both sides. At least one document
-    is for validation; if there is only one, it is cut, and its last `val_fraction` is.
+
+def split_documents(source: Source, val_fraction: float | None) -> tuple[Callable[[], Iterator], int | None]:
+    """How to iterate over (split, document), and the length of all text (None for a stream: it is not read for that).
+
+    A document is held out by the hash of its content, so equal documents never stand on both sides. At least one is for
+    validation; if there is only one, its end is. `val_fraction` None: 0.05, or less to stay at VALIDATION_TEXT.
     """
-    threshold, lowest, highest, length = int(val_fraction * 2**64), math.inf, -math.inf, 0
+    lowest, highest, length = math.inf, -math.inf, 0
     for text in source.documents() if source.files else ():
         value = content_hash(text)
         lowest, highest, length = min(lowest, value), max(highest, value), length + len(text)
     if source.files and not length:
         raise UserError(f"--data {source.name}: there is no text in it")
-    if source.files:
-        threshold = max(threshold, lowest + 1)
+    share = val_fraction or min(0.05, VALIDATION_TEXT / max(1, length))
+    threshold = max(int(share * 2**64), lowest + 1 if source.files else 0)
 
     def labelled() -> Iterator[tuple[str, str]]:
+        room, held_out = VALIDATION_TEXT if val_fraction is None else math.inf, set()  # of a stream: the first ones
         for text in source.documents():
-            if lowest != highest:
-                yield SPLITS[content_hash(text) < threshold], text
-                continue
-            end = round(len(text) * (1 - val_fraction))
-            yield from (("train", text[:end]), ("validation", text[end:]))
-            return
+            if lowest == highest:  # a single document
+                end = round(len(text) * (1 - share))
+                yield from (("train", text[:end]), ("validation", text[end:]))
+                return
+            value = content_hash(text)
+            if value < threshold and (room > 0 or value in held_out):
+                held_out.add(value)
+                room -= len(text)
+                yield "validation", text
+            else:
+                yield "train", text
 
     return labelled, length or None
 
@@ -887,7 +880,7 @@ def open_tokens(folder: Path) -> TokenData:
     return TokenData(load_tokenizer(folder), facts, *streams)
 
 
-def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: Tokenizer | None,
+def write_tokens(folder: Path, source: Source, val_fraction: float | None, tokenizer: Tokenizer | None,
                  vocab_size: int) -> None:
     """Train a tokenizer, unless there is one, and turn all documents into the files of `folder`."""
     for part in make_folder(folder.parent).glob("tokens-*.tmp-*"):  # of processes that were killed
@@ -910,7 +903,7 @@ def write_tokens(folder: Path, source: Source, val_fraction: float, tokenizer: T
                 bar.update(characters)
         for split in SPLITS:
             if not facts["tokens"][split]:
-                raise UserError(f"too little text: no document fell to {split} (--val-fraction {val_fraction})")
+                raise UserError(f"too little text: no document fell to {split} (--val-fraction says how many do)")
         if stamps != [stamp(file) for file in source.files]:
             raise UserError(f"--data {source.name}: a file changed while it was being read")
         tokenizer.save(str(part / "tokenizer.json"))
@@ -1141,17 +1134,15 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     if top_k:
         probabilities[:, top_k:] = 0
     if top_p < 1:
-        up_to = probabilities.cpu().cumsum(dim=-1).to(logits.device)  # a GPU's cumsum is not deterministic
-        before = up_to - probabilities  # of the likelier tokens, together
+        # The sum of the likelier tokens, on the CPU: on a GPU, cumsum is not deterministic.
+        before = probabilities.cpu().cumsum(dim=-1).to(logits.device) - probabilities
         probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
 
 
 @torch.no_grad()
-def generate(
-    model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8, top_k: int = 50,
-    top_p: float = 1.0, seed: int = 0,
-) -> Iterator[list[int]]:
+def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8,
+             top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; the last yield is when all have. When the context is full, its
@@ -1255,7 +1246,8 @@ def training_step(session: Session, step: int, batch: torch.Tensor, stop: bool =
     process was asked to end; it comes back positive in all processes, so that all of them end after the same step.
     """
     settings, optimiser = session.settings, session.optimiser
-    seed_step(settings.seed, step, session.rank)
+    # Every step seeds all generators: dropout depends on nothing that came before, so that resuming is exact.
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, session.rank]).generate_state(1, np.uint64)[0]))
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, settings)
     totals = torch.zeros(2, device=session.device)  # loss and stop, summed over micro-batches and processes
@@ -1278,11 +1270,6 @@ def training_step(session: Session, step: int, batch: torch.Tensor, stop: bool =
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return torch.cat([torch.stack([totals[0], norm, skip, totals[1]]), session.guard.state])
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed all generators for one step, so that dropout depends on nothing that came before: resuming is exact."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 # ---------- 11. Evaluation --------------------------------------------------------------------------------------------
@@ -1318,16 +1305,16 @@ def bits_per_byte(loss: float, data: TokenData) -> float:
     return loss * (len(data.validation) - 1) / data.facts["bytes"]["validation"] / math.log(2)
 
 
-BIGRAM_TOKENS = 50_000_000  # training tokens that the bigram model counts, at most
+BIGRAM_TOKENS = 50_000_000  # training tokens that the bigram model counts at most; it is tried on a tenth of that
 
 
 def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
-    """Validation loss in nats per token of a bigram model, the yardstick that a language model must beat.
+    """Validation loss in nats per token of a bigram model, the baseline that a language model must beat.
 
     Interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999, section 2.7): every count is discounted
     by d = n1 / (n1 + 2 n2), and what that frees goes to tokens by the number of different tokens they follow.
     """
-    train, validation = train[:BIGRAM_TOKENS].astype(np.int64), validation.astype(np.int64)
+    train, validation = train[:BIGRAM_TOKENS].astype(np.int64), validation[: BIGRAM_TOKENS // 10].astype(np.int64)
     size = int(max(train.max(), validation.max())) + 1
     pairs, counts = np.unique(train[:-1] * size + train[1:], return_counts=True)
     once, twice = (counts == 1).sum(), (counts == 2).sum()
@@ -1413,7 +1400,7 @@ def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData
 def complete_settings(settings: argparse.Namespace, order: TrainingOrder, world: int) -> int:
     """Check the batch, and fill in what depends on the length of the data. Returns a process's windows per step."""
     if settings.batch_tokens is None:
-        settings.batch_tokens = max(1, FINE_TUNING_TOKENS // (settings.context * world)) * settings.context * world
+        settings.batch_tokens = max(1, 2**15 // (settings.context * world)) * settings.context * world
     rows, rest = divmod(settings.batch_tokens, settings.context * world)
     if rest:
         raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
@@ -1445,32 +1432,28 @@ def device_name(device: torch.device) -> str:
 
 
 def largest_micro_batch(session: Session, rows: int) -> int:
-    """The largest divisor of `rows` that fits a GPU, tried out, or without one simply the largest.
-
-    Of at most 2^16 tokens on a GPU, 2^13 elsewhere: more at once is no faster.
-    """
+    """The largest divisor of `rows` that fits a GPU, tried out from 2^16 tokens down; elsewhere, of at most 2^13."""
     limit = 2**16 if session.device.type == "cuda" else 2**13
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0 and size * session.order.context <= limit] or [1]
     if session.device.type != "cuda":
         return sizes[0]
     # Room for what comes later: AdamW's two moments, and the buffers in which processes exchange gradients.
     reserve = [torch.empty_like(p) for p in session.model.parameters() for _ in range(2 + (session.world > 1))]
-    memory = torch.cuda.get_device_properties(session.device).total_memory / 2**30
+    limit = 0.95 * torch.cuda.get_device_properties(session.device).total_memory / 2**30  # the rest is lost in gaps
     for size in sizes:
+        torch.cuda.reset_peak_memory_stats()
         try:
             run_once(session, session.model, size)
-            fits = peak_memory(session.device) < 0.95 * memory  # the rest goes to what is not PyTorch's, and to gaps
+            if peak_memory(session.device) < limit:
+                break
         except torch.OutOfMemoryError:
-            fits = False
-        session.optimiser.zero_grad(set_to_none=True)
+            session.optimiser.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        if fits:
-            break
     else:
         raise torch.OutOfMemoryError("not even one sequence fits")
     del reserve
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     if session.world > 1:  # all processes must agree
         smallest = torch.tensor(size, device=session.device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -1580,10 +1563,10 @@ class RunLog:
         """One line; with `board`, TensorBoard too. What is not finite becomes null: JSON has no word for it."""
         values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items() if board else ():
-            if isinstance(value, str):
+        for name, value in values.items():
+            if board and isinstance(value, str):
                 self.board.add_text(name, f"```\n{value}\n```", step)
-            elif value is not None:
+            elif board and value is not None:
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -1620,11 +1603,6 @@ def short(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
 def train(settings: argparse.Namespace) -> int:
     """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
     folder = Path(settings.output_dir or "runs")
@@ -1635,7 +1613,7 @@ def train(settings: argparse.Namespace) -> int:
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
         raise UserError(f"cannot write to {parent}, where {folder} should be")
-    processes = join_processes()
+    started, processes = time.perf_counter(), join_processes()
     data = prepare_tokens(settings)
     session = open_session(settings, processes, data, make_model(settings, data.tokenizer))
     progress = resume(folder, session.model, session.optimiser, session.guard) if settings.resume else Progress()
@@ -1643,10 +1621,11 @@ def train(settings: argparse.Namespace) -> int:
     folder, bigram = None, math.nan
     if is_main_process():
         bigram = bigram_loss(data.train, data.validation)
-        say(f"yardstick: validation loss {bigram:.4f} of a bigram model on the same tokens")
+        tokens = "the same" if len(data.train) <= BIGRAM_TOKENS else f"the first {BIGRAM_TOKENS:,} of the same"
+        say(f"baseline: validation loss {bigram:.4f} of a bigram model on {tokens} tokens")
         folder = claim_run_folder(settings, data.facts["name"])
         say(f"folder: {folder}\n")
-    return Run(session, progress, folder, bigram).train()
+    return Run(session, progress, folder, bigram, started).train()
 
 
 def describe(session: Session) -> None:
@@ -1669,9 +1648,9 @@ def describe(session: Session) -> None:
 class Run:
     """The training loop and what stands around a step: readings, log, evaluations, checkpoints, results."""
 
-    def __init__(self, session: Session, progress: Progress, folder: Path | None, bigram: float):
+    def __init__(self, session: Session, progress: Progress, folder: Path | None, bigram: float, started: float):
         self.session, self.settings, self.progress = session, session.settings, progress
-        self.folder, self.bigram = folder, bigram  # no folder: not the main process, which writes for all
+        self.folder, self.bigram, self.started = folder, bigram, started  # folder: of the main process only
         self.report_every = max(1, self.settings.max_steps // 20)
         self.reported = self.began = (progress.step, progress.seconds)
 
@@ -1745,12 +1724,13 @@ class Run:
                 f"{(step - 1) * self.session.rows} of the training order")
         is_report = step % self.report_every == 0 or step == settings.max_steps
         if is_report:
-            pace = (self.progress.seconds - self.reported[1]) / (step - self.reported[0])
+            seconds_per_step = (self.progress.seconds - self.reported[1]) / (step - self.reported[0])
             self.reported = (step, self.progress.seconds)
-            line |= self.session.speed(1, pace) | {"memory_gib": peak_memory(self.session.device)}
+            line |= self.session.speed(1, seconds_per_step) | {"memory_gib": peak_memory(self.session.device)}
+            left = timedelta(seconds=round((settings.max_steps - step) * seconds_per_step))
             say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
                 f"{values['norm']:.2f} | lr {rate:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
-                f"MFU {line['mfu']:.0%} | {duration((settings.max_steps - step) * pace)} left")
+                f"MFU {line['mfu']:.0%} | {left} left")
         if self.folder:
             self.log.write(step, board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
@@ -1779,7 +1759,7 @@ class Run:
 
     def results(self) -> dict:
         """What has come out so far."""
-        progress, session = self.progress, self.session
+        progress, session, best = self.progress, self.session, self.progress.best_loss
         steps, seconds = progress.step - self.began[0], progress.seconds - self.began[1]  # since this process began
         return {
             "parameters": count_parameters(session.model),
@@ -1788,12 +1768,13 @@ class Run:
             "epochs": progress.step * session.rows / session.order.per_epoch,
             "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
+            "total_seconds": time.perf_counter() - self.started,  # of this process: all but the imports
             **(session.speed(steps, seconds) if steps else {}),
             "peak_memory_gib": peak_memory(session.device),
             "validation_loss": progress.validation_loss,
-            "best_validation_loss": progress.best_loss,
+            "best_validation_loss": best,
             "best_step": progress.best_step,
-            "bits_per_byte": progress.best_loss and bits_per_byte(progress.best_loss, session.data),
+            "bits_per_byte": None if best is None else bits_per_byte(best, session.data),
             "bigram_validation_loss": self.bigram,
         }
 
@@ -1849,15 +1830,13 @@ def finish_reading(reading: tuple[torch.Tensor, object]) -> dict[str, float]:
 
 def plot(run: Path, bigram: float) -> None:
     """training_loss.png: every step's loss and smoothed, validation with its minimum marked, and the bigram model."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draw into files: no screen is needed
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = read_log(run)
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") and "skipped" not in line]
     validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss")]
-    figure, axes = pyplot.subplots(figsize=(9, 5))
+    figure = Figure(figsize=(9, 5), layout="tight")
+    axes = figure.subplots()
     if training:
         steps, losses = np.array(training).T
         reach, places = max(1, len(losses) // 100), np.arange(len(losses))  # the mean of 2 % of the run
@@ -1873,9 +1852,7 @@ def plot(run: Path, bigram: float) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(run / "training_loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 # ---------- 14. Main --------------------------------------------------------------------------------------------------
@@ -1904,8 +1881,7 @@ def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
     name = given.get("model") or saved.get("model") or DEFAULTS["model"]
     preset = FINE_TUNING if "init" in given and "model" not in given else PRESETS[name]
     preset = preset | ({"max_steps": None} if "epochs" in given else {})
-    unset = {"name": name, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None}
-    settings = argparse.Namespace(**unset | DEFAULTS | preset | saved | given)
+    settings = argparse.Namespace(**NOT_FLAGS | {"name": name} | DEFAULTS | preset | saved | given)
     settings.cache_dir = str(Path(settings.cache_dir).resolve())
     if "cache_dir" in given:
         settings.hub_cache = str(Path(settings.cache_dir) / "hub")
@@ -1952,7 +1928,8 @@ def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
 def sample(settings: argparse.Namespace) -> int:
     """Continue a prompt, or one after the other from standard input."""
     model, tokenizer, folder = load_for_use(settings)
-    model.to(join_processes()[2])
+    _, _, device = join_processes()
+    model.to(device)
     say(f"model: {folder}")
     for prompt in [settings.sample] if settings.sample else read_prompts():
         if settings.num_samples == 1:
@@ -1991,15 +1968,6 @@ def export(settings: argparse.Namespace) -> int:
 PLAN_SECONDS = 20  # of trying, at most about this
 
 
-def activation_bytes(config: GPTConfig) -> float:
-    """Memory per token of what the backward pass needs, in bf16 and uncompiled: an estimate.
-
-    Per block and unit of width: both norms' inputs in float32, and in bf16 both norms' outputs, q, k, v, attention's
-    output and the MLP's four-fold width before and after the GELU. Then the logits, and cross-entropy's float32 copies.
-    """
-    return config.layers * config.width * (2 * 4 + 14 * 2) + config.padded_vocab_size * (2 * 2 + 2 * 4)
-
-
 def plan(settings: argparse.Namespace) -> int:
     """Print what a run needs, try a few of its steps, and leave nothing behind but the token files."""
     processes = join_processes()
@@ -2007,11 +1975,11 @@ def plan(settings: argparse.Namespace) -> int:
     model = make_model(settings, data.tokenizer)
     config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
     say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
-    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each; about "
-        f"{activation_bytes(config) * config.context / 2**30:.3f} GiB per sequence of the micro-batch")
+    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each")
     session, seconds = open_session(settings, processes, data, model), []
     describe(session)
-    say(f"one epoch: {len(data.train):,} tokens, {len(data.train) / settings.batch_tokens:,.1f} steps")
+    say(f"one epoch: {len(data.train):,} tokens, {len(data.train) / settings.batch_tokens:,.1f} steps; each evaluation "
+        f"reads {len(data.validation):,} tokens")
     while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
         batch = session.fetch_batch(0)[: session.micro_batch]
         synchronise(session.device)
@@ -2019,11 +1987,11 @@ def plan(settings: argparse.Namespace) -> int:
         training_step(session, len(seconds), batch)
         synchronise(session.device)
         seconds.append(time.perf_counter() - started)
-    pace = session.rows // (session.micro_batch * session.world) * min(seconds)
-    speed = session.speed(1, pace)
-    say(f"measured: {pace:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.0%}, "
-        f"peak memory {peak_memory(session.device):.2f} GiB")
-    say(f"to the end: {duration(pace * settings.max_steps)} for {settings.max_steps:,} steps, without evaluations")
+    seconds_per_step = session.rows // (session.micro_batch * session.world) * min(seconds)
+    speed, rest = session.speed(1, seconds_per_step), timedelta(seconds=round(seconds_per_step * settings.max_steps))
+    say(f"measured: {seconds_per_step:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {speed['mfu']:.0%}, peak memory {peak_memory(session.device):.2f} GiB")
+    say(f"to the end: {rest} for {settings.max_steps:,} steps, without evaluations")
     return 0
 
 

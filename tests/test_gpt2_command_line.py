@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,30 @@ def test_every_flag_is_in_the_help_and_has_a_default():
     sizes = {"layers", "heads", "width", "context", "lr", "batch_tokens"}  # every preset has its own
     assert flags.keys() == gpt2.DEFAULTS.keys() | sizes
     assert all(preset.keys() >= sizes for preset in gpt2.PRESETS.values())
+
+
+def test_defaults_in_the_help_are_those_that_are_used(capsys):
+    with pytest.raises(SystemExit):
+        gpt2.parse_arguments(["--help"])
+    text = re.split(r"\n  --", capsys.readouterr().out)[1:]
+    said = {}
+    for flag in text:
+        flag = " ".join(flag.split())
+        if default := re.search(r"\(default: ([\d.]+|nano|cosine)\b", flag):
+            said[flag.split()[0].replace("-", "_")] = default[1].rstrip(".")
+    assert len(said) > 10
+    numbers = {name: str(gpt2.DEFAULTS[name]).removesuffix(".0") for name in said.keys() - {"val_fraction"}}
+    assert {name: value for name, value in said.items() if name != "val_fraction"} == numbers
+
+
+def test_the_newest_run_with_a_checkpoint_is_sampled_and_exported(command):
+    """A newer one, stopped before its first checkpoint, is not in the way."""
+    assert command("--data", "text.txt", *SIZES)[0] == 0
+    Path("runs/gpt2-newer/checkpoints").mkdir(parents=True)
+    Path("runs/gpt2-newer/metrics.json").write_text("{}")
+    os.utime("runs/gpt2-newer/metrics.json", (2**32, 2**32))
+    code, out, error = command("--export", "exported")
+    assert code == 0 and out.startswith("runs/gpt2-nano-text-lr=4e-3/checkpoints/"), error
 
 
 @pytest.mark.parametrize(
@@ -414,7 +439,7 @@ def test_plan_tells_the_figures_and_leaves_no_run(command):
     tokenizer_size, width = 300, 32
     parameters = tokenizer_size * width + 32 * width + 2 * (12 * width**2 + 13 * width) + 2 * width
     assert f"{parameters:,}" in out
-    for word in ("memory", "FLOP", "one epoch", "tokens/s", "MFU"):
+    for word in ("memory", "FLOP", "one epoch", "each evaluation reads", "tokens/s", "MFU"):
         assert word in out
     assert not Path("runs").exists()
 

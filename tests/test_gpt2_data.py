@@ -170,6 +170,31 @@ def test_of_a_few_documents_one_is_for_validation(tmp_path):
     assert len(texts_of(data, "train")) == 2 and len(texts_of(data, "validation")) == 1
 
 
+def labelled_documents(texts: list[str], is_stream: bool, fraction: float | None) -> dict[str, list[str]]:
+    source = gpt2.Source("texts", [], lambda: iter(texts), [] if is_stream else [Path("texts")])
+    documents, length = gpt2.split_documents(source, fraction)
+    assert length == (None if is_stream else sum(map(len, texts)))
+    return {split: [text for name, text in documents() if name == split] for split in gpt2.SPLITS}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_much_data_gives_no_more_validation_text_than_an_evaluation_should_read(monkeypatch, is_stream):
+    """2,000 documents of about 400 characters, the first 500 of them again at the end."""
+    monkeypatch.setattr(gpt2, "VALIDATION_TEXT", 10_000)
+    texts = [document(i) for i in range(2000)] + [document(i) for i in range(500)]
+    split = labelled_documents(texts, is_stream, None)
+    assert not set(split["train"]) & set(split["validation"])
+    assert 4_000 < sum(map(len, set(split["validation"]))) < 12_000
+    split = labelled_documents(texts, is_stream, 0.05)  # asked for, it is a twentieth
+    assert not set(split["train"]) & set(split["validation"])
+    assert 0.04 < len(split["validation"]) / len(texts) < 0.06
+
+
+def test_little_data_gives_a_twentieth():
+    split = labelled_documents([document(i) for i in range(2000)], False, None)
+    assert 0.04 < len(split["validation"]) / 2000 < 0.06
+
+
 def test_the_tokenizer_never_sees_validation_text(tmp_path):
     """The held-out end of the text is full of a word that would otherwise become one token."""
     file = tmp_path / "one.txt"

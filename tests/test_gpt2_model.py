@@ -89,6 +89,10 @@ def test_export_of_own_weights_gives_transformers_the_same_function(tokenizer, t
     torch.testing.assert_close(ours(tokens)[..., :size], theirs.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (size, 24)  # no padding rows
 
+    (ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()).backward()
+    theirs(tokens, labels=tokens).loss.backward()
+    assert_same_gradients(ours, theirs)
+
     back = gpt2.load_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
 
@@ -130,6 +134,20 @@ def test_real_gpt2_shape_logits_and_gradients_equal_transformers(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = gpt2.load_pretrained(tmp_path)
     assert gpt2.count_parameters(ours) == 124_439_808 == sum(parameter.numel() for parameter in theirs.parameters())
+    tokens = tokens_like(theirs, rows=1, length=12)
+    expected = theirs(tokens, labels=tokens)
+    torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)
+    (ours(tokens[:, :-1], tokens[:, 1:]) / 11).backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_export_in_the_real_gpt2_shape_gives_transformers_the_same_logits_and_gradients(tmp_path):
+    """124M weights as initialise() makes them. Of the tokenizer, only the end-of-text token matters here."""
+    ours = gpt2.GPT(gpt2.GPTConfig(50257))
+    ours.initialise(0)
+    gpt2.save_pretrained(ours, gpt2.train_tokenizer(iter(["text"]), 257), tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
     tokens = tokens_like(theirs, rows=1, length=12)
     expected = theirs(tokens, labels=tokens)
     torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)

@@ -175,6 +175,59 @@ def test_dropout_of_a_step_does_not_depend_on_the_steps_before(tmp_path, text):
     assert take_steps(fresh, 1, first=3)[0]["loss"] != take_steps(fresh, 1, first=4)[0]["loss"]
 
 
+def test_training_and_evaluation_compile_to_one_graph_each(tmp_path, text):
+    """Without a break, and without compiling anew when they take turns."""
+    session, graphs = make_session(tmp_path, text, "--dropout", "0.1"), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    session.network = torch.compile(session.model, dynamic=False, fullgraph=True, backend=backend)
+    for first in (0, 2):
+        take_steps(session, 2, first)
+        gpt2.evaluate(session)
+    assert len(graphs) == 2
+    torch.compiler.reset()
+
+
+def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
+    one, two = (make_session(tmp_path, text) for _ in range(2))
+    two.dtype = torch.bfloat16
+    padding = two.model.wte.weight[257:]
+    a, b = take_steps(one, 3), take_steps(two, 3)
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-2)
+    assert [x["loss"] for x in a] != [x["loss"] for x in b]
+    assert [x["norm"] for x in a] == pytest.approx([x["norm"] for x in b], rel=5e-2)
+    assert padding.eq(0).all() and all(p.dtype is torch.float32 and p.isfinite().all() for p in two.model.parameters())
+    assert gpt2.evaluate(two) == pytest.approx(gpt2.evaluate(one), rel=1e-2)
+
+
+def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
+    """Short runs are not compiled; a resumed one keeps what was decided, however fast the device seems to be now."""
+    session = make_session(tmp_path, text)
+    session.device = torch.device("cuda")  # nothing runs on it here
+    monkeypatch.setattr(torch, "compile", lambda model, **options: "compiled network")
+    monkeypatch.setattr(gpt2, "run_once", lambda *arguments: None)
+    session.matmul_rate = 1e15
+    assert "short" in gpt2.compile_network(session)[1]
+    session.matmul_rate = 1.0
+    assert "short" in gpt2.compile_network(session)[1]
+    session.settings.compile_pays = None
+    assert gpt2.compile_network(session) == ("compiled network", "compiled")
+    session.matmul_rate = 1e15
+    assert gpt2.compile_network(session) == ("compiled network", "compiled")
+
+
+def test_speed_counts_all_tokens_of_a_step_and_all_processes(tmp_path, text):
+    session = make_session(tmp_path, text)
+    session.matmul_rate, session.world = 1e9, 2
+    speed = session.speed(10, 4.0)
+    assert speed["tokens_per_second"] == 10 * 256 / 4
+    assert speed["mfu"] == pytest.approx(640 * gpt2.flops_per_token(session.model.config) / 2e9)
+
+
 # Evaluation
 
 
@@ -219,6 +272,30 @@ def test_a_poisoned_step_is_skipped_and_changes_nothing(tmp_path, text, factor):
     assert all(torch.equal(moments[p], session.optimiser.state[p]["exp_avg"]) for p in moments)
     after = take_steps(session, 5, first=31)
     assert not any(step["skip"] for step in after) and all(math.isfinite(step["loss"]) for step in after)
+
+
+def test_a_gradient_far_beyond_the_others_is_skipped_though_the_loss_is_as_always(tmp_path, text):
+    session = make_session(tmp_path, text, max_steps=60)
+    before = take_steps(session, 30)
+    network = session.network
+    session.network = lambda *batch: Steep.apply(network(*batch))
+    (bad,) = take_steps(session, 1, first=30)
+    assert bad["skip"] and bad["norm"] > 10 * before[-1]["mean_norm"]
+    assert bad["loss"] < before[-1]["mean_loss"] + 0.5
+    session.network = network
+    assert not take_steps(session, 1, first=31)[0]["skip"]
+
+
+class Steep(torch.autograd.Function):
+    """The value as it is, its gradient a hundredfold."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return 100 * gradient
 
 
 def test_guard_statistics_are_means_over_the_good_steps():
@@ -456,8 +533,9 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
     monkeypatch.setattr(gpt2, "finish_reading", wait)
     monkeypatch.setattr(gpt2, "evaluate", wait_and_evaluate)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
-    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan).train() == 0
+    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
     results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
+    assert results["total_seconds"] == 14 + 5 * 100  # and five evaluations
     assert results["training_seconds"] == 14 and results["tokens_per_second"] == 256
 
 
@@ -536,10 +614,27 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(command, text, mo
 
 # Several processes
 
+DRIVER = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import gpt2_from_scratch as gpt2
+
+original = gpt2.write_tokens
+
+def write_tokens(*arguments):
+    with open("tokenised by", "a") as file:
+        file.write(os.environ["RANK"])
+    original(*arguments)
+
+gpt2.write_tokens = write_tokens
+sys.exit(gpt2.main(gpt2.parse_arguments()))
+"""
+
 
 def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
+    (cwd / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, str(SCRIPT), *map(str, words)]
+    words = [*launcher, "driver.py", *map(str, words)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
@@ -549,9 +644,15 @@ def test_two_processes_equal_one(command, text, tmp_path):
     done = torchrun(*words, "--output-dir", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best validation loss") == 1
+    assert (tmp_path / "tokenised by").read_text() == "0"  # the other one waited
     assert command(*words, "--output-dir", "one") == 0
     one, two = losses_of(Path("one")), losses_of(Path("two"))
     assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
     assert [entry[2] for entry in one] == pytest.approx([entry[2] for entry in two], rel=1e-5)
     a, b = weights_of(Path("one"), 6), weights_of(Path("two"), 6)
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+
+
+def test_an_error_that_all_processes_meet_is_printed_once(text, tmp_path):
+    done = torchrun("--data", text, *SIZES, "--batch-tokens", "32", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("error: --batch-tokens 32 is no multiple of") == 1, done.stderr

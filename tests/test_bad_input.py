@@ -312,7 +312,8 @@ BAD = {
     "an empty chat": (summarize(lambda f: f.write("chat.txt", "")), ["chat.txt holds no dialogue"]),
     "a chat of blank lines": (summarize(lambda f: f.write("chat.txt", "\n \r\n\t\n")), ["chat.txt holds no dialogue"]),
     "a chat in Latin-1": (summarize(lambda f: f.write("chat.txt", b"Zo\xeb: hi")), ["chat.txt is not UTF-8", "byte 2"]),
-    "a chat with a broken line": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": "x"}\n{')), ["c.jsonl:2:", "not"]),
+    "a broken line in a chat": (summarize(lambda f: f.write("c.jsonl",
+        '{"dialogue": "x"}\n{')), ["c.jsonl:2:", "JSON"]),
     "a chat without its column": (summarize(lambda f: f.write("c.jsonl", '{"text": "x"}\n')),
                                   ["cannot tell the source among text", "--source-column NAME"]),
     "a chat that is null": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": "x"}\n{"dialogue": null}\n')),
@@ -494,9 +495,9 @@ EMOJI = "\U0001f600\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f4
 def test_flan_trains_on_unusual_rows(command, files):
     """Byte-order marks, both kinds of line break, quoted CSV, the same id twice, emoji alone, 1 MB in a line."""
     rows = fake_hub.samsum_rows("train", 6)
+    odd = {"id": "odd", "dialogue": "A: \0 \u2028 \u200b <pad>", "summary": "\ufeffOdd.", "more": [1]}
     unusual = [ROW, ROW | {"summary": "Again."}, {"id": "e", "dialogue": EMOJI, "summary": EMOJI},
-               {"id": "long", "dialogue": MEGABYTE, "summary": "They greet."},
-               {"id": "odd", "dialogue": "A: \0 \u2028 \u200b <pad>", "summary": "\ufeffOdd.", "more": [1]}]  # fmt: skip
+               {"id": "long", "dialogue": MEGABYTE, "summary": "They greet."}, odd]  # fmt: skip
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in [*rows, *unusual])
     files.write("d/train.jsonl", "\ufeff" + lines + "\r\n\r\n")
     quoted = '1,"Ada: ""hi"", you\r\nFemi: ho","They, greet."\r\n1,' + EMOJI + ',"Fun.\r\n"\r\n2,x,\r\n'

@@ -678,7 +678,7 @@ def open_source(settings: argparse.Namespace) -> Source:
         for file in files:
             yield from read_column(file, column) if has_columns else read_text(file, is_alone=len(files) == 1)
 
-    identity = [[file.relative_to(root).as_posix(), *stamp(file)] for file in files]
+    identity = [[file.relative_to(root).as_posix(), *size_and_mtime(file)] for file in files]
     first = lambda: itertools.islice(filter(None, documents()), settings.limit)
     return Source(name, [identity, column if has_columns else None], first, files)
 
@@ -693,7 +693,7 @@ def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[P
     return found
 
 
-def stamp(file: Path) -> tuple[int, int]:
+def size_and_mtime(file: Path) -> tuple[int, int]:
     """Size in bytes and time of the last change in ns: if both are the same, so is the text (as make takes it)."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
@@ -886,7 +886,7 @@ def write_tokens(folder: Path, source: Source, val_fraction: float | None, token
     for part in make_folder(folder.parent).glob("tokens-*.tmp-*"):  # of processes that were killed
         if time.time() - part.stat().st_mtime > 86400:
             shutil.rmtree(part, ignore_errors=True)
-    started, stamps = time.perf_counter(), [stamp(file) for file in source.files]
+    started, before = time.perf_counter(), [size_and_mtime(file) for file in source.files]
     documents, length = split_documents(source, val_fraction)
     if tokenizer is None:
         tokenizer = train_tokenizer(training_text(documents()), vocab_size)
@@ -904,7 +904,7 @@ def write_tokens(folder: Path, source: Source, val_fraction: float | None, token
         for split in SPLITS:
             if not facts["tokens"][split]:
                 raise UserError(f"too little text: no document fell to {split} (--val-fraction says how many do)")
-        if stamps != [stamp(file) for file in source.files]:
+        if before != [size_and_mtime(file) for file in source.files]:
             raise UserError(f"--data {source.name}: a file changed while it was being read")
         tokenizer.save(str(part / "tokenizer.json"))
         write_json(part / "facts.json", facts)
@@ -1173,9 +1173,9 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: argparse.Namespace,
-                 listen: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Continuations of a prompt as texts, without the prompt. `listen` gets the first one bit by bit, as it grows."""
-    end, told = tokenizer.token_to_id(END_OF_TEXT), ""
+                 on_text: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
+    end, printed = tokenizer.token_to_id(END_OF_TEXT), ""
     tokens = [[] for _ in range(settings.num_samples)]
     for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
                          settings.temperature, settings.top_k, settings.top_p, settings.seed):
@@ -1183,9 +1183,9 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: argpar
             sequence.extend([token] if token != end else [])
         text = decode(tokenizer, tokens[0])
         if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
-            listen(text[len(told) :])
-            told = text
-    listen(text[len(told) :])
+            on_text(text[len(printed) :])
+            printed = text
+    on_text(text[len(printed) :])
     return [decode(tokenizer, sequence) for sequence in tokens]
 
 
@@ -1493,7 +1493,7 @@ def compile_network(session: Session) -> tuple[Callable, str]:
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, as the yardstick for MFU."""
+    """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, and what MFU is relative to."""
     size = {"cuda": 8192, "mps": 2048, "cpu": 512}[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -1934,7 +1934,7 @@ def sample(settings: argparse.Namespace) -> int:
     for prompt in [settings.sample] if settings.sample else read_prompts():
         if settings.num_samples == 1:
             say(prompt, end="")
-            sample_texts(model, tokenizer, prompt, settings, listen=lambda text: say(text, end=""))
+            sample_texts(model, tokenizer, prompt, settings, on_text=lambda text: say(text, end=""))
             say()
         else:
             for number, text in enumerate(sample_texts(model, tokenizer, prompt, settings), 1):

@@ -397,7 +397,7 @@ def test_streamed_text_is_the_sampled_text(trained):
         gpt2.parse_arguments(["--max-new-tokens", "60", "--temperature", "2", "--top-k", "0"])
     )
     heard = []
-    (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, listen=heard.append)
+    (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, on_text=heard.append)
     assert "".join(heard) == text and len(heard) > 10
 
 

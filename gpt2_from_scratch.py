@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dtype", choices=["auto", "bf16", "fp32"], help="default: bf16 on a GPU that has it; there, fp32 is TF32")
     flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
     flag("--no-deterministic", dest="deterministic", **off, help="let a GPU use faster kernels whose rounding varies "
-         "from run to run: resuming is then close, no longer bit-identical")
+         "from run to run: a resumed one is then only close to an uninterrupted one")
 
     flag = parser.add_argument_group("files").add_argument
     flag("--output-dir", metavar="DIR", help="folder of this run (default: runs/gpt2-<model>-<data>-lr=<lr>)")
@@ -1737,7 +1737,7 @@ class Run:
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
                             f"{values['in_a_row']:.0f} steps skipped in a row); the last good checkpoint is "
                             f"{self.last_checkpoint()}. Start anew with a lower --lr, or from what was good: "
-                            f"--init {self.folder} --lr {short(settings.lr / 4)}")
+                            f"--init {self.folder or 'RUN'} --lr {short(settings.lr / 4)}")
         return values["stop"] > 0
 
     def last_checkpoint(self) -> Path | str:
@@ -1769,7 +1769,7 @@ class Run:
             "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
             "total_seconds": time.perf_counter() - self.started,  # of this process: all but the imports
-            **(session.speed(steps, seconds) if steps else {}),
+            **(session.speed(steps, seconds) if seconds else {}),
             "peak_memory_gib": peak_memory(session.device),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": best,
@@ -2005,8 +2005,8 @@ def main(arguments: argparse.Namespace) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
-    except UserError as error:  # all processes meet the same one
-        message = str(error) if is_main_process() else None
+    except UserError as error:  # all processes of a machine meet the same one
+        message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
         message = first_line(error)
     except torch.OutOfMemoryError:

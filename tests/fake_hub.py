@@ -5,9 +5,9 @@
         assert "model.safetensors" in hub.downloads("google/flan-t5-small")
 
 `root/models/<owner>/<name>/` and `root/datasets/<owner>/<name>/` hold the files of one repository each, with the single
-branch `main`. The server knows the routes that huggingface_hub, transformers and datasets use for reading (what a real
-repository answers on them is described at https://huggingface.co/docs/hub/api). Every request is kept in
-`hub.requests`; what the server does not know gets a plain 404 and is also kept in `hub.unknown`.
+branch `main`. The server knows the routes that huggingface_hub, transformers and datasets use for reading (the "Hub API
+Endpoints" page of the Hub's documentation says what they answer). Every request is kept in `hub.requests`; what the
+server does not know gets a plain 404 and is also kept in `hub.unknown`.
 """
 
 import csv

@@ -41,7 +41,7 @@ MODELS = {
 DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
 # The recipe of the original experiments; a preset may differ from it.
 RECIPE = {"dataset": "samsum", "lr": 1e-4, "epochs": 10}
-PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 3}}
+PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 2}}
 PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
 
 
@@ -100,7 +100,7 @@ def build_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=number(float, 0, 1, low_included=False), metavar="X",
                        help="peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)")
-    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 3)")
+    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 2)")
     group.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimiser steps (default: no limit)")
     group.add_argument("--batch-size", type=count, default=8, metavar="N",
                        help="examples per optimiser step, over all GPUs (default: %(default)s)")
@@ -255,6 +255,9 @@ def exit_on_user_error(work, *arguments):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read the output has gone (`| head`); nothing more may be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as if ended by SIGPIPE
     except OSError as error:  # a full disk, a file without permission: the text says which and why
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2007,6 +2007,9 @@ def main(arguments: argparse.Namespace) -> int:
         return code
     except UserError as error:  # all processes of a machine meet the same one
         message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    except BrokenPipeError:  # who read the output has gone (`| head`); nothing more may be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if ended by SIGPIPE
     except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
         message = first_line(error)
     except torch.OutOfMemoryError:

@@ -233,3 +233,10 @@ def test_evaluating_an_adapter_without_a_run_around_it(flan, command, trained, d
     done = command(*words, cwd=tmp_path)
     assert done.code == 0 and f"model: {model_folder}, adapter: alone\n" == done.err, done
     assert score_cells(done.out.splitlines()[2]) == in_the_runs_table(trained, "test")
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    """`| head` closes the pipe when it has enough."""
+    words = f"set -o pipefail; {sys.executable} {SCRIPT} --model small --plan | true"
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")

@@ -543,3 +543,10 @@ def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, wor
         environment = fake_hub.environment(endpoint, tmp_path / "hf", offline=kind == "offline")
         done = process(*words, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_error(trained):
+    """`| head` closes the pipe when it has enough."""
+    words = f"set -o pipefail; {sys.executable} {SCRIPT} --sample Line | true"
+    done = subprocess.run(["bash", "-c", words], cwd=trained, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")

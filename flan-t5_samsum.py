@@ -1875,22 +1875,17 @@ def weight_bytes(model, precision):
     output row (Dettmers et al. 2022), NF4 half a byte per weight and an fp32 scale per 64 (Dettmers et al. 2023).
     """
     total = 0
-    for name, module in model.named_modules():
-        quantised = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in ("wo", "lm_head")
-        for parameter in module.parameters(recurse=False):
-            if quantised and precision == "int8":
-                total += parameter.numel() + 4 * len(parameter)
-            elif quantised and precision == "int4":
-                total += parameter.numel() // 2 + 4 * math.ceil(parameter.numel() / 64)
-            else:
-                total += parameter.numel() * (4 if precision == "fp32" else 2)
-    return total - embedding_copies(model) * (4 if precision == "fp32" else 2)
-
-
-def embedding_copies(model):
-    """Numbers that are counted more than once by module: encoder and decoder share one embedding."""
-    counted = sum(p.numel() for module in model.modules() for p in module.parameters(recurse=False))
-    return counted - sum(p.numel() for p in model.parameters())
+    for name, parameter in model.named_parameters():  # the embedding that encoder and decoder share comes once
+        layer = name.removesuffix(".weight")  # T5 has no biases
+        is_linear = isinstance(model.get_submodule(layer), torch.nn.Linear)
+        quantised = is_linear and layer.rpartition(".")[2] not in ("wo", "lm_head")
+        if quantised and precision == "int8":
+            total += parameter.numel() + 4 * len(parameter)
+        elif quantised and precision == "int4":
+            total += parameter.numel() // 2 + 4 * math.ceil(parameter.numel() / 64)
+        else:
+            total += parameter.numel() * (4 if precision == "fp32" else 2)
+    return total
 
 
 def activation_bytes(config, rank, batch, source, target, checkpointing=False):

@@ -127,6 +127,16 @@ def test_reads_every_layout_of_the_published_weights(reference, tmp_path, prefix
     torch.testing.assert_close(ours, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def assert_same_logits_and_gradients(ours, theirs):
+    """On one row of 12 tokens."""
+    tokens = tokens_like(theirs, rows=1, length=12)
+    expected = theirs(tokens, labels=tokens)
+    torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)
+    (ours(tokens[:, :-1], tokens[:, 1:]) / 11).backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs)
+
+
 def test_real_gpt2_shape_logits_and_gradients_equal_transformers(tmp_path):
     """124M random weights, the published configuration, float32."""
     torch.manual_seed(0)
@@ -134,12 +144,7 @@ def test_real_gpt2_shape_logits_and_gradients_equal_transformers(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = gpt2.load_pretrained(tmp_path)
     assert gpt2.count_parameters(ours) == 124_439_808 == sum(parameter.numel() for parameter in theirs.parameters())
-    tokens = tokens_like(theirs, rows=1, length=12)
-    expected = theirs(tokens, labels=tokens)
-    torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)
-    (ours(tokens[:, :-1], tokens[:, 1:]) / 11).backward()
-    expected.loss.backward()
-    assert_same_gradients(ours, theirs)
+    assert_same_logits_and_gradients(ours, theirs)
 
 
 def test_export_in_the_real_gpt2_shape_gives_transformers_the_same_logits_and_gradients(tmp_path):
@@ -148,12 +153,7 @@ def test_export_in_the_real_gpt2_shape_gives_transformers_the_same_logits_and_gr
     ours.initialise(0)
     gpt2.save_pretrained(ours, gpt2.train_tokenizer(iter(["text"]), 257), tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
-    tokens = tokens_like(theirs, rows=1, length=12)
-    expected = theirs(tokens, labels=tokens)
-    torch.testing.assert_close(ours(tokens)[..., :50257], expected.logits, rtol=1e-4, atol=1e-4)
-    (ours(tokens[:, :-1], tokens[:, 1:]) / 11).backward()
-    expected.loss.backward()
-    assert_same_gradients(ours, theirs)
+    assert_same_logits_and_gradients(ours, theirs)
 
 
 def test_a_shorter_context_keeps_the_first_positions(reference):

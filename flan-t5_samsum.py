@@ -157,7 +157,8 @@ def build_parser():
 # What to do and where: no part of a configuration.
 NOT_CONFIGURATION = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter",
                      "split", "output_dir", "cache_dir")
-FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing")  # they change memory and speed, not what is computed
+# They change memory and speed; the result only by rounding and by other masks of dropout.
+FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing")
 
 
 def parse_arguments(argv=None):

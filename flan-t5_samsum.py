@@ -790,9 +790,24 @@ def load_base(folder, device, dtype, quantization=None):
     tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in tokens})
     for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.register_forward_hook(forget_input)
         if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
             module.support_avx512bf16_for_cpu = False  # its packed inference kernel lets no gradient through afterwards
     return model.eval()
+
+
+def forget_input(module, inputs, output):
+    """Forward hook of an INT8 layer, whose weights are frozen.
+
+    bitsandbytes 0.50 keeps the input for a gradient of the weights all the same, and out of sight of gradient
+    checkpointing: for XXL, 2 GiB, with checkpointing 3.
+    """
+    function = output.grad_fn
+    if hasattr(function, "tensors"):  # CUDA
+        function.tensors = (None, None, None)
+    elif hasattr(function, "A"):  # CPU
+        function.A = None
 
 
 def quantization_of(args):
@@ -1894,7 +1909,8 @@ def activation_bytes(config, rank, batch, source, target, checkpointing=False):
 
     `batch` rows of `source` and `target` tokens, as padded. Counted from the operations of transformers' T5 with SDPA
     and of PEFT: a frozen layer keeps nothing but what its adapter needs, GELU's pow runs in fp32 and makes its
-    neighbours fp32, dropout keeps a byte per number. With checkpointing, a layer's input, and one layer at a time.
+    neighbours fp32, dropout keeps a byte per number. Rows are taken to be padded: then every layer adds the mask to the
+    position bias anew and keeps the sum. With checkpointing, a layer's input, and one layer at a time.
     """
     width, inner, heads = config.d_model, config.num_heads * config.d_kv, config.num_heads
     norm = (4 + 2) * width  # its input in fp32 (squared) and in bf16 (scaled)
@@ -1902,16 +1918,17 @@ def activation_bytes(config, rank, batch, source, target, checkpointing=False):
     attention = 2 * 4 * inner + 4 * heads + adapter(inner) + width  # q, k, v, output, log-sum-exp; last dropout
     self_attention = norm + 3 * adapter(width) + attention
     feed_forward = norm + 21 * config.d_ff + width
-    encoder_layer = batch * source * (self_attention + feed_forward)
+    encoder_layer = batch * source * (self_attention + feed_forward) + 2 * batch * heads * source * source
     decoder_layer = batch * target * (self_attention + norm + adapter(width) + attention - 4 * inner + feed_forward)
     decoder_layer += batch * source * (2 * adapter(width) + 4 * inner)  # keys and values of the encoder's output
-    masks = 2 * batch * heads * (source * source + target * target + target * source)
+    decoder_layer += 2 * heads * target * (target + batch * source)  # the causal mask is the same for all rows
     # Logits in bf16 and fp32, their softmax, and the gradients of both when backward begins.
     loss = batch * target * config.vocab_size * (2 + 4 + 4 + 4)
     if checkpointing:
         inputs = 2 * width * batch * (config.num_layers * source + config.num_decoder_layers * target)
-        return inputs + masks + max(loss, encoder_layer, decoder_layer)
-    return config.num_layers * encoder_layer + config.num_decoder_layers * decoder_layer + masks + loss
+        biases = 2 * heads * (source * source + target * target + target * source)
+        return inputs + biases + max(loss, encoder_layer, decoder_layer)
+    return config.num_layers * encoder_layer + config.num_decoder_layers * decoder_layer + loss
 
 
 def plan(args):

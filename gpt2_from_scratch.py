@@ -1334,7 +1334,7 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
 
 # ---------- 12. Session -----------------------------------------------------------------------------------------------
 
-COMPILE_SECONDS = 60  # about what torch.compile takes; it must save that much to pay
+COMPILE_SECONDS = 60  # a run that takes longer without torch.compile is compiled: that takes half a minute
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -1478,9 +1478,7 @@ def compile_network(session: Session) -> tuple[Callable, str]:
     if session.device.type != "cuda":
         return session.model, f"eager (compiling rarely pays on {session.device.type.upper()})"
     if settings.compile_pays is None:  # decided once: a resumed run rounds as it did before
-        flops = flops_per_token(session.model.config) * settings.batch_tokens * settings.max_steps
-        seconds = flops / (0.25 * session.matmul_rate * session.world)  # a quarter of the rate: seen often
-        settings.compile_pays = seconds >= COMPILE_SECONDS
+        settings.compile_pays = eager_seconds(session) >= COMPILE_SECONDS
     if not settings.compile_pays:
         return session.model, "eager (so short a run is over before it is compiled)"
     try:
@@ -1490,6 +1488,21 @@ def compile_network(session: Session) -> tuple[Callable, str]:
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
         session.optimiser.zero_grad(set_to_none=True)
         return session.model, f"eager (torch.compile failed: {first_line(error)[:100]})"
+
+
+def eager_seconds(session: Session) -> float:
+    """How long the forward and backward passes of the whole run would take without torch.compile, from timing one."""
+    for _ in range(2):  # the first warms up
+        synchronise(session.device)
+        started = time.perf_counter()
+        run_once(session, session.model, session.micro_batch)
+        synchronise(session.device)
+        seconds = time.perf_counter() - started
+    passes = session.rows // (session.micro_batch * session.world) * session.settings.max_steps
+    total = torch.tensor(seconds * passes, device=session.device)
+    if session.world > 1:  # all processes must agree
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+    return total.item()
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -1653,6 +1666,8 @@ class Run:
         self.folder, self.bigram, self.started = folder, bigram, started  # folder: of the main process only
         self.report_every = max(1, self.settings.max_steps // 20)
         self.reported = self.began = (progress.step, progress.seconds)
+        # What samples begin with: a document, if the model sees enough of them to know how they begin.
+        self.prompt = "" if session.data.facts["documents"]["train"] >= 100 else "\n"
 
     def train(self) -> int:
         """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
@@ -1714,8 +1729,8 @@ class Run:
 
         Raises UserError when the run is diverging.
         """
-        values, settings, now = finish_reading(reading), self.settings, time.perf_counter()
-        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now  # the step is really done
+        (values, done), settings = finish_reading(reading), self.settings
+        self.progress.seconds, self.clock = self.progress.seconds + done - self.clock, done
         rate = learning_rate(step - 1, settings)
         line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": rate}
         if values["skip"]:
@@ -1753,7 +1768,7 @@ class Run:
             bits = bits_per_byte(loss, session.data)
             shorter = {"num_samples": 1, "max_new_tokens": min(100, self.settings.max_new_tokens)}
             shorter = argparse.Namespace(**vars(self.settings) | shorter)
-            text = sample_texts(session.model, session.data.tokenizer, "", shorter)[0]
+            text = sample_texts(session.model, session.data.tokenizer, self.prompt, shorter)[0]
             say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample: {text[:60]!r}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
@@ -1801,7 +1816,7 @@ class Run:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 1000 else f"{value:,.0f}"
             name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
             say(f"| {name:22} | {shown:>14} |")
-        say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, '', self.settings)[0]}\n")
+        say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, self.prompt, self.settings)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {self.folder} --sample")
@@ -1811,7 +1826,9 @@ class Run:
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
-    """Send a vector on its way to the CPU, without waiting for it."""
+    """Send the values of a step on their way to the CPU, without waiting for them."""
+    if values.device.type == "cpu":
+        return values, time.perf_counter()  # there the step is over already
     if values.device.type != "cuda":
         return values, None
     host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -1820,12 +1837,13 @@ def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
     return host, arrival
 
 
-def finish_reading(reading: tuple[torch.Tensor, object]) -> dict[str, float]:
-    """Wait for what start_reading() sent; the values by name."""
+def finish_reading(reading: tuple[torch.Tensor, object]) -> tuple[dict[str, float], float]:
+    """Wait for what start_reading() sent: the values by name, and the time at which the step was over."""
     values, arrival = reading
-    if arrival:
+    if isinstance(arrival, torch.cuda.Event):
         arrival.synchronize()
-    return dict(zip(STATS + Guard.FIELDS, values.tolist(), strict=True))
+    values = dict(zip(STATS + Guard.FIELDS, values.tolist(), strict=True))
+    return values, arrival if isinstance(arrival, float) else time.perf_counter()
 
 
 def plot(run: Path, bigram: float) -> None:

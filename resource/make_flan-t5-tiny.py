@@ -2,7 +2,7 @@
 
     python resource/make_flan-t5-tiny.py                  # a GPU: about 5 minutes; a CPU works too, only slower
     python resource/make_flan-t5-tiny.py --steps 20       # a dry run
-    python resource/make_flan-t5-tiny.py --minutes 1 --output /tmp/tiny
+    python resource/make_flan-t5-tiny.py --scale 0.5 --output runs/flan-t5-tiny-half      # half as wide
 
 The text is the endless `pretrain` source of `make_sample.py`: chats between invented people, and the same chats retold
 in reported speech. Most tasks are span corruption (Raffel et al. 2020, section 3.1.4), the rest are small questions
@@ -303,14 +303,17 @@ def to_batch(sources: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_model() -> T5ForConditionalGeneration:
+def make_model(scale: float = 1) -> T5ForConditionalGeneration:
     """Random weights in T5's own initialisation, with a head of its own.
+
+    `scale` widens the layers and adds heads.
 
     transformers 5 ties the head of every new T5 to the embedding, whatever the configuration says, and unties it only
     when a checkpoint holds both. The head starts small, so that the first loss is about log(VOCAB_SIZE).
     """
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, dropout_rate=0.0, **GEOMETRY))
+    widths = {name: round(scale * GEOMETRY[name]) for name in ("d_model", "num_heads", "d_ff")}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, dropout_rate=0.0, **(GEOMETRY | widths)))
     head = torch.randn(VOCAB_SIZE, model.config.d_model) * model.config.d_model**-0.5
     model.lm_head.weight = torch.nn.Parameter(head)
     model.config.tie_word_embeddings = False
@@ -443,7 +446,7 @@ def report(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
     return scores
 
 
-CARD = """# flan-t5-tiny
+CARD = """# {name}
 
 A T5 v1.1 of {millions:.1f} M parameters (gated GELU, untied head, relative positions; bf16) with a byte-level BPE of
 {vocab:,} tokens. It exists so that `flan-t5_samsum.py` can fine-tune something real in minutes on a CPU. It is no
@@ -453,7 +456,8 @@ It was pretrained only on text made in this project, the `pretrain` source of `r
 invented people, and the same chats retold in reported speech. The tasks are span corruption and small questions about
 a chat. It has seen no summary, no prefix "summarize: ", and no name or thing of the held-out rows of `resource/sample`.
 
-To rebuild it: `python resource/make_flan-t5-tiny.py`. How far it gets depends on the machine. This copy:
+To rebuild it: `python resource/make_flan-t5-tiny.py{flags}`.
+How far it gets depends on the machine. This copy:
 
 {facts}
 
@@ -472,6 +476,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.5, help="training time after compilation (default 4.5)")
     parser.add_argument("--steps", type=int, default=0, help="train for so many steps instead")
+    parser.add_argument("--scale", type=float, default=1, help="width, heads and d_ff, as multiples of the usual ones")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default 2e-3)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
@@ -485,7 +490,7 @@ def main() -> None:
     chats = islice(make_sample.records("pretrain", seed=0), 12_000)
     tokenizer = train_tokenizer(text for row in chats for text in (row["dialogue"], row["narration"]))
     tokenizer.save_pretrained(args.output)
-    model = make_model()
+    model = make_model(args.scale)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{millions:.2f} M parameters, {len(tokenizer)} tokens, {args.workers} workers, {device}", flush=True)
     facts = pretrain(model, args.output, args, device)
@@ -493,7 +498,8 @@ def main() -> None:
     saved = T5ForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).to(device)
     facts |= report(saved, tokenizer)
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    card = CARD.format(millions=millions, vocab=len(tokenizer), facts=lines)
+    flags = "" if args.scale == 1 else f" --scale {args.scale:g} --output {args.output}"
+    card = CARD.format(name=args.output.name, millions=millions, vocab=len(tokenizer), flags=flags, facts=lines)
     (args.output / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -95,8 +95,8 @@ class KeptByTheFusedKernel:
         self.dropout = lambda x, p=0.5, training=True, inplace=False: Dropout.apply(x) if training and p else x
 
 
-@pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 1)])
-@pytest.mark.parametrize("batch, source, target", [(2, 96, 32), (3, 40, 72)])
+@pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 1), (64, 8, 16, 96, 2, 3)])
+@pytest.mark.parametrize("batch, source, target", [(2, 96, 32), (3, 40, 72), (2, 256, 64)])
 def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch, source, target):
     """Every tensor that a real forward pass of transformers and PEFT under bf16 autocast hands to autograd, in bytes.
 
@@ -138,7 +138,7 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     copies = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)  # autocast's, of the adapter
     # Of the loss only its softmax (4 bytes a logit) is kept; the plan also counts logits and gradients, 14 in all.
     predicted = flan.activation_bytes(config, args.lora_r, batch, source, target) - 10 * batch * target * 512
-    assert predicted == pytest.approx(found - copies, rel=0.03)
+    assert predicted == pytest.approx(found - copies, rel=0.02)
 
 
 def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):

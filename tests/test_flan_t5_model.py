@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
 from safetensors.torch import load_file
@@ -163,6 +164,28 @@ def test_quantised_weights_are_the_nearest_values(flan, load, model_folder):
 def test_int8_computes_nearly_the_same(load, logits):
     exact, rounded = logits(load()), logits(load(quantization="int8"))
     assert 0 < (rounded - exact).std() / exact.std() < 0.2
+
+
+@pytest.mark.parametrize("kernel", ["MatMul8bitFp", "MatMul8bitLt"])  # of a CPU and of a GPU; here both run
+def test_an_int8_layer_does_not_keep_its_input(flan, load, monkeypatch, kernel):
+    """Its weights are frozen: nothing needs the input. bitsandbytes would keep it, as the second layer shows."""
+    functions, torch = flan.bitsandbytes.autograd._functions, flan.torch
+    monkeypatch.setattr(flan.bitsandbytes, "matmul", lambda x, weight, bias, state: getattr(functions, kernel).apply(
+        x, weight, None, bias, state))  # fmt: skip
+    layer, plain = (load(quantization="int8").encoder.block[0].layer[0].SelfAttention.q.train() for _ in range(2))
+    plain._forward_hooks.clear()
+    is_kept, gradients, start = [], [], torch.randn(2, 5, layer.in_features)
+    for module in (layer, plain):
+        x = start.clone().requires_grad_()
+        hidden = x * 1
+        storage = weakref.ref(hidden.untyped_storage())
+        output = module(hidden)
+        del hidden
+        is_kept.append(storage() is not None)
+        output.square().sum().backward()
+        gradients.append(x.grad)
+    assert is_kept == [False, True]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

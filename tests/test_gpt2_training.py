@@ -206,17 +206,25 @@ def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
 
 def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
     """Short runs are not compiled; a resumed one keeps what was decided, however fast the device seems to be now."""
-    session = make_session(tmp_path, text)
-    session.device = torch.device("cuda")  # nothing runs on it here
+    session = make_session(tmp_path, text, "--micro-batch", "2", max_steps=20)  # 8 windows per step: 80 passes
+    clock, seconds_per_pass = [0.0], 0.7
+
+    def run_once(*arguments):
+        clock[0] += seconds_per_pass
+
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpt2, "synchronise", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, **options: "compiled network")
-    monkeypatch.setattr(gpt2, "run_once", lambda *arguments: None)
-    session.matmul_rate = 1e15
+    monkeypatch.setattr(gpt2, "run_once", run_once)
+    assert gpt2.eager_seconds(session) == pytest.approx(56)
+    session.device = argparse.Namespace(type="cuda")  # nothing runs on it here
+    monkeypatch.setattr(torch, "tensor", lambda value, device: np.float64(value))
     assert "short" in gpt2.compile_network(session)[1]
-    session.matmul_rate = 1.0
+    seconds_per_pass = 100.0
     assert "short" in gpt2.compile_network(session)[1]
     session.settings.compile_pays = None
     assert gpt2.compile_network(session) == ("compiled network", "compiled")
-    session.matmul_rate = 1e15
+    seconds_per_pass = 0.0
     assert gpt2.compile_network(session) == ("compiled network", "compiled")
 
 
@@ -537,6 +545,34 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
     results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
     assert results["total_seconds"] == 14 + 5 * 100  # and five evaluations
     assert results["training_seconds"] == 14 and results["tokens_per_second"] == 256
+
+
+def test_speed_in_the_log_is_that_of_the_steps_since_the_last_line(tmp_path, text, monkeypatch):
+    """A clock that moves a second per step and a hundred per evaluation, on a device that works while Python waits."""
+    session = make_session(tmp_path, text, max_steps=40, eval_every=8)  # a line every second step
+    clock, train, evaluate = [0.0], gpt2.training_step, gpt2.evaluate
+
+    def wait_for(seconds, call):
+        clock[0] += seconds
+        return call
+
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpt2, "training_step", lambda *arguments: wait_for(1, train)(*arguments))
+    monkeypatch.setattr(gpt2, "evaluate", lambda session: wait_for(100, evaluate)(session))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
+    speeds = [line["tokens_per_second"] for line in gpt2.read_log(tmp_path / "run") if "tokens_per_second" in line]
+    assert speeds == [256] * 20
+
+
+@pytest.mark.parametrize("documents, prompt", [(1, "\n"), (99, "\n"), (100, "")])
+def test_samples_begin_with_a_document_only_if_the_model_has_seen_many(tmp_path, text, monkeypatch, documents, prompt):
+    session, prompts = make_session(tmp_path, text, max_steps=1), []
+    session.data.facts["documents"]["train"] = documents
+    monkeypatch.setattr(gpt2, "sample_texts", lambda model, tokenizer, prompt, settings: prompts.append(prompt) or [""])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
+    assert prompts == [prompt] * 3  # before and after training, and at the end
 
 
 def test_more_steps_can_be_asked_for(command, text):

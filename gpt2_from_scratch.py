@@ -1867,6 +1867,11 @@ def plot(run: Path, bigram: float) -> None:
         axes.plot(*zip(*validation, strict=True), "o-", color="C1", label="validation")
         axes.plot(*best, "*", color="C3", markersize=14, label=f"smallest: {best[1]:.4f} at step {best[0]:,}")
     axes.axhline(bigram, color="0.4", linestyle="--", label=f"bigram model: {bigram:.4f}")
+    if training:  # beside the steep fall of the first steps all that follows would look flat
+        late = [loss for step, loss in training + validation if 20 * step >= training[-1][0]]
+        late += [bigram] * math.isfinite(bigram)
+        margin = np.ptp(late) / 10 or 0.1
+        axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()

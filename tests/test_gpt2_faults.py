@@ -436,15 +436,16 @@ def test_a_signal_to_torchrun_ends_all_ranks_after_the_same_step(text, tmp_path,
     told = out.strip().splitlines()[-1].partition("Go on: torchrun --nproc_per_node=2 driver.py ")[2]
     assert told == "--resume --output-dir run", (out, error)
     last = max(int(folder.name.removeprefix("step-")) for folder in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert 8 <= last < 14  # it comes in step 6 or soon after, and takes two steps to be agreed on
+    assert 6 <= last < 14  # it comes in step 6 or soon after, and takes up to two steps to be agreed on
     assert "best validation loss" in out and (tmp_path / "run/training_loss.png").exists()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
     done = subprocess.run([*launcher, *told.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (tmp_path / "straight").mkdir()
     straight = start_two_ranks(text, tmp_path / "straight", seconds=0)
-    straight.communicate(timeout=240)
-    assert straight.returncode == 0 and losses_of(tmp_path / "run") == losses_of(tmp_path / "straight/run")
+    output = straight.communicate(timeout=240)
+    assert straight.returncode == 0, output
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight/run")
 
 
 # Memory

@@ -169,6 +169,13 @@ def parse_arguments(argv=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    is_used = args.summarize is not None or args.evaluate or args.merge is not None
+    is_training = not (is_used or args.plan or args.lr_find or args.plot or args.compare)
+    if args.resume and not is_training:
+        parser.error("argument --resume: it goes on with a training, and nothing else can be done with it")
+    if args.adapter is not None and not is_used:
+        parser.error("argument --adapter: only with --summarize, --evaluate or --merge; to train on, "
+                     "--resume --output-dir RUN")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # it would tie T5's head to the embedding, or do nothing
         raise UserError("FSDP does not work with T5's untied head: use torchrun, and --int8 or --int4 for less memory")
     run = find_run(args)
@@ -197,7 +204,6 @@ def parse_arguments(argv=None):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, args.batch_size // processes)
-    is_used = args.summarize is not None or args.evaluate or args.merge is not None
     if args.batch_size % (args.micro_batch_size * processes) and not is_used:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
                         f"{args.micro_batch_size} x {processes} process(es)")
@@ -1242,6 +1248,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
             replace_folder(Path(self.args.output_dir) / name, self.run / name)
             for old in checkpoints(self.run)[:-2]:
                 shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()  # at its end the Trainer of each process looks at what is being renamed
         self.restart_clock()
 
     # The Trainer reads a checkpoint in three places, all without running code that it may hold (weights_only=True).
@@ -1953,7 +1960,7 @@ def plan(args):
         "|---:|:---|" + "---:|" * len(rows[0][2]))
     say(*(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | "
           + " | ".join(f"{size:.2f}" for size in sizes.values()) + " |" for micro_batch, checkpointing, sizes in rows))
-    say("", *advice(rows, args.batch_size))
+    say("", *advice(rows))
     return 0
 
 
@@ -1998,12 +2005,12 @@ def plan_memory(args, config, weights, trainable, source, target):
     return rows
 
 
-def advice(rows, batch_size):
+def advice(rows):
     """Lines that say which flags make the run fit where, and whether INT8 helps."""
 
     def fitting_flags(memory):
-        """The fastest way to fit into `memory` GiB, or None: for the same memory, INT8 and NF4 are slower."""
-        by_time = sorted(rows, key=lambda row: batch_size / row[0] * (4 / 3 if row[1] else 1))
+        """The fastest way to fit into `memory` GiB, or None. INT8 and NF4 cost most time, small micro-batches least."""
+        by_time = sorted(rows, key=lambda row: (row[1], -row[0]))
         for precision in rows[0][2]:
             for micro_batch, checkpointing, sizes in by_time:
                 if sizes[precision] + GPU_RESERVE <= memory:
@@ -2022,9 +2029,10 @@ def advice(rows, batch_size):
         if flags == []:
             break
     least = list(rows[-1][2].values())[:2]  # unquantised and INT8, in the smallest configuration
-    card = [next((size for size in cards.values() if size >= need + GPU_RESERVE), None) for need in least]
-    if card[0] == card[1]:
-        lines.append("INT8 does not help at this size: the same GPU is needed without it, and it is slower")
+    card = [next((size for size in GPU_SIZES if size >= need + GPU_RESERVE), None) for need in least]
+    if card[0] is not None and card[0] == card[1]:
+        lines.append(f"INT8 does not help at this size: a GPU of {card[0]} GiB is needed with and without it, "
+                     "and it is slower")
     return lines
 
 
@@ -2264,9 +2272,13 @@ def main(args):
     # Joins the processes of torchrun, on a CPU through gloo. Hours, because the others wait while one downloads.
     PartialState(cpu=get_device()[0].type == "cpu", timeout=timedelta(hours=12))
     try:
-        return run_mode(args)
+        code = run_mode(args)
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_advice(args)) from None
+    if PartialState().num_processes > 1:
+        gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
+        PartialState().destroy_process_group()
+    return code
 
 
 def run_mode(args):

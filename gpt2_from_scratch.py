@@ -21,6 +21,7 @@ loaded), 2 Model, 3 Hugging Face, 4 Tokenizer, 5 Documents, 6 Tokens, 7 Optimise
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -2026,6 +2027,7 @@ def main(arguments: argparse.Namespace) -> int:
             return sample(settings)
         code = export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
         if dist.is_initialized():
+            gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
         return code
     except UserError as error:  # all processes of a machine meet the same one

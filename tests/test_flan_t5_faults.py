@@ -647,6 +647,14 @@ def watched_step_end(reporter, args, state, control, **more):
         exec(os.environ.get("STEP_8", ""))
     return step_end(reporter, args, state, control, **more)
 flan.encode, flan.Reporter.on_step_end = watched_encode, watched_step_end
+save, replace = flan.SummarizationTrainer._save_checkpoint, flan.replace_folder
+def slow_replace(*folders):
+    time.sleep(0.5)
+    replace(*folders)
+def watched_save(trainer, *more):
+    save(trainer, *more)
+    assert (trainer.run / f"checkpoint-{trainer.state.global_step}").is_dir(), "not all waited for the checkpoint"
+flan.SummarizationTrainer._save_checkpoint, flan.replace_folder = watched_save, slow_replace
 sys.argv.pop(0)
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
 """

@@ -134,6 +134,9 @@ FLAGS = {
     "--num-beams 0": "at least 1", "--max-source-length 7": "at least 8", "--max-target-length 1": "at least 2",
     "--int8 --full": "not allowed with argument --int8", "--int8 --int4": "not allowed with argument --int8",
     "--summarize --evaluate": "not allowed with argument --summarize", "--split dev": "choose from",
+    **{f"--resume {mode}": "goes on with a training" for mode in
+       ("--summarize", "--evaluate", "--merge m", "--plan", "--lr-find", "--plot p", "--compare a b")},
+    "--adapter runs/a": "to train on, --resume", "--adapter runs/a --plan": "to train on, --resume",
     "--unknown": "unrecognized arguments: --unknown", "stray": "unrecognized arguments: stray",
 }  # fmt: skip
 

@@ -184,10 +184,25 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
             precision = next((name for name in ("int8", "int4") if f"--{name}" in flags), "bf16")
             micro_batch = int(re.search(r"--micro-batch-size (\d+)|$", flags)[1] or 16)
             assert table[micro_batch, "--gradient-checkpointing" in flags][precision] <= free + 0.01
+            if "--gradient-checkpointing" in flags:  # it costs time: only where no micro-batch fits without
+                assert all(table[size, False][precision] > free - 0.01 for size in (1, 2, 4, 8, 16))
             for better in {"int8": ["bf16"], "int4": ["bf16", "int8"]}.get(precision, []):
                 assert all(row[better] > free - 0.01 for row in table.values())
             fits[memory] = precision
         assert ("INT8 does not help" in done.out) == ("int8" not in fits.values()), (size, done.out)
+
+
+@pytest.mark.parametrize("memory", [2, 24, 141])
+@pytest.mark.parametrize("bf16, int8, helps", [(20, 12, True), (15, 14.6, False)])
+def test_whether_int8_helps_does_not_depend_on_this_gpu(flan, monkeypatch, memory, bf16, int8, helps):
+    """INT8 helps where a smaller one of the usual cards suffices: for 20 and 12 GiB, not for 15 and 14.6."""
+    properties = type("Properties", (), {"total_memory": memory * 2**30})
+    monkeypatch.setattr(flan.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(flan.torch.cuda, "get_device_properties", lambda device: properties)
+    lines = flan.advice([(8, True, {"bf16": bf16, "int8": int8, "int4": int8})])
+    assert lines[0].startswith("on this GPU") and any("INT8 does not help" in line for line in lines) != helps, lines
+    lines = flan.advice([(8, True, {"bf16": 300, "int8": 150, "int4": 90})])  # fits nowhere, with INT8 or without
+    assert not any("INT8 does not help" in line for line in lines), lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------

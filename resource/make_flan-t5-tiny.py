@@ -1,8 +1,10 @@
 """Rebuild `resource/flan-t5-tiny/`: a tiny T5 v1.1 with its own tokenizer, pretrained on text made in this project.
 
-    python resource/make_flan-t5-tiny.py                  # a GPU: about 5 minutes; a CPU works too, only slower
-    python resource/make_flan-t5-tiny.py --steps 20       # a dry run
-    python resource/make_flan-t5-tiny.py --scale 0.5 --output runs/flan-t5-tiny-half      # half as wide
+    python resource/make_flan-t5-tiny.py --output runs/flan-t5-tiny      # a GPU: about 5 minutes; a CPU is slower
+    python resource/make_flan-t5-tiny.py --output runs/dry-run --steps 20 --batch-size 8
+    python resource/make_flan-t5-tiny.py --output runs/flan-t5-tiny-half --scale 0.5      # half as wide
+
+The default output is the folder that ships; one that is not empty is never overwritten.
 
 The text is the endless `pretrain` source of `make_sample.py`: chats between invented people, and the same chats retold
 in reported speech. Most tasks are span corruption (Raffel et al. 2020, section 3.1.4), the rest are small questions
@@ -303,17 +305,19 @@ def to_batch(sources: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def scaled(scale: float) -> dict[str, int]:
+    """The part of the geometry that `scale` changes: the layers' widths and the number of heads."""
+    return {name: round(scale * GEOMETRY[name]) for name in ("d_model", "num_heads", "d_ff")}
+
+
 def make_model(scale: float = 1) -> T5ForConditionalGeneration:
     """Random weights in T5's own initialisation, with a head of its own.
-
-    `scale` widens the layers and adds heads.
 
     transformers 5 ties the head of every new T5 to the embedding, whatever the configuration says, and unties it only
     when a checkpoint holds both. The head starts small, so that the first loss is about log(VOCAB_SIZE).
     """
     torch.manual_seed(0)
-    widths = {name: round(scale * GEOMETRY[name]) for name in ("d_model", "num_heads", "d_ff")}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, dropout_rate=0.0, **(GEOMETRY | widths)))
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, dropout_rate=0.0, **(GEOMETRY | scaled(scale))))
     head = torch.randn(VOCAB_SIZE, model.config.d_model) * model.config.d_model**-0.5
     model.lm_head.weight = torch.nn.Parameter(head)
     model.config.tie_word_embeddings = False
@@ -456,7 +460,7 @@ It was pretrained only on text made in this project, the `pretrain` source of `r
 invented people, and the same chats retold in reported speech. The tasks are span corruption and small questions about
 a chat. It has seen no summary, no prefix "summarize: ", and no name or thing of the held-out rows of `resource/sample`.
 
-To rebuild it: `python resource/make_flan-t5-tiny.py{flags}`.
+To rebuild it: `python resource/make_flan-t5-tiny.py {flags}`.
 How far it gets depends on the machine. This copy:
 
 {facts}
@@ -472,7 +476,15 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
     tokenizer.save_pretrained(folder)
 
 
-def main() -> None:
+def rebuild_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
+    """The flags that gave this model, for the command line in its card; its folder by name only."""
+    names = ("scale", "steps", "minutes", "batch_size", "lr")
+    changed = [name for name in names if getattr(args, name) != getattr(defaults, name)]
+    flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
+    return " ".join([f"--output runs/{args.output.resolve().name}", *flags])
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.5, help="training time after compilation (default 4.5)")
     parser.add_argument("--steps", type=int, default=0, help="train for so many steps instead")
@@ -482,7 +494,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=15)
     parser.add_argument("--output", type=Path, default=FOLDER)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
+    if scaled(args.scale)["num_heads"] < 1:
+        parser.error(f"--scale {args.scale:g} leaves no attention head")
+    if args.output.exists() and any(args.output.iterdir()):
+        parser.error(f"{args.output} is not empty: delete it, or give another folder, --output DIR")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -498,7 +519,7 @@ def main() -> None:
     saved = T5ForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).to(device)
     facts |= report(saved, tokenizer)
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    flags = "" if args.scale == 1 else f" --scale {args.scale:g} --output {args.output}"
+    flags = rebuild_flags(args, parser.parse_args([]))
     card = CARD.format(name=args.output.name, millions=millions, vocab=len(tokenizer), flags=flags, facts=lines)
     (args.output / "README.md").write_text(card, encoding="utf-8")
 

@@ -230,6 +230,47 @@ def test_checkpoint_is_t5_v1_1_and_small():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_half_the_width_is_a_smaller_model_of_the_same_kind():
+    model = load_script("make_flan-t5-tiny").make_model(0.5)
+    shipped = json.loads((TINY / "config.json").read_text())
+    assert {name: getattr(model.config, name) / shipped[name] for name in ("d_model", "num_heads", "d_ff")} == {
+        "d_model": 0.5, "num_heads": 0.5, "d_ff": 0.5}  # fmt: skip
+    assert (model.config.d_kv, model.config.num_layers) == (shipped["d_kv"], shipped["num_layers"])
+    assert model.lm_head.weight.shape == (4096, 96) and model.lm_head.weight is not model.shared.weight
+    assert model.encoder.block[0].layer[0].SelfAttention.q.weight.shape == (2 * 48, 96)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "not empty"),
+    (["--steps", "20"], "not empty"),
+    (["--scale", "0.1", "--output", "runs/new"], "no attention head"),
+])  # fmt: skip
+def test_what_rebuilding_refuses(monkeypatch, capsys, tmp_path, flags, words):
+    """Above all to overwrite the model that ships; nothing is trained or written."""
+    script = load_script("make_flan-t5-tiny")
+    monkeypatch.setattr(script, "train_tokenizer", lambda texts: pytest.fail("it began"))
+    monkeypatch.setattr("sys.argv", ["make_flan-t5-tiny.py", *flags])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert words in capsys.readouterr().err.splitlines()[-1] and not any(tmp_path.iterdir())
+
+
+def test_the_card_names_the_flags_that_gave_the_model():
+    script = load_script("make_flan-t5-tiny")
+    parser = script.build_parser()
+    given = "--output /tmp/x/half --scale 0.5 --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3"
+    flags = script.rebuild_flags(parser.parse_args(given.split()), parser.parse_args([]))
+    assert "/tmp" not in flags and "runs/half" in flags
+    again, wanted = vars(parser.parse_args(flags.split())), vars(parser.parse_args(given.split()))
+    assert all(again[name] == wanted[name] for name in ("scale", "batch_size", "lr", "minutes", "steps"))
+    # What ships has the card that the script writes today, but for its numbers.
+    shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
+    card = script.CARD.format(name="flan-t5-tiny", millions=4.5, vocab=4096, facts="",
+                              flags=script.rebuild_flags(*[parser.parse_args([])] * 2))  # fmt: skip
+    assert shape(card) == shape((TINY / "README.md").read_text("utf-8"))
+
+
 def test_checkpoint_knows_dialogue(tokenizer, shipped):
     """Asked who talks in held-out chats, it finds the right names far likelier than a model without pretraining."""
     import torch

@@ -903,8 +903,8 @@ def write_tokens(folder: Path, source: Source, val_fraction: float | None, token
             for characters in tokenise(documents(), tokenizer, outputs, facts):
                 bar.update(characters)
         for split in SPLITS:
-            if not facts["tokens"][split]:
-                raise UserError(f"too little text: no document fell to {split} (--val-fraction says how many do)")
+            if facts["tokens"][split] < 2:  # one to read and one to predict
+                raise UserError(f"too little text fell to {split} (--val-fraction says how much does)")
         if before != [size_and_mtime(file) for file in source.files]:
             raise UserError(f"--data {source.name}: a file changed while it was being read")
         tokenizer.save(str(part / "tokenizer.json"))
@@ -1684,8 +1684,10 @@ class Run:
                     self.save()
             self.loop(request)
             status = "finished" if progress.step >= settings.max_steps else "stopped"
-        except (OSError, SafetensorError) as error:  # a full disk, most of all
-            raise UserError(f"step {progress.step} cannot be saved in {self.folder} ({first_line(error)}); the last "
+        except BrokenPipeError:  # whoever read the output has gone: main() ends quietly
+            raise
+        except OSError as error:  # of the log: a full disk, most of all
+            raise UserError(f"step {progress.step} cannot be logged in {self.folder} ({first_line(error)}); the last "
                             f"good checkpoint is {self.last_checkpoint()}") from None
         finally:
             request.restore()
@@ -1719,11 +1721,17 @@ class Run:
                 self.clock = time.perf_counter()
 
     def save(self) -> None:
+        """A checkpoint, and metrics.json. UserError when there is no room for them."""
         session = self.session
-        if self.folder:
+        if not self.folder:
+            return
+        try:
             save_checkpoint(self.folder, session.model, session.optimiser, session.guard, self.progress,
                             session.data.tokenizer)
             self.write_metrics("running")
+        except (OSError, SafetensorError) as error:  # a full disk, most of all
+            raise UserError(f"step {self.progress.step} cannot be saved in {self.folder} ({first_line(error)}); the "
+                            f"last good checkpoint is {self.last_checkpoint()}") from None
 
     def log_step(self, step: int, reading: tuple) -> bool:
         """Take in the values of a step: log them, report now and then. True if some process was asked to stop.
@@ -1885,6 +1893,11 @@ def plot(run: Path, bigram: float) -> None:
 def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
     """All settings: what was given, over a resumed run's own, over the preset's, over the defaults."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in given:
+        if given[name] == "" and name != "sample":  # as a shell passes on a variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty")
+    if "output_dir" in given and {"sample", "export"} & given.keys():
+        raise UserError("--output-dir is for training: --sample and --export take the run that --init names")
     for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
         if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
@@ -1956,6 +1969,8 @@ def sample(settings: argparse.Namespace) -> int:
     model.to(device)
     say(f"model: {folder}")
     for prompt in [settings.sample] if settings.sample else read_prompts():
+        if re.search("[\ud800-\udfff]", prompt):  # surrogates: how Python passes on bytes that are not UTF-8
+            raise UserError(f"the prompt {prompt!a} is not UTF-8 text")
         if settings.num_samples == 1:
             say(prompt, end="")
             sample_texts(model, tokenizer, prompt, settings, on_text=lambda text: say(text, end=""))
@@ -1969,6 +1984,7 @@ def sample(settings: argparse.Namespace) -> int:
 def read_prompts() -> Iterator[str]:
     """Lines of standard input until it ends; at a terminal, asked for."""
     is_terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="surrogateescape")  # as in the command line's arguments: sample() refuses both
     if is_terminal:
         say("Type the beginning of a text and press Enter. An empty line begins a new document, Ctrl-D ends.")
     with contextlib.suppress(EOFError):
@@ -2021,6 +2037,7 @@ def plan(settings: argparse.Namespace) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the command line says. Returns the exit code."""
+    sys.stdout.reconfigure(errors="replace")  # samples hold any character, and not every terminal has all of them
     try:
         settings = resolve_settings(arguments)
         if settings.sample is not None:
@@ -2039,6 +2056,10 @@ def main(arguments: argparse.Namespace) -> int:
         message = first_line(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is too small for this: choose a smaller --micro-batch, --context or --model"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        message = "the memory is too small for this: choose a smaller --micro-batch, --context or --model"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if message:

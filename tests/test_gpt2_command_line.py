@@ -265,6 +265,18 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
     "nothing to resume": (lambda: ["--resume"], "no run"),
     "resume and plan": (lambda: ["--resume", "--plan"], "--plan does not go together with --resume"),
     "resume and sample": (lambda: ["--resume", "--sample", "a"], "--sample does not go together with --resume"),
+    "hardly any validation text": (
+        lambda: ["--data", "text.txt", *SIZES, "--val-fraction", "1e-9"],
+        "too little text fell to validation",
+    ),
+    "a pattern that is empty": (lambda: ["--data", ".", "--glob", "", *SIZES], "--glob is empty"),
+    "an export to nowhere": (lambda: ["--export", ""], "--export is empty"),
+    "more memory than there is": (
+        lambda: ["--data", "text.txt", *SIZES, "--context", str(2**40)],
+        "the memory is too small",
+    ),
+    "sample of an output folder": (lambda: ["--sample", "a", "--output-dir", "r"], "--init"),
+    "export of an output folder": (lambda: ["--export", "there", "--output-dir", "r"], "--init"),
     "resume of nothing": (lambda: ["--resume", "--output-dir", "nowhere"], "no run"),
     "no run to sample from": (lambda: ["--sample", "a"], "no run"),
     "no run to export": (lambda: ["--export", "there"], "no run"),
@@ -550,3 +562,28 @@ def test_a_reader_that_has_gone_is_no_error(trained):
     words = f"set -o pipefail; {sys.executable} {SCRIPT} --sample Line | true"
     done = subprocess.run(["bash", "-c", words], cwd=trained, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+def test_a_reader_that_goes_while_a_run_trains_is_no_error(command, tmp_path):
+    """It has seen the first step."""
+    words = [sys.executable, str(SCRIPT), "--data", "text.txt", *SIZES]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("step 1/") for line in process.stdout)
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=120) == 141
+
+
+def test_a_terminal_that_lacks_characters_ends_nothing(trained):
+    """As on Windows, where not every terminal is UTF-8."""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+    words = ["--sample", "\u4e2d\u6587", "--max-new-tokens", "1", "--temperature", "0"]
+    done = process(*words, cwd=trained, env=environment, encoding="cp1252")
+    assert done.returncode == 0 and "\n??" in done.stdout, done.stderr
+
+
+def test_prompts_that_are_not_utf8_are_one_line(trained):
+    for words, prompts in ((["--sample", os.fsdecode(b"caf\xe9")], None), (["--sample"], b"caf\xe9\n")):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *words], cwd=trained, input=prompts, capture_output=True, timeout=120
+        )
+        assert done.returncode == 2 and done.stderr == b"error: the prompt 'caf\\udce9' is not UTF-8 text\n", done.stderr

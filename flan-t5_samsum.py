@@ -1035,18 +1035,25 @@ def describe(protocol):
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one stops at once."""
+    """Remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one stops at once.
+
+    The same signal within a second is taken for the first: torchrun passes on what a scheduler, or Ctrl-C, has already
+    sent to each process.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.first_received = 0, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.number:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.number = number
+        now = time.monotonic()
+        if self.first_received is not None:
+            if number != self.number or now - self.first_received > 1:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.number, self.first_received = number, now
         say("\nstopping after this step and saving (once more: stop at once)", file=sys.stderr)
 
     def __call__(self):
@@ -1470,10 +1477,19 @@ def new_plot(path, **labels):
     plt.close(figure)
 
 
+def smallest_loss(curve, name):
+    """Index of the smallest finite training loss of the run `name`; UserError if none is finite."""
+    losses = np.array([e["loss"] for e in curve], dtype=float)
+    losses[~np.isfinite(losses)] = np.nan
+    if np.isnan(losses).all():
+        raise UserError(f"{name}: no logged training loss is finite, so there is nothing to plot")
+    return int(np.nanargmin(losses))
+
+
 def plot_loss(curve, path, title):
     """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
     steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
-    low = int(losses.argmin())
+    low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
     label = f"smallest: {losses[low]:.4f} at step {steps[low]}" + (f", lr {rate:.2e}" if rate is not None else "")
     with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
@@ -1575,7 +1591,11 @@ def load_for_training(args, device, precision):
     folder = find_model(args.model, args.cache_dir)
     tokenizer, config = load_tokenizer_and_config(folder)
     data = tokenize(load_data(args), tokenizer, args)
-    warn_about_slow_hardware(config, data, device, number_of_steps(args, len(data["train"])), args)
+    cut = np.mean(encode(tokenizer, list(data["train"]["summary"]), args.max_target_length)[1])
+    if cut:
+        say(f"{cut:.1%} of the training references are cut to {args.max_target_length} tokens (--max-target-length)")
+    steps = number_of_steps(args, len(data["train"]))
+    warn_about_slow_hardware(config, data, device, min(steps, len(RANGE_TEST)) if args.lr_find else steps, args)
     dtype = torch.float32 if args.full else precision  # all weights trained: fp32 masters, autocast computes in bf16
     model = load_base(folder, device, dtype, quantization_of(args))
     model = model.requires_grad_(True) if args.full else add_lora(model, args)
@@ -1821,9 +1841,14 @@ def summarize(args):
         if not groups[0]:
             raise UserError(f"{'standard input' if args.summarize == '-' else args.summarize} holds no dialogue")
     model, tokenizer, precision = load_for_use(args)
+    done = 0
     with merged_adapter(model):
         for group in groups:
-            sources, _ = encode(tokenizer, [PREFIX + dialogue for dialogue in group], args.max_source_length)
+            sources, cut = encode(tokenizer, [PREFIX + dialogue for dialogue in group], args.max_source_length)
+            for i in np.flatnonzero(cut):
+                say(f"dialogue {done + i + 1}: cut to {args.max_source_length} tokens (--max-source-length)",
+                    file=sys.stderr)
+            done += len(group)
             for summary in generate_summaries(model, tokenizer, sources, args, precision):
                 say(" ".join(summary.split()))
     return 0
@@ -2044,10 +2069,13 @@ class RangeTest(TrainerCallback):
 
     def __init__(self):
         self.losses = []
+        self.bar = tqdm(total=len(RANGE_TEST), desc="range test", unit="step", leave=False, dynamic_ncols=True,
+                        disable=None if is_main_process() else True)  # a bar at a terminal only
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.losses.append(logs["loss"])
+            self.bar.update(1)
             control.should_training_stop |= diverges(self.losses)
 
 
@@ -2071,9 +2099,15 @@ def lr_find(args):
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, rate)
     try:
         trainer.train()
-    except NotFinite:
-        if not test.losses:
+    except BaseException as error:
+        if not (isinstance(error, NotFinite) and test.losses):  # else it has diverged: the end of the test
+            if is_main_process():
+                shutil.rmtree(run)
+            if isinstance(error, KeyboardInterrupt):
+                say("interrupted: nothing is kept", file=sys.stderr)
             raise
+    finally:
+        test.bar.close()
     rates = RANGE_TEST[: len(test.losses)].tolist()
     best = suggest_learning_rate(rates, test.losses)
     if is_main_process():
@@ -2107,22 +2141,39 @@ def plot_range_test(rates, losses, best, path, title):
 
 def plot(args):
     """Draws training_loss.png and smallest_training_loss.png from the TensorBoard logs of any Trainer run."""
+    if args.output_dir:
+        check_names(args.plot)
     for folder in args.plot:
-        curve = read_tensorboard(folder)
-        place = args.output_dir / folder.name if args.output_dir else folder
+        curve, totals = read_tensorboard(folder)
+        name = folder.resolve().name
+        low = smallest_loss(curve, name)
+        place = args.output_dir / name if args.output_dir else folder
         place.mkdir(parents=True, exist_ok=True)
-        plot_loss(curve, place / "training_loss.png", folder.name)
-        low = min(range(len(curve)), key=lambda i: curve[i]["loss"])
-        plot_smallest(curve, low, place / "smallest_training_loss.png", folder.name)
-        point = curve[low]
-        say(f"{folder.name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
+        plot_loss(curve, place / "training_loss.png", name)
+        plot_smallest(curve, low, place / "smallest_training_loss.png", name)
+        point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
+        say(f"{name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
             + (f", learning rate {point['learning_rate']:.2e}" if point["learning_rate"] is not None else ""),
-            f"  {place / 'training_loss.png'}", f"  {place / 'smallest_training_loss.png'}")
+            f"  mean of the last {len(last)} logged losses: {np.mean(last):.4f}")
+        if totals:
+            say(f"  {totals['train_samples_per_second']:.1f} samples/s, {totals['train_runtime'] / 3600:.1f} hours")
+        say(f"  {place / 'training_loss.png'}", f"  {place / 'smallest_training_loss.png'}")
     return 0
 
 
+def check_names(folders):
+    """UserError if two folders have one name: their results could not be told apart."""
+    names = [folder.resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two of the folders are called {name}: rename one of them, or give it alone")
+
+
 def read_tensorboard(folder):
-    """The training loss in the event files of a folder: [{"step", "loss", "learning_rate" (or None)}], by step."""
+    """The training loss in the event files of a folder: [{"step", "loss", "learning_rate" (or None)}], by step.
+
+    And what the Trainer logs at the end, if it does: {"train_samples_per_second", "train_runtime" (seconds)} or {}.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not folder.is_dir():
@@ -2134,8 +2185,10 @@ def read_tensorboard(folder):
         scalars = {tag.removeprefix("train/"): events.Scalars(tag) for tag in events.Tags()["scalars"]}
         if "loss" in scalars:
             rates = {event.step: event.value for event in scalars.get("learning_rate", ())}
-            found.append([{"step": event.step, "loss": event.value, "learning_rate": rates.get(event.step)}
-                          for event in scalars["loss"]])
+            curve = [{"step": event.step, "loss": event.value, "learning_rate": rates.get(event.step)}
+                     for event in scalars["loss"]]
+            totals = ("train_samples_per_second", "train_runtime")
+            found.append((curve, {tag: scalars[tag][-1].value for tag in totals} if {*totals} <= {*scalars} else {}))
     if len(found) != 1:
         problem = f"{len(found)} runs" if found else "no train/loss in the event files" if holders else "no event files"
         raise UserError(f"--plot {folder}: {problem} in it; give the folder of one run")
@@ -2161,9 +2214,10 @@ def plot_smallest(curve, low, path, title, reach=40):
 
 def compare(args):
     """Tables and a picture of finished runs, and for each two of them a paired bootstrap over the test rows."""
+    check_names(args.compare)
     runs = [read_run(folder) for folder in args.compare]
     check_comparable(runs)
-    say(epoch_table(runs), "", run_table(runs))
+    say(epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     if pairs:
         say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:", "",
@@ -2228,6 +2282,16 @@ def run_table(runs):
                      f"{run['trainable_parameters'] / run['parameters']:.2%} | {cost['samples_per_second']:.1f} | "
                      f"{cost['peak_memory_gib']:.1f} | {minutes:.1f} |")
     return "\n".join(lines)
+
+
+def different_settings(runs):
+    """A line for each run with the settings in which the runs differ."""
+    names = dict.fromkeys(name for run in runs for name in run["configuration"])
+    values = [{name: run["configuration"].get(name) for name in names} for run in runs]
+    different = [name for name in names if any(value[name] != values[0][name] for value in values)]
+    lines = [f"{run['name']}: " + ", ".join(f"{name.replace('_', '-')} {value[name]}" for name in different)
+             for run, value in zip(runs, values, strict=True)]
+    return ["", *lines] if different else []
 
 
 def paired_bootstrap(a, b, samples=10_000, seed=0):

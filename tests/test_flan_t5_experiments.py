@@ -300,12 +300,30 @@ def test_the_command_that_lr_find_prints_trains_with_the_suggestion(range_test, 
     shutil.rmtree(run)
 
 
+def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, tmp_path, monkeypatch):
+    """And what it warns of on a CPU is at most its own hundred steps, not those of the training."""
+    steps, collate, calls = [], flan.Collator.__call__, []
+
+    def interrupt(*rest):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return collate(*rest)
+
+    monkeypatch.setattr(flan.Collator, "__call__", interrupt)
+    monkeypatch.setattr(flan, "warn_about_slow_hardware", lambda *given: steps.append(given[3]))
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--epochs", "50", *RECIPE[2:], cwd=tmp_path)
+    assert done.code == 130 and "interrupted" in done.err.splitlines()[-1] and len(calls) == 9, done
+    assert not [*(tmp_path / "runs").iterdir()]
+    assert steps == [100]  # of 300
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # --plot
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_logs(folder, losses, rates=None, tag="train/loss"):
+def write_logs(folder, losses, rates=None, tag="train/loss", totals=()):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
@@ -313,6 +331,8 @@ def write_logs(folder, losses, rates=None, tag="train/loss"):
             writer.add_scalar(tag, loss, 10 * i)
             if rates is not None:
                 writer.add_scalar("train/learning_rate", rates[i - 1], 10 * i)
+        for name, value in totals:
+            writer.add_scalar(name, value, 10 * len(losses))
     return folder
 
 
@@ -354,6 +374,43 @@ def test_plot_reads_logs_deep_in_a_folder_and_without_a_rate(command, tmp_path):
     assert done.code == 0 and "1.5000 at step 20" in done.out and "learning rate" not in done.out, done
     names = {path.name for path in (tmp_path / "plots/output").iterdir()}
     assert names == {"training_loss.png", "smallest_training_loss.png"}
+
+
+@pytest.mark.parametrize("bad", [0, 77])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_plot_passes_over_losses_that_are_not_finite(command, figures, tmp_path, bad, value):
+    losses = 2 + np.cos(np.linspace(0, 5, 100))
+    losses[bad], losses[40] = value, 0.5
+    done = command("--plot", write_logs(tmp_path / "logs", losses), cwd=tmp_path)
+    assert done.code == 0 and "0.5000 at step 410" in done.out, done
+    assert figures[0].axes[0].get_lines()[2].get_xydata().tolist() == [[410.0, 0.5]]
+
+
+def test_plot_of_a_run_without_any_finite_loss(command, tmp_path):
+    done = command("--plot", write_logs(tmp_path / "logs", [np.nan, np.inf]), "--output-dir", "plots", cwd=tmp_path)
+    assert done.code == 2 and "logs: no logged training loss is finite" in done.err and not done.out, done
+    assert len(done.err.splitlines()) == 1 and not (tmp_path / "plots").exists()
+
+
+def test_plot_prints_the_last_mean_and_what_the_trainer_logs_at_its_end(command, tmp_path):
+    totals = [("train/train_samples_per_second", 6.72), ("train/train_runtime", 21_960.0)]
+    write_logs(tmp_path / "long", [9.0] * 50 + [2.0] * 50 + [1.0] * 50, totals=totals)
+    write_logs(tmp_path / "short", [3.0, 1.0])
+    done = command("--plot", "long", "short", cwd=tmp_path)
+    assert done.code == 0, done
+    long, short = done.out.split("short: ")
+    assert "last 100 logged losses: 1.5000" in long and "6.7 samples/s, 6.1 hours" in long
+    assert "last 2 logged losses: 2.0000" in short and "samples/s" not in short
+
+
+def test_plot_of_the_current_folder_and_of_two_with_one_name(command, figures, tmp_path):
+    for place in ("a/run", "b/run"):
+        write_logs(tmp_path / place, [2.0, 1.0])
+    done = command("--plot", ".", cwd=tmp_path / "a/run")
+    assert done.code == 0 and done.out.startswith("run: ") and figures[0].axes[0].get_title() == "run", done
+    assert command("--plot", "a/run", "b/run", cwd=tmp_path).code == 0
+    done = command("--plot", "a/run", "b/run", "--output-dir", "plots", cwd=tmp_path)
+    assert done.code == 2 and "called run" in done.err and not (tmp_path / "plots").exists(), done
 
 
 def test_plot_draws_a_run_of_this_script(command, trained, tmp_path):
@@ -449,6 +506,7 @@ def test_compare_shows_what_the_runs_recorded(command, trained, other, tmp_path,
         assert float(values[5]) == pytest.approx(run["training"]["samples_per_second"], abs=0.06)
         assert float(values[6]) == pytest.approx(run["training"]["peak_memory_gib"], abs=0.06)
         assert float(values[7]) == pytest.approx(minutes, abs=0.06)
+    assert {"flan-t5-small-chats-lr=1e-2: lr 0.01, epochs 3", "other: lr 0.02, epochs 2"} <= {*lines}
     first = next(i for i, line in enumerate(lines) if line.startswith("| A | B |"))
     a, b, difference, interval, p = cells(lines[first + 2])
     scores = [run["epochs"][run["best_epoch"]]["test"]["rouge1"] for run in runs]
@@ -497,6 +555,12 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     assert done.code == 2 and len(done.err.splitlines()) == 1 and not done.out, done
     assert words in done.err and "other" in done.err and trained.folder.name in done.err
     assert not (tmp_path / "comparison.png").exists()
+
+
+def test_compare_refuses_two_runs_of_one_name(command, trained, tmp_path):
+    other = shutil.copytree(trained.folder, tmp_path / trained.folder.name)
+    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and trained.folder.name in done.err, done
 
 
 def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder, trained, tmp_path):

@@ -203,13 +203,14 @@ def test_killed_fifty_times_and_resumed_is_the_same_run(launch, trained, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once(launch, trained, tmp_path, number):
-    """Both come while step 10 is prepared: the process is gone before that step, with the checkpoint of step 6."""
+    """They come while step 10 is prepared: the process is gone before that step, with the checkpoint of step 6."""
     twice = f"""
 collate, calls = flan.Collator.__call__, []
 def interrupt(*rest):
     calls.append(1)
     if len(calls) == 19:
         os.kill(os.getpid(), {number:d})
+        flan.time.sleep(1.1)
         os.kill(os.getpid(), {number:d})
     return collate(*rest)
 flan.Collator.__call__ = interrupt
@@ -220,6 +221,19 @@ flan.Collator.__call__ = interrupt
     process = launch(tmp_path)
     assert process.exit_code() == 0, process
     assert_same_run(run, trained.folder)
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(flan, monkeypatch):
+    """As with torchrun, which passes on what a scheduler sends to each process anyway; another signal does count."""
+    killed, now = [], [100.0]
+    monkeypatch.setattr(flan.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(flan.os, "kill", lambda _, number: killed.append(number))
+    monkeypatch.setattr(flan.time, "monotonic", lambda: now[0])
+    stop = flan.StopSignal()
+    for seconds, number, expected in [(0, 15, []), (0.9, 15, []), (0.95, 2, [2]), (1.1, 15, [2, 15])]:
+        now[0] = 100 + seconds
+        stop.receive(number, None)
+        assert killed == expected and stop.number == 15
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -62,8 +63,10 @@ DEFAULTS = {
     "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
 }
 # What settings hold besides the flags: the model's name; the folder that --init means; which token files are in use;
-# where downloads go (None: to Hugging Face's cache); whether the run is long enough to be compiled.
-NOT_FLAGS = {"name": None, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None}
+# where downloads go (None: to Hugging Face's cache); whether the run is long enough to be compiled; the vocabulary of
+# the model (None: not made yet), which with --init may be larger than the tokenizer's.
+NOT_FLAGS = {"name": None, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None,
+             "model_vocab_size": None}
 FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # the rest stays as the run had it
 
 
@@ -142,7 +145,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          "from run to run: a resumed one is then only close to an uninterrupted one")
 
     flag = parser.add_argument_group("files").add_argument
-    flag("--output-dir", metavar="DIR", help="folder of this run (default: runs/gpt2-<model>-<data>-lr=<lr>)")
+    flag("--output-dir", metavar="DIR", help="folder of this run (default: runs/gpt2-nano-<data>-lr=<lr>; of the other "
+         "presets: runs/<preset>-<data>-lr=<lr>)")
     flag("--cache-dir", metavar="DIR", help="token files, and downloads if given (default: cache, and Hugging Face's)")
     flag("--resume", action="store_true", default=None,
          help="go on from the last checkpoint of --output-dir (default: of the newest run)")
@@ -1097,8 +1101,11 @@ def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guar
     return progress
 
 
-def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
-    """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so."""
+def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, weights: str | None) -> Progress:
+    """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so.
+
+    Without any, from the start: with `weights`, those of --init, or else the model as it is.
+    """
     with main_process_first():
         for part in (run / "checkpoints").glob("*.tmp-*") if is_main_process() else ():
             say(f"passed over {part.name}: it was never finished")
@@ -1115,6 +1122,8 @@ def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) ->
             say(f"resumed from {folder} ({progress.step:,} steps done)")
             return progress
     say(f"no good checkpoint in {run}: starting at step 0")
+    if weights:
+        model.load_state_dict(load_pretrained(Path(weights), model.config.context).state_dict())
     return Progress()
 
 
@@ -1356,18 +1365,22 @@ def join_processes() -> tuple[int, int, torch.device]:
 
 
 def make_model(settings: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
-    """A fresh model, or that of --init. Notes its geometry in the settings."""
+    """A fresh model, or that of --init. Notes its geometry in the settings.
+
+    For a resumed run, a fresh one of the geometry it had: resume() fills it, and the weights of --init may be gone.
+    """
     size = vocabulary_size(tokenizer)
-    if settings.weights:
+    if settings.weights and settings.model_vocab_size is None:
         model = load_pretrained(Path(settings.weights), settings.context, settings.dropout)
         if size > model.config.vocab_size:
             raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
                             f"{model.config.vocab_size} that the model of --init knows")
     else:
         names = ("context", "layers", "heads", "width", "dropout")
-        model = GPT(GPTConfig(size, **{name: getattr(settings, name) for name in names}))
+        model = GPT(GPTConfig(settings.model_vocab_size or size, **{name: getattr(settings, name) for name in names}))
         model.initialise(settings.seed)
     vars(settings).update({name: getattr(model.config, name) for name in ("context", "layers", "heads", "width")})
+    settings.model_vocab_size = model.config.vocab_size
     return model
 
 
@@ -1408,9 +1421,11 @@ def complete_settings(settings: argparse.Namespace, order: TrainingOrder, world:
                         f"{world} (processes)")
     if settings.micro_batch != "auto" and rows % settings.micro_batch:
         raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process "
-                        "has per step (--batch-tokens / context / processes)")
+                        "has per step (--batch-tokens / context / processes): give --micro-batch auto")
     if settings.max_steps is None:
         settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
+        if settings.max_steps < 200 and not settings.weights and settings.name != "nano":
+            say(f"only {settings.max_steps} steps: more --epochs or a smaller --batch-tokens would teach it more")
     if settings.warmup_steps is None:
         settings.warmup_steps = min(2000, settings.max_steps // 20)
     if settings.eval_every is None:
@@ -1455,11 +1470,15 @@ def largest_micro_batch(session: Session, rows: int) -> int:
     del reserve
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    if session.world > 1:  # all processes must agree
-        smallest = torch.tensor(size, device=session.device)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        size = int(smallest)
-    return size
+    return int(agree(session, size, dist.ReduceOp.MIN))
+
+
+def agree(session: Session, value: float, choose: dist.ReduceOp) -> float:
+    """The smallest (ReduceOp.MIN) or largest (MAX) of what the processes have found."""
+    values = torch.tensor(float(value), device=session.device)  # one type in all of them
+    if session.world > 1:
+        dist.all_reduce(values, choose)
+    return values.item()
 
 
 def run_once(session: Session, network: Callable, rows: int) -> None:
@@ -1492,18 +1511,23 @@ def compile_network(session: Session) -> tuple[Callable, str]:
 
 
 def eager_seconds(session: Session) -> float:
-    """How long the forward and backward passes of the whole run would take without torch.compile, from timing one."""
-    for _ in range(2):  # the first warms up
-        synchronise(session.device)
-        started = time.perf_counter()
-        run_once(session, session.model, session.micro_batch)
-        synchronise(session.device)
-        seconds = time.perf_counter() - started
+    """How long the forward and backward passes of the whole run would take without torch.compile, from timing one.
+
+    Infinite when they do not fit the memory: compiled, they need less.
+    """
+    try:
+        for _ in range(2):  # the first warms up
+            synchronise(session.device)
+            started = time.perf_counter()
+            run_once(session, session.model, session.micro_batch)
+            synchronise(session.device)
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError:
+        seconds = math.inf
+        session.optimiser.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
     passes = session.rows // (session.micro_batch * session.world) * session.settings.max_steps
-    total = torch.tensor(seconds * passes, device=session.device)
-    if session.world > 1:  # all processes must agree
-        dist.all_reduce(total, dist.ReduceOp.MAX)
-    return total.item()
+    return agree(session, seconds * passes, dist.ReduceOp.MAX)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -1542,18 +1566,24 @@ def peak_memory(device: torch.device) -> float:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends the process at once.
+
+    One that follows within a second is the same once more: a scheduler (or Ctrl-C) signals torchrun and its processes,
+    and torchrun passes on to them what it gets.
+    """
 
     def __init__(self):
         self.number = None
         self.former = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number: int, frame: object) -> None:
-        self.number = number
-        for each in self.former:  # the second needs no Python any more: it also ends a process that hangs
-            signal.signal(each, signal.SIG_DFL)
-        if is_main_process():
-            os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
+        if self.number is None:
+            self.number, self.noted = number, time.monotonic()
+            if is_main_process():
+                os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
+        elif time.monotonic() > self.noted + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def restore(self) -> None:
         for number, handler in self.former.items():
@@ -1630,7 +1660,15 @@ def train(settings: argparse.Namespace) -> int:
     started, processes = time.perf_counter(), join_processes()
     data = prepare_tokens(settings)
     session = open_session(settings, processes, data, make_model(settings, data.tokenizer))
-    progress = resume(folder, session.model, session.optimiser, session.guard) if settings.resume else Progress()
+    progress = Progress()
+    if settings.resume:
+        progress = resume(folder, session.model, session.optimiser, session.guard, settings.weights)
+        if progress.step > settings.max_steps:
+            raise UserError(f"--max-steps {settings.max_steps} is less than the {progress.step} steps that {folder} "
+                            "has done")
+        if progress.step == settings.max_steps and read_json(folder / "metrics.json").get("status") == "finished":
+            say("nothing is left to do: for more steps, --max-steps")
+            return 0
     describe(session)
     folder, bigram = None, math.nan
     if is_main_process():
@@ -1743,9 +1781,12 @@ class Run:
         rate = learning_rate(step - 1, settings)
         line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": rate}
         if values["skip"]:
-            line["skipped"] = values["skipped"]
-            say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}, windows from "
-                f"{(step - 1) * self.session.rows} of the training order")
+            rows, order = self.session.rows, self.session.order
+            starts = [str(order.start(number)) for number in range((step - 1) * rows, step * rows)]
+            line |= {"skipped": values["skipped"], "windows": " ".join(starts)}
+            say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its windows of "
+                f"{order.context} tokens begin at tokens {', '.join(starts[:8])}{', ...' if rows > 8 else ''} of "
+                "train.bin (all of them: metrics.jsonl)")
         is_report = step % self.report_every == 0 or step == settings.max_steps
         if is_report:
             seconds_per_step = (self.progress.seconds - self.reported[1]) / (step - self.reported[0])
@@ -1761,7 +1802,7 @@ class Run:
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
                             f"{values['in_a_row']:.0f} steps skipped in a row); the last good checkpoint is "
                             f"{self.last_checkpoint()}. Start anew with a lower --lr, or from what was good: "
-                            f"--init {self.folder or 'RUN'} --lr {short(settings.lr / 4)}")
+                            f"--init {shlex.quote(str(self.folder or 'RUN'))} --lr {short(settings.lr / 4)}")
         return values["stop"] > 0
 
     def last_checkpoint(self) -> Path | str:
@@ -1818,7 +1859,8 @@ class Run:
 
     def finish(self, status: str) -> None:
         """The table, a sample, and how to go on."""
-        results, session, script = self.results(), self.session, Path(sys.argv[0]).name
+        results, session = self.results(), self.session
+        script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
         if not self.folder or results["best_validation_loss"] is None:
             return
         for name, value in results.items():
@@ -1828,10 +1870,10 @@ class Run:
         say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, self.prompt, self.settings)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
         if status == "finished":
-            say(f"Try it: python {script} --init {self.folder} --sample")
+            say(f"Try it: python {script} --init {folder} --sample")
         else:
             python = "python" if session.world == 1 else f"torchrun --nproc_per_node={session.world}"
-            say(f"Stopped after step {results['steps']}. Go on: {python} {script} --resume --output-dir {self.folder}")
+            say(f"Stopped after step {results['steps']}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
@@ -2020,13 +2062,16 @@ def plan(settings: argparse.Namespace) -> int:
     describe(session)
     say(f"one epoch: {len(data.train):,} tokens, {len(data.train) / settings.batch_tokens:,.1f} steps; each evaluation "
         f"reads {len(data.validation):,} tokens")
-    while len(seconds) < 6 and sum(seconds) < PLAN_SECONDS:  # steps of one micro-batch each
+    count = 6
+    while len(seconds) < count:  # steps of one micro-batch each
         batch = session.fetch_batch(0)[: session.micro_batch]
         synchronise(session.device)
         started = time.perf_counter()
         training_step(session, len(seconds), batch)
         synchronise(session.device)
         seconds.append(time.perf_counter() - started)
+        if len(seconds) == 1:  # as many more as there is time for, and as many in every process
+            count = int(agree(session, min(count, 1 + PLAN_SECONDS // seconds[0]), dist.ReduceOp.MIN))
     seconds_per_step = session.rows // (session.micro_batch * session.world) * min(seconds)
     speed, rest = session.speed(1, seconds_per_step), timedelta(seconds=round(seconds_per_step * settings.max_steps))
     say(f"measured: {seconds_per_step:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, "

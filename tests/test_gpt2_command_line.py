@@ -456,6 +456,15 @@ def test_plan_tells_the_figures_and_leaves_no_run(command):
     assert not Path("runs").exists()
 
 
+def test_a_preset_that_gets_few_steps_says_so(command):
+    words = ["--data", "text.txt", *SIZES[: SIZES.index("--max-steps")], "--vocab-size", "300", "--plan"]
+    said = "more --epochs or a smaller --batch-tokens"
+    assert said in command(*words, "--model", "gpt2")[1]
+    for more in (["--model", "gpt2", "--epochs", "50"], ["--model", "gpt2", "--max-steps", "9"], ["--epochs", "1"]):
+        code, out, error = command(*words, *more)
+        assert code == 0 and said not in out, error
+
+
 def test_gpt2_presets_have_the_published_sizes():
     """Parameters as counted on the published checkpoints: 124M, 355M, 774M, 1558M."""
     expected = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -586,4 +595,5 @@ def test_prompts_that_are_not_utf8_are_one_line(trained):
         done = subprocess.run(
             [sys.executable, SCRIPT, *words], cwd=trained, input=prompts, capture_output=True, timeout=120
         )
-        assert done.returncode == 2 and done.stderr == b"error: the prompt 'caf\\udce9' is not UTF-8 text\n", done.stderr
+        assert done.returncode == 2
+        assert done.stderr == b"error: the prompt 'caf\\udce9' is not UTF-8 text\n"

@@ -1,9 +1,11 @@
 """Harm done to gpt2_from_scratch.py for real: killed, stopped, out of disk, given bombs. Long versions: -m slow."""
 
+import argparse
 import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -223,18 +225,19 @@ gpt2.training_step = step
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_checkpoint_table_plot_and_the_command_to_go_on(start, undisturbed, tmp_path, number, code):
-    process = start(tmp_path, *RECIPE, "--output-dir", "run", code=WAIT_IN_STEP)
+    process = start(tmp_path, *RECIPE, "--output-dir", "my run", code=WAIT_IN_STEP)
     wait_for(tmp_path / "in step")
     process.send(number)
     (tmp_path / "go on").touch()
     assert process.wait() == code
     assert process.err == "\nstopping after this step and saving; a second signal stops at once\n"
-    assert "best validation loss" in process.out and (tmp_path / "run/training_loss.png").exists()
-    assert (tmp_path / "run/checkpoints/step-00000006").is_dir()
-    told = process.out.strip().splitlines()[-1].partition("Go on: python gpt2_from_scratch.py ")[2]
-    process = start(tmp_path, *told.split())
+    assert "best validation loss" in process.out and (tmp_path / "my run/training_loss.png").exists()
+    assert (tmp_path / "my run/checkpoints/step-00000006").is_dir()
+    told = shlex.split(process.out.strip().splitlines()[-1].partition("Go on: python ")[2])
+    assert told == [str(SCRIPT), "--resume", "--output-dir", "my run"]
+    process = start(tmp_path, *told[1:])
     assert process.wait() == 0, process.err
-    assert_ends_as(tmp_path / "run", undisturbed)
+    assert_ends_as(tmp_path / "my run", undisturbed)
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
@@ -245,9 +248,28 @@ def test_a_second_signal_stops_at_once(start, tmp_path, first, second):
     deadline = time.monotonic() + 10
     while "a second signal" not in (tmp_path / "err.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
+    time.sleep(1.1)  # sooner, it would count as the first
     process.send(second)
     assert process.wait() == -second  # a shell reports 128 + its number
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_signal_that_comes_twice_within_a_second_counts_once(monkeypatch):
+    """A scheduler sends it to torchrun and to its processes, and torchrun passes on what it got."""
+    clock, ended = [100.0], []
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
+    request = gpt2.StopRequest()
+    try:
+        for seconds in (0, 0, 0.9):
+            clock[0] = 100 + seconds
+            signal.raise_signal(signal.SIGTERM)
+        assert request.number == signal.SIGTERM and not ended
+        clock[0] = 101.5
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        request.restore()
 
 
 # No room, no permission

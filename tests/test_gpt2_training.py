@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -228,6 +229,18 @@ def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
     assert gpt2.compile_network(session) == ("compiled network", "compiled")
 
 
+def test_compiling_pays_where_the_eager_model_does_not_fit_the_memory(tmp_path, text, monkeypatch):
+    session = make_session(tmp_path, text)
+
+    def run_once(session, network, rows):
+        session.model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpt2, "run_once", run_once)
+    assert gpt2.eager_seconds(session) == math.inf
+    assert all(parameter.grad is None for parameter in session.model.parameters())
+
+
 def test_speed_counts_all_tokens_of_a_step_and_all_processes(tmp_path, text):
     session = make_session(tmp_path, text)
     session.matmul_rate, session.world = 1e9, 2
@@ -328,16 +341,33 @@ def test_a_slow_rise_of_the_loss_is_divergence():
 
 
 def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys):
-    original = gpt2.open_session
+    original, poisoned = gpt2.open_session, []
 
     def open_and_poison(*arguments):
         session = original(*arguments)
         poison(session, {13}, math.nan)  # counted with the evaluation batches
+        poisoned_network = session.network
+
+        def network(inputs, targets):
+            loss = poisoned_network(inputs, targets)
+            if not torch.isfinite(loss):
+                poisoned.append(torch.cat([inputs, targets[:, -1:]], dim=1).numpy())
+            return loss
+
+        session.network = network
         return session
 
     monkeypatch.setattr(gpt2, "open_session", open_and_poison)
     assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 50, "--output-dir", "run") == 0
-    assert "skipped: loss nan" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "skipped: loss nan" in said
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    (line,) = [json.loads(line) for line in lines if "windows" in line]
+    starts = line["windows"].split()
+    assert ", ".join(starts) in said and len(starts) == 8
+    train = np.fromfile(next(Path("cache").glob("tokens-*/train.bin")), np.uint16)
+    read = np.stack([train[int(start) : int(start) + 33] for start in starts])
+    assert any(np.array_equal(read, batch) for batch in poisoned)
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["status"] == "finished" and metrics["results"]["skipped_steps"] == 1
 
@@ -581,6 +611,30 @@ def test_more_steps_can_be_asked_for(command, text):
     assert gpt2.find_checkpoints(Path("run"))[0].name == "step-00000006"
 
 
+def test_a_finished_run_has_nothing_left_to_resume(command, text, capsys):
+    """Nothing of it changes, not even the time of a file."""
+    assert command("--data", text, *SIZES, "--max-steps", 4, "--output-dir", "run") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    for words in ([], ["--max-steps", 4]):
+        capsys.readouterr()
+        assert command("--resume", "--output-dir", "run", *words) == 0
+        assert capsys.readouterr().out.endswith("nothing is left to do: for more steps, --max-steps\n")
+    assert command("--resume", "--output-dir", "run", "--max-steps", 3) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --max-steps 3 is less than the 4 steps") and error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_a_micro_batch_that_no_longer_divides_can_be_chosen_anew(command, text, tmp_path):
+    """As after resuming with more processes."""
+    session = make_session(tmp_path, text, "--micro-batch", "8")
+    with pytest.raises(gpt2.UserError, match=r"give --micro-batch auto$"):
+        gpt2.complete_settings(session.settings, session.order, 2)
+    assert command("--data", text, *SIZES, "--micro-batch", 2, "--max-steps", 4, "--output-dir", "run") == 0
+    assert command("--resume", "--output-dir", "run", "--micro-batch", "auto", "--max-steps", 6) == 0
+    assert json.loads(Path("run/metrics.json").read_text())["configuration"]["micro_batch"] == 8
+
+
 def test_weights_that_training_only_makes_worse_stay_the_best_checkpoint(command, text, uninterrupted):
     """Fine-tuning with an absurd learning rate: what --init gave can still be had, and the run be resumed."""
     words = ["--data", text, "--init", uninterrupted, "--lr", 5, "--batch-tokens", 256, "--eval-every", 2]
@@ -607,6 +661,32 @@ def test_a_run_that_died_before_its_first_step_is_resumed_from_the_weights_of_in
             command(*words, "--output-dir", "run")
     assert command("--resume", "--output-dir", "run") == 0
     assert "resumed from run/checkpoints/step-00000000" in capsys.readouterr().out
+    assert_bit_identical(weights_of(Path("run"), 3), weights_of(Path("straight"), 3))
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_the_weights_of_init_are_needed_only_until_the_first_checkpoint(
+    command, text, uninterrupted, monkeypatch, capsys, has_checkpoint
+):
+    shutil.copytree(weights_in(uninterrupted), "source")
+    config = json.loads(Path("source/config.json").read_text())
+    weights = load_file("source/model.safetensors")
+    weights["transformer.wte.weight"] = F.pad(weights["transformer.wte.weight"], (0, 0, 0, 43))
+    save_file(weights, "source/model.safetensors")  # rows for more tokens than the tokenizer has
+    Path("source/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    words = ["--data", text, "--init", "source", "--batch-tokens", 256, "--max-steps", 3]
+    assert command(*words, "--output-dir", "straight") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2.Run, "loop", lambda self, request: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            command(*words, "--output-dir", "run")
+    if not has_checkpoint:
+        shutil.rmtree("run/checkpoints/step-00000000")
+        assert command("--resume", "--output-dir", "run") == 0
+        assert_bit_identical(weights_of(Path("run"), 3), weights_of(Path("straight"), 3))
+        return
+    shutil.rmtree("source")
+    assert command("--resume", "--output-dir", "run") == 0, capsys.readouterr().err
     assert_bit_identical(weights_of(Path("run"), 3), weights_of(Path("straight"), 3))
 
 
@@ -687,6 +767,27 @@ def test_two_processes_equal_one(command, text, tmp_path):
     assert [entry[2] for entry in one] == pytest.approx([entry[2] for entry in two], rel=1e-5)
     a, b = weights_of(Path("one"), 6), weights_of(Path("two"), 6)
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+
+
+def test_a_plan_of_two_processes_tries_as_many_steps_in_each(text, tmp_path, monkeypatch):
+    """Whichever is the slower one: otherwise one would wait for the other for ever."""
+    monkeypatch.setitem(globals(), "DRIVER", DRIVER.replace("sys.exit", SLOW_AND_FAST + "sys.exit"))
+    done = torchrun("--data", text, *SIZES, "--max-steps", "6", "--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"steps of {rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+
+
+SLOW_AND_FAST = """
+gpt2.PLAN_SECONDS = 1e-9 if os.environ["RANK"] == "0" else 1e9
+original_step = gpt2.training_step
+
+def step(session, number, batch):
+    with open(f"steps of {{session.rank}}", "a") as file:
+        file.write(str(number))
+    return original_step(session, number, batch)
+
+gpt2.training_step = step
+"""
 
 
 def test_an_error_that_all_processes_meet_is_printed_once(text, tmp_path):

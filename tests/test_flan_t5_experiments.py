@@ -95,10 +95,13 @@ class KeptByTheFusedKernel:
         self.dropout = lambda x, p=0.5, training=True, inplace=False: Dropout.apply(x) if training and p else x
 
 
-@pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 1), (64, 8, 16, 96, 2, 3)])
+@pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 2), (64, 8, 16, 96, 2, 3)])
 @pytest.mark.parametrize("batch, source, target", [(2, 96, 32), (3, 40, 72), (2, 256, 64)])
-def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch, source, target):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch, source, target, checkpointing):
     """Every tensor that a real forward pass of transformers and PEFT under bf16 autocast hands to autograd, in bytes.
+
+    With checkpointing, what the layers keep while they are computed for the first time is not handed on.
 
     Where CUDA differs from a CPU its behaviour is put in place: fused attention, boolean dropout masks, pow in fp32.
     """
@@ -118,6 +121,8 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     model = flan.transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     args = flan.parse_arguments([])
     model = flan.add_lora(model.to(torch.bfloat16), args).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -136,6 +141,16 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
         flan.token_mean_loss(output, tokens[:, source:], batch * target)
     found = sum(size for size, _ in storages.values())
     copies = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)  # autocast's, of the adapter
+    if checkpointing:
+        # Outside the layers, and little where there are many: after them a norm (6 bytes a number) and two dropout
+        # masks, the encoder's output (2 bytes), the boolean masks of attention, and the softmax of the loss.
+        found -= batch * (source + target) * width * 8 + batch * source * width * 2
+        found -= batch * source * (source + target) + batch * target * 512 * 4
+        # With so large a vocabulary the loss, 14 bytes a logit, is what the plan adds to the layers' inputs and biases.
+        config.vocab_size = 10**6
+        predicted = flan.activation_bytes(config, args.lora_r, batch, source, target, checkpointing=True)
+        assert predicted - 14 * batch * target * 10**6 == pytest.approx(found, rel=0.03)
+        return
     # Of the loss only its softmax (4 bytes a logit) is kept; the plan also counts logits and gradients, 14 in all.
     predicted = flan.activation_bytes(config, args.lora_r, batch, source, target) - 10 * batch * target * 512
     assert predicted == pytest.approx(found - copies, rel=0.02)

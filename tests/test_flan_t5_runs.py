@@ -287,6 +287,21 @@ def test_the_truncated_share_is_printed(command, data, model_folder, tmp_path, f
     assert 0 < shares["train"] < 1
     for split, share in shares.items():
         assert f"{ROWS[split]} {split} ({share:.1%} truncated)" in done.out
+    assert "references are cut" not in done.out
+
+
+def test_the_share_of_cut_references_is_printed(command, data, model_folder, tmp_path, flan):
+    """Of the training rows, for only there are they labels; a reference of just as many tokens is not cut."""
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+    lengths = [len(tokenizer(row["summary"]).input_ids) for row in rows]
+    limit = sorted(lengths)[len(lengths) // 2]
+    share = np.mean([length > limit for length in lengths])
+    assert 0 < share < 1 and limit in lengths
+    done = command("--model", model_folder, "--dataset", data, "--max-steps", "1", "--max-target-length", limit,
+                   "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    assert f"{share:.1%} of the training references are cut to {limit} tokens" in done.out
 
 
 def test_the_last_lines_name_the_files_and_a_command_that_works(trained, command, tmp_path):

@@ -157,6 +157,18 @@ def test_summaries_of_a_file_and_of_standard_input(command, trained, rows, tmp_p
     assert done.out == "".join(row["prediction"] + "\n" for row in rows)
 
 
+def test_a_dialogue_that_is_cut_is_named(flan, command, trained, model_folder, tmp_path):
+    """On standard error; one that has just the permitted length is not cut."""
+    chats = ["Ada: hi", "Ada: hello Femi, how are you?", "Ada: hi"]
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    limit = len(tokenizer("summarize: " + chats[0]).input_ids)
+    (tmp_path / "chats.txt").write_text("\n\n".join(chats))
+    done = command("--summarize", "chats.txt", "--adapter", trained.folder, "--max-source-length", limit, cwd=tmp_path)
+    assert done.code == 0 and len(done.out.splitlines()) == 3, done
+    lines = [line for line in done.err.splitlines() if line.startswith("dialogue")]
+    assert lines == [f"dialogue 2: cut to {limit} tokens (--max-source-length)"]
+
+
 def test_dialogues_typed_at_a_terminal_are_answered_one_by_one(trained, rows):
     """An empty line ends a dialogue, which is summarised before the next is typed; Ctrl-D ends the last and leaves."""
     terminal, stdin = pty.openpty()

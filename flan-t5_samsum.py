@@ -674,19 +674,22 @@ def encode(tokenizer, texts, limit):
 
 
 def tokenize(data, tokenizer, args):
-    """Adds input_ids and labels (lists of token ids, the end token last) and `truncated` (bool) to each split.
+    """Adds input_ids and labels (lists of token ids, the end token last) to each split, and whether they were cut:
+    `truncated` and `labels_truncated` (bool).
 
     `Dataset.map` reuses an explicitly named cache file whatever is in it, so everything that the tokens depend on is in
-    the name: the rows, the tokenizer, the prefix and both lengths.
+    the name: the rows, the tokenizer, the prefix and both lengths. And the new columns.
     """
+    columns = ("input_ids", "truncated", "labels", "labels_truncated")
 
     def preprocess(batch):
-        sources, truncated = encode(tokenizer, [PREFIX + text for text in batch["dialogue"]], args.max_source_length)
-        labels, _ = encode(tokenizer, batch["summary"], args.max_target_length)
-        return {"input_ids": sources, "labels": labels, "truncated": truncated}
+        sources = encode(tokenizer, [PREFIX + text for text in batch["dialogue"]], args.max_source_length)
+        labels = encode(tokenizer, batch["summary"], args.max_target_length)
+        return dict(zip(columns, (*sources, *labels), strict=True))
 
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME) / "tokenized"
-    settings = [tokenizer.backend_tokenizer.to_str(), PREFIX, args.max_source_length, args.max_target_length]
+    settings = [tokenizer.backend_tokenizer.to_str(), PREFIX, args.max_source_length, args.max_target_length,
+                columns]
     result = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1591,7 +1594,7 @@ def load_for_training(args, device, precision):
     folder = find_model(args.model, args.cache_dir)
     tokenizer, config = load_tokenizer_and_config(folder)
     data = tokenize(load_data(args), tokenizer, args)
-    cut = np.mean(encode(tokenizer, list(data["train"]["summary"]), args.max_target_length)[1])
+    cut = np.mean(data["train"]["labels_truncated"])
     if cut:
         say(f"{cut:.1%} of the training references are cut to {args.max_target_length} tokens (--max-target-length)")
     steps = number_of_steps(args, len(data["train"]))

@@ -1045,19 +1045,17 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.number, self.first_received = 0, None
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        now = time.monotonic()
-        if self.first_received is not None:
-            if number != self.number or now - self.first_received > 1:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        self.number, self.first_received = number, now
-        say("\nstopping after this step and saving (once more: stop at once)", file=sys.stderr)
+        if not self.number:
+            self.number, self.received = number, time.monotonic()
+            say("\nstopping after this step and saving (once more: stop at once)", file=sys.stderr)
+        elif number != self.number or time.monotonic() - self.received > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __call__(self):
         return bool(self.number)
@@ -2103,7 +2101,8 @@ def lr_find(args):
     try:
         trainer.train()
     except BaseException as error:
-        if not (isinstance(error, NotFinite) and test.losses):  # else it has diverged: the end of the test
+        has_diverged = isinstance(error, NotFinite) and test.losses  # which is how the test ends
+        if not has_diverged:
             if is_main_process():
                 shutil.rmtree(run)
             if isinstance(error, KeyboardInterrupt):

@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
     python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                      # what that will cost, beforehand
     python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt             # go on from OpenAI's weights
+    python gpt2_from_scratch.py --init openai-community/gpt2 --evaluate my.txt         # their loss on a text
     python gpt2_from_scratch.py --resume                      # continue the newest run exactly where it stopped
     python gpt2_from_scratch.py --export my-gpt2/             # the newest run's best model, for transformers
     tensorboard --logdir runs                                 # watch all runs
@@ -14,9 +15,9 @@
 A run leaves in runs/<name>/: checkpoints/ (each loads in Hugging Face transformers as it is), metrics.jsonl (the log),
 metrics.json (configuration, versions, device, results), training_loss.png and TensorBoard events.
 
-The sections, in the order in which the data flows: 1 Command line (first, so that --help answers before PyTorch is
-loaded), 2 Model, 3 Hugging Face, 4 Tokenizer, 5 Documents, 6 Tokens, 7 Optimiser, 8 Checkpoints, 9 Generation,
-10 Training step, 11 Evaluation, 12 Session (how it runs on this machine), 13 Training run, 14 Main.
+Sections 2 to 7 are the heart: 2 Model, 3 Data, 4 Optimiser, 5 Training step, 6 Evaluation, 7 Generation. Around it:
+1 Settings (first, so that --help answers before PyTorch is loaded), 8 Machine (device, precision, processes,
+compilation), 9 Hugging Face, 10 Checkpoints, 11 Training run (the loop and its log), 12 Other commands, 13 Main.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import contextlib
 import gc
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -35,56 +37,38 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
+import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
-# ---------- 1. Command line -------------------------------------------------------------------------------------------
+# ---------- 1. Settings -----------------------------------------------------------------------------------------------
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
-    "nano": {"layers": 4, "heads": 4, "width": 128, "context": 64, "lr": 4e-3, "batch_tokens": 1024,
+    "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 4e-3, "batch_tokens": 1024,
              "max_steps": 1500, "vocab_size": 1024},
-    "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "lr": 6e-4, "batch_tokens": 2**19},
-    "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024, "lr": 3e-4, "batch_tokens": 2**19},
-    "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
-    "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024, "lr": 2e-4, "batch_tokens": 2**20},
+    "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 6e-4, "batch_tokens": 2**19},
+    "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "block_size": 1024, "lr": 3e-4, "batch_tokens": 2**19},
+    "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
+    "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "block_size": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
-FINE_TUNING = {"model": None, "lr": 1e-4, "batch_tokens": None}  # with --init, without --model; tokens: about 2^15
-DEFAULTS = {
-    "model": "nano", "init": None, "dropout": 0.0,
-    "data": "stdlib", "glob": "*", "text_column": "text", "limit": None, "tokenizer": None, "vocab_size": 50257,
-    "val_fraction": None, "schedule": "cosine", "warmup_steps": None, "weight_decay": 0.1, "micro_batch": "auto",
-    "epochs": 1.0, "max_steps": None, "eval_every": None, "seed": 0, "dtype": "auto", "compile": True,
-    "deterministic": True, "output_dir": None, "cache_dir": "cache", "resume": False, "plan": False, "sample": None,
-    "export": None, "max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1,
-}
-# What settings hold besides the flags: the model's name; the folder that --init means; which token files are in use;
-# where downloads go (None: to Hugging Face's cache); whether the run is long enough to be compiled; the vocabulary of
-# the model (None: not made yet), which with --init may be larger than the tokenizer's.
-NOT_FLAGS = {"name": None, "weights": None, "fingerprint": None, "hub_cache": None, "compile_pays": None,
-             "model_vocab_size": None}
-FREE_ON_RESUME = {"output_dir", "cache_dir", "resume", "max_steps", "micro_batch"}  # the rest stays as the run had it
+FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init and without --model
 
 
 class UserError(Exception):
     """Something the user can mend. main() prints it as one line, and the script ends with exit code 2."""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
-
-
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """An argparse type: an int or a float from `low` (not included with `above`) to `high`."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or value == math.inf or (above and value == low):
             limits = f"{'above' if above else 'at least'} {low}" + (f", at most {high}" if high < math.inf else "")
@@ -95,76 +79,137 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
+COUNT, SHARE = number(int, 1), number(float, 0, 0.5, above=True)
+
+
+def count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else COUNT(text)
+
+
+def flag(default: Any, help: str, kind: Callable | None = None, **options: Any) -> Any:
+    """A field of Settings. `free`: may differ when a run is resumed; all other options are argparse's."""
+    return field(default=default, metadata={"help": help, "free": False, "type": kind} | options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line says: every field with a help text is a flag, `lr` is --lr.
+
+    None means that the value follows from something else: the preset, the weights of --init, or the data. What follows
+    from the preset is filled in by resolve_settings(), what follows from the data by complete_settings().
+    """
+
+    # model
+    model: str | None = flag("nano", "a preset of the sizes below (default: nano)", choices=list(PRESETS))
+    init: str | None = flag(None, "start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run (without "
+                            "--model: --lr 1e-4 and about 32768 --batch-tokens by default)", metavar="WHAT")
+    layers: int | None = flag(None, "transformer blocks", COUNT)
+    heads: int | None = flag(None, "attention heads per block", COUNT)
+    width: int | None = flag(None, "size of the residual stream", COUNT)
+    block_size: int | None = flag(None, "tokens that the model sees at once", COUNT)
+    dropout: float = flag(0.0, "on embeddings, attention weights and residual branches (default: 0)",
+                          number(float, 0, 0.99))
+    # data
+    data: str = flag("stdlib", "stdlib (default); a text, .jsonl or .parquet file or a folder of such, also as .gz or "
+                     ".zst; or a data set on the Hub as owner/name or owner/name:subset, which is streamed",
+                     metavar="WHAT")
+    glob: str = flag("*", "files of a folder, for example '*.py' (default: every file with text)", metavar="PATTERN")
+    text_column: str = flag("text", "column of .jsonl, .parquet and Hub data (default: text)", metavar="NAME")
+    limit: int | None = flag(None, "only the first N documents, to try things", COUNT)
+    split_on_eot: bool = flag(False, "take <|endoftext|> in a text as the border between two documents (by default it "
+                              "is text like any other)")
+    tokenizer: str | None = flag(None, "bpe, trained on the data (default; with --init: that model's own), bytes, gpt2 "
+                                 "(from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt",
+                                 metavar="WHAT")
+    vocab_size: int = flag(50257, "of --tokenizer bpe (default: 50257; nano: 1024)", number(int, 257, 2**20))
+    val_fraction: float | None = flag(None, "share of the text held out for validation (default: 0.05, at most about "
+                                      "20 million characters)", SHARE)
+    # training
+    lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
+    optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest",
+                          choices=["adamw", "muon"])
+    schedule: str = flag("cosine", "cosine down to a tenth (default), or warm-up-stable-decay: constant, then linear "
+                         "to zero over the last fifth", choices=["cosine", "wsd"])
+    warmup_steps: int | None = flag(None, "linear warm-up (default: a twentieth, at most 2000)", number(int, 0))
+    weight_decay: float = flag(0.1, "of matrices; the rest has none (default: 0.1)", number(float, 0, 10))
+    batch_tokens: int | None = flag(None, "tokens per optimiser step, all processes together", COUNT)
+    micro_batch_size: int | str = flag("auto", "sequences per forward pass and process; the rest accumulates (default: "
+                                       "auto, what fits)", count_or_auto, free=True)
+    gradient_checkpointing: bool = flag(False, "keep one activation per block and compute the others anew in the "
+                                        "backward pass: much less memory, a quarter to a third slower", free=True)
+    shard_optimizer: bool = flag(False, "several processes: each keeps the optimiser's state of its own share of the "
+                                 "parameters (ZeRO-1): less memory, one more exchange per step", free=True)
+    epochs: float = flag(1.0, "passes over the data (default: 1)", number(float, 0, above=True))
+    max_steps: int | None = flag(None, "optimiser steps, whatever --epochs says (nano: 1500)", COUNT, free=True)
+    eval_every: int | None = flag(None, "steps from one evaluation, sample and checkpoint to the next (default: a "
+                                  "fifth of all, at most 1000)", COUNT)
+    seed: int = flag(42, "of everything that is random (default: 42)", number(int, 0, 2**32 - 1))
+    dtype: str = flag("auto", "default: bf16 on a GPU that has it, fp16 with a dynamic loss scale on an older one; on "
+                      "a GPU, fp32 is TF32", choices=["auto", "bf16", "fp16", "fp32"])
+    compile: bool = flag(True, "run eagerly, also where torch.compile works")
+    deterministic: bool = flag(True, "let a GPU use faster kernels whose rounding varies from run to run: a resumed "
+                               "one is then only close to an uninterrupted one")
+    # files
+    output_dir: str | None = flag(None, "folder of this run (default: runs/gpt2-nano-<data>-lr=<lr>; of the other "
+                                  "presets: runs/<preset>-<data>-lr=<lr>)", metavar="DIR", free=True)
+    cache_dir: str = flag("cache", "token files, and downloads if given (default: cache, and Hugging Face's)",
+                          metavar="DIR", free=True)
+    resume: bool = flag(False, "go on from the last checkpoint of --output-dir (default: of the newest run)", free=True)
+    # instead of training
+    sample: str | None = flag(None, "continue PROMPT with the model of --init (default: the newest run); without "
+                              "PROMPT, every line of standard input", nargs="?", const="", metavar="PROMPT")
+    evaluate: str | None = flag(None, "loss, perplexity and bits per byte of the model of --init (default: the newest "
+                                "run) on all text of DATA, which is as for --data (default: the run's validation text)",
+                                nargs="?", const="", metavar="DATA")
+    export: str | None = flag(None, "write the model of --init (default: the newest run) for transformers",
+                              metavar="DIR")
+    plan: bool = flag(False, "print parameters, memory, FLOPs, speed, time to the end; the data is tokenised first: if "
+                      "it is large, add --limit")
+    # sampling
+    max_new_tokens: int = flag(200, "longest continuation (default: 200)", COUNT)
+    temperature: float = flag(0.8, "0 takes the likeliest token (default: 0.8)", number(float, 0, 100))
+    top_k: int = flag(50, "of the N likeliest tokens only; 0: of all (default: 50)", number(int, 0))
+    top_p: float = flag(1.0, "of the likeliest tokens that together reach probability P (default: 1)",
+                        number(float, 0, 1, above=True))
+    num_samples: int = flag(1, "continuations in one batch (default: 1)", number(int, 1, 1024))
+    # no flags, but what resolve_settings() finds: the folder that --init means; where downloads go
+    weights: str | None = None
+    hub_cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model, for folders and titles."""
+        return self.model or Path(self.init).name
+
+
+FLAGS = {field.name: field for field in fields(Settings) if field.metadata}
+GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "files", "sample": "instead of training",
+          "max_new_tokens": "sampling"}  # which flag begins which group of --help
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A flag that was not given is None; resolve_settings() fills in what it is then."""
+    """Read the command line. A flag that was not given is None: resolve_settings() makes Settings of it."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    count, off = number(int, 1), {"action": "store_false", "default": None}
-
-    flag = parser.add_argument_group("model").add_argument
-    flag("--model", choices=PRESETS, help="a preset of the sizes below (default: nano)")
-    flag("--init", metavar="WHAT", help="start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run "
-         "(without --model: --lr 1e-4 and about 32768 --batch-tokens by default)")
-    flag("--layers", type=count, metavar="N", help="transformer blocks")
-    flag("--heads", type=count, metavar="N", help="attention heads per block")
-    flag("--width", type=count, metavar="N", help="size of the residual stream")
-    flag("--context", type=count, metavar="N", help="tokens that the model sees at once")
-    flag("--dropout", type=number(float, 0, 0.99), metavar="P",
-         help="on embeddings, attention weights and residual branches (default: 0)")
-
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="WHAT", help="stdlib (default), a text file, a folder, a .jsonl or .parquet file, or a data "
-         "set on the Hub as owner/name or owner/name:subset, which is streamed")
-    flag("--glob", metavar="PATTERN", help="files of a folder, for example '*.py' (default: every text file)")
-    flag("--text-column", metavar="NAME", help="column of .jsonl, .parquet and Hub data (default: text)")
-    flag("--limit", type=count, metavar="N", help="only the first N documents, to try things")
-    flag("--tokenizer", metavar="WHAT", help="bpe, trained on the data (default; with --init: that model's own), "
-         "bytes, gpt2 (from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt")
-    flag("--vocab-size", type=number(int, 257, 2**20), metavar="N",
-         help="of --tokenizer bpe (default: 50257; nano: 1024)")
-    flag("--val-fraction", type=number(float, 0, 0.5, above=True), metavar="P", help="share of documents (of a single "
-         "one: its end) held out for validation (default: 0.05, at most about 20 million characters)")
-
-    flag = parser.add_argument_group("training").add_argument
-    flag("--lr", type=number(float, 0, 10, above=True), metavar="X", help="peak learning rate (default: the preset's)")
-    flag("--schedule", choices=["cosine", "wsd"], help="cosine down to a tenth (default), or warm-up-stable-decay: "
-         "constant, then linear to zero over the last fifth")
-    flag("--warmup-steps", type=number(int, 0), metavar="N", help="linear warm-up (default: a twentieth, at most 2000)")
-    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="of matrices; the rest has none (default: 0.1)")
-    flag("--batch-tokens", type=count, metavar="N", help="tokens per optimiser step, all processes together")
-    flag("--micro-batch", type=lambda text: text if text == "auto" else count(text), metavar="N",
-         help="sequences per forward pass and process; the rest accumulates (default: auto, what fits)")
-    flag("--epochs", type=number(float, 0, above=True), metavar="X", help="passes over the data (default: 1)")
-    flag("--max-steps", type=count, metavar="N", help="optimiser steps, whatever --epochs says (nano: 1500)")
-    flag("--eval-every", type=count, metavar="N", help="steps from one evaluation, sample and checkpoint to the next "
-         "(default: a fifth of all, at most 1000)")
-    flag("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="of everything that is random (default: 0)")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], help="default: bf16 on a GPU that has it; there, fp32 is TF32")
-    flag("--no-compile", dest="compile", **off, help="run eagerly, also where torch.compile works")
-    flag("--no-deterministic", dest="deterministic", **off, help="let a GPU use faster kernels whose rounding varies "
-         "from run to run: a resumed one is then only close to an uninterrupted one")
-
-    flag = parser.add_argument_group("files").add_argument
-    flag("--output-dir", metavar="DIR", help="folder of this run (default: runs/gpt2-nano-<data>-lr=<lr>; of the other "
-         "presets: runs/<preset>-<data>-lr=<lr>)")
-    flag("--cache-dir", metavar="DIR", help="token files, and downloads if given (default: cache, and Hugging Face's)")
-    flag("--resume", action="store_true", default=None,
-         help="go on from the last checkpoint of --output-dir (default: of the newest run)")
-
-    flag = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
-    flag("--sample", nargs="?", const="", metavar="PROMPT", help="continue PROMPT with the model of --init (default: "
-         "the newest run); without PROMPT, every line of standard input")
-    flag("--export", metavar="DIR", help="write the model of --init (default: the newest run) for transformers")
-    flag("--plan", action="store_true", default=None, help="print parameters, memory, FLOPs, speed, time to the end; "
-         "the data is tokenised first: if it is large, add --limit")
-
-    flag = parser.add_argument_group("sampling").add_argument
-    flag("--max-new-tokens", type=count, metavar="N", help="longest continuation (default: 200)")
-    flag("--temperature", type=number(float, 0, 100), metavar="X", help="0 takes the likeliest token (default: 0.8)")
-    flag("--top-k", type=number(int, 0), metavar="N", help="of the N likeliest tokens only; 0: of all (default: 50)")
-    flag("--top-p", type=number(float, 0, 1, above=True), metavar="P",
-         help="of the likeliest tokens that together reach probability P (default: 1)")
-    flag("--num-samples", type=number(int, 1, 1024), metavar="N", help="continuations in one batch (default: 1)")
+    for name, setting in FLAGS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+            group = group.add_mutually_exclusive_group() if name == "sample" else group
+        options = {key: value for key, value in setting.metadata.items() if key != "free" and value is not None}
+        word = "--" + name.replace("_", "-")
+        if setting.type is bool:
+            word, action = ("--no-" + word[2:], "store_false") if setting.default else (word, "store_true")
+            options |= {"action": action}
+        elif "choices" not in options and "metavar" not in options:
+            options["metavar"] = "X" if setting.type in (float, float | None) else "N"
+        group.add_argument(word, dest=name, default=None, **options)
     return parser.parse_args(argv)
 
 
@@ -182,9 +227,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---------- Helpers of all sections: printing, JSON, folders ----------------------------------------------------------
+# ---------- Helpers of all sections: printing, processes, files -------------------------------------------------------
+
+T = TypeVar("T")
 
 
 def is_main_process() -> bool:
@@ -198,18 +247,34 @@ def say(text: str = "", end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-@contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    """What stands in this block the first process does first; the others follow when it is done."""
-    if dist.is_initialized() and not is_main_process():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_main_process():
-        dist.barrier()
+def plural(count: int, noun: str) -> str:
+    """1 step, 1,500 steps."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def on_main_process(task: Callable[[], T]) -> T:
+    """What `task` returns, which the first process does while the others wait. If it fails, all processes do."""
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = task()
+        except Exception as failure:
+            error = failure
+    if dist.is_initialized():
+        message = error if error is None or isinstance(error, UserError) else UserError(first_line(error))
+        outcome = [result, message]
+        dist.broadcast_object_list(outcome, src=0, group=PATIENT_GROUP)
+        result, error = outcome[0], error or outcome[1]
+    if error:
+        raise error
+    return result
+
+
+PATIENT_GROUP = None  # the processes once more, for waits that may take days: see join_processes()
 
 
 def read_json(path: Path) -> dict:
@@ -226,10 +291,23 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Under a temporary name first, so that whoever reads the file finds the old content or the new."""
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all: a reader finds the old content or the new."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.incomplete")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file (or the list of a folder's files) is on the disk: a rename must never overtake the content."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> Path:
@@ -245,20 +323,13 @@ def make_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when it is complete and on disk: after a crash it is there or not.
-
-    Until then it is called <name>.tmp-<process id>. A folder that already has the name is replaced.
-    """
-    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    """A folder to fill, called <name>.incomplete until it is whole and on disk. One that has the name is replaced."""
+    part = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
-        for path in [*part.iterdir(), part] if os.name == "posix" else ():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        remove_folder(folder)
-        os.rename(part, folder)
+        finish_folder(part, folder)
     except OSError as error:
         if error.filename is None:  # a full disk does not say where it is
             raise OSError(error.errno, error.strerror, str(folder)) from None
@@ -267,12 +338,41 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def finish_folder(part: Path, folder: Path) -> None:
+    for path in [*part.iterdir(), part]:
+        sync(path)
+    remove_folder(folder)
+    os.rename(part, folder)
+    sync(folder.parent)
+
+
 def remove_folder(folder: Path) -> None:
-    """Rename first: half-deleted, a folder must not pass for a complete one."""
+    """Rename first: half-deleted, a folder must not pass for a whole one."""
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.tmp-deleted")
+        doomed = folder.with_name(f"{folder.name}.deleted.incomplete")
         os.rename(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Take the lock of a file or folder: its descriptor, which holds it until it is closed or the process dies.
+
+    None when another process has it (with `wait`, wait for that one), and -1 where the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return -1
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # some network file systems
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 # ---------- 2. Model --------------------------------------------------------------------------------------------------
@@ -286,13 +386,13 @@ class GPTConfig:
     """The geometry of a GPT-2."""
 
     vocab_size: int  # tokens of the tokenizer
-    context: int = 1024  # the longest sequence; positions are learned, so there is no going beyond it
+    block_size: int = 1024  # the longest sequence; positions are learned, so there is no going beyond it
     layers: int = 12
     heads: int = 12
     width: int = 768
     dropout: float = 0.0  # Radford et al. trained with 0.1; for one pass over much data 0 is better
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name != "dropout" and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -306,10 +406,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all tokens so far, (layers, B, H, context, D): a new token costs one token's work."""
+    """Keys and values of all tokens so far, (layers, B, H, size, D): a new token costs one token's work."""
 
-    def __init__(self, config: GPTConfig, batch: int, device: torch.device):
-        shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
+    def __init__(self, config: GPTConfig, batch: int, size: int, device: torch.device):
+        shape = (config.layers, batch, config.heads, size, config.width // config.heads)
         self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.length = 0  # tokens so far, counted by GPT.forward()
 
@@ -335,11 +435,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+        dropout, mask = self.dropout if self.training else 0.0, None
         if cache:
             k, v = cache.update(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        # softmax(q k^T / sqrt(D)) v. A single new token sees all before it; several only ever fill an empty cache.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+            if cache.length and T > 1:  # new token i has position length + i and sees the positions up to that
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        # softmax(q k^T / sqrt(D)) v. A single new token sees all that came before it, and needs no mask.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -379,8 +481,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # in training, keep only the input of every block (Chen et al. 2016)
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
+        self.wpe = nn.Embedding(config.block_size, config.width)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
@@ -407,7 +510,6 @@ class GPT(nn.Module):
                 cache: KVCache | None = None) -> torch.Tensor:
         """From tokens (B, T) to logits (B, T, padded V); with `cache`, to those of the last token, (B, 1, padded V).
 
-        The cache must be empty, or T be 1.
         With `targets` (B, T) to the summed cross-entropy in nats, a scalar; targets of -1 do not count. The sum, not
         the mean, because sums of micro-batches add up to exactly the batch's sum.
         """
@@ -415,7 +517,10 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
@@ -442,150 +547,18 @@ def flops_per_token(config: GPTConfig) -> float:
     is no product; the token embedding counts once, as the head.
     """
     matrices = config.layers * 12 * config.width**2 + config.vocab_size * config.width
-    return 6 * matrices + 12 * config.layers * config.width * config.context
+    return 6 * matrices + 12 * config.layers * config.width * config.block_size
 
 
-# ---------- 3. Hugging Face -------------------------------------------------------------------------------------------
-
-TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Hugging Face keeps OpenAI's (in, out) layout
-MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
-HF_NAMES = {  # our name: that in Hugging Face's GPT2Config
-    "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
-}
-# Settings of GPT2Config that change the function. With another value it is another model, not GPT-2.
-PLAIN_GPT2 = {
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-}
-
-
-def load_pretrained(folder: Path, context: int | None = None, dropout: float = 0.0) -> GPT:
-    """A GPT from a Hugging Face folder: config.json and safetensors, with or without the prefix `transformer.`.
-
-    A shorter `context` drops the positions beyond it. Raises UserError for anything but a plain, complete GPT-2.
-    """
-    settings = read_json(folder / "config.json")
-    for name, value in PLAIN_GPT2.items():
-        if settings.get(name, value) != value:
-            raise UserError(f"{folder} is no plain GPT-2: {name} is {settings[name]!r}")
-    sizes = {ours: settings.get(theirs) for ours, theirs in HF_NAMES.items()}
-    learned = GPTConfig(**sizes, dropout=dropout)
-    if settings.get("n_inner") not in (None, 4 * learned.width):
-        raise UserError(f"{folder} is no plain GPT-2: n_inner is {settings['n_inner']}")
-    if context and context > learned.context:
-        raise UserError(f"--context {context} is more than the {learned.context} positions that {folder} has learned")
-
-    index = folder / "model.safetensors.index.json"
-    shards, weights = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}, {}
-    if not isinstance(shards, dict):
-        raise UserError(f"{index} has no weight_map")
-    for file in sorted(set(shards.values())):
-        try:
-            weights.update(load_file(folder / file))
-        except FileNotFoundError:
-            raise UserError(f"{folder} has no {file} (other formats are not read: they can carry code)") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is damaged ({first_line(error)})") from None
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-
-    model = GPT(GPTConfig(**sizes | {"context": context or learned.context}, dropout=dropout))
-    learned_rows = {"wte.weight": learned.vocab_size, "wpe.weight": learned.context}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in weights:
-                raise UserError(f"{folder} lacks the weight {name}")
-            tensor = weights[name].t() if name.endswith(TRANSPOSED) else weights[name]
-            expected = (learned_rows.get(name, len(parameter)), *parameter.shape[1:])
-            if tensor.shape != expected:
-                raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not {expected}")
-            rows = min(len(tensor), len(parameter))  # fewer of wpe with a shorter context, more of wte with padding
-            parameter.zero_()
-            parameter[:rows] = tensor[:rows]
-    return model
-
-
-def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what transformers' GPT2LMHeadModel and AutoTokenizer load; the vocabulary's padding rows stay behind."""
-    config, end = model.config, tokenizer.token_to_id(END_OF_TEXT)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu()[: config.vocab_size if name == "wte.weight" else None]
-        weights[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, "initializer_range": 0.02,
-        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        "bos_token_id": end, "eos_token_id": end,
-    })
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file() lets nobody else read it
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
-        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
-    })
-
-
-HUB_SECONDS = 10  # how long the Hub has to answer
-OFFLINE = "Offline, copy its files into a folder and give that:"
-
-
-def why_no_hub() -> str | None:
-    """Why the Hub cannot be used, in one line; None when it answers.
-
-    Asked before any download, because the Hub's client tries again for minutes when nothing answers. In a thread,
-    because looking up a name knows no time limit.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    reason = f"{constants.ENDPOINT} did not answer within {HUB_SECONDS} seconds"
-
-    def ask():
-        nonlocal reason
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-            reason = None
-        except Exception as error:  # whichever HTTP library the client uses, it has error classes of its own
-            reason = f"{constants.ENDPOINT}: {first_line(error)}"
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS + 1)
-    return reason
-
-
-def is_hub_id(name: str) -> bool:
-    """owner/name, and no mistyped path: there the folder exists, or the name ends like a file's."""
-    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COLUMN_FILES)
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not is_path
-
-
-def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> Path:
-    """The folder `name`, or the files of that model on the Hub: from the cache when there is no connection."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not is_hub_id(name):
-        raise UserError(f"{flag} {name}: no such folder, and no Hub id (owner/name) either")
-    from huggingface_hub import errors, snapshot_download
-
-    reason = why_no_hub()
-    try:
-        where = {"cache_dir": cache_dir, "local_files_only": bool(reason)}
-        return Path(snapshot_download(name, allow_patterns=patterns, **where))
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{flag} {name}: the Hub has no such model (or it is private: `hf auth login`)") from None
-    except Exception as error:
-        raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). {OFFLINE} "
-                        f"{flag} FOLDER") from None
-
-
-# ---------- 4. Tokenizer ----------------------------------------------------------------------------------------------
+# ---------- 3. Data ---------------------------------------------------------------------------------------------------
+#
+# From files or the Hub to documents, from documents to two files of tokens (train.bin and validation.bin, with an
+# end-of-text token before each document), and from those to sequences in a seeded order.
 
 END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "validation")
+
+# Tokenizer: text <-> tokens
 
 
 def byte_level(bpe: models.BPE) -> Tokenizer:
@@ -624,6 +597,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return as_plain_text(tokenizer)
 
 
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+
+
 def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     """Switch off what would change a text: cutting, padding, and reading "<|endoftext|>" in it as more than letters."""
     tokenizer.no_truncation()
@@ -645,47 +621,48 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-# ---------- 5. Documents ----------------------------------------------------------------------------------------------
+# Sources: documents in parts, so that a large one never has to fit the memory
 
-SPLITS = ("train", "validation")
-COLUMN_FILES = (".jsonl", ".parquet")
+Part = tuple[bool, str]  # does a document begin here? And text of it
+PIECE = 2**18  # characters: long documents are tokenised in parts of about this size, so that one keeps all cores busy
+LINE_END = re.compile(r"\S\n(?=\S)")
+COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
 # The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
 STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 
 
 @dataclass
 class Source:
-    """Where documents come from."""
+    """Where documents come from: files, or a stream of the Hub."""
 
     name: str  # for the run's folder
     identity: list  # all that its text depends on, for the fingerprint of its token files
-    documents: Callable[[], Iterator[str]]  # begins anew at each call
-    files: list[Path]  # empty for a data set on the Hub, which is streamed
+    files: list[Path]  # empty for a stream
+    read: Callable[[Any], Iterator[Part]]  # the parts of a file; of a stream, from a position (None: its start) on
+    position: Callable[[], dict] | None = None  # of a stream: behind the last row that was read
 
 
-def open_source(settings: argparse.Namespace) -> Source:
+class NotText(Exception):
+    """A file that holds no UTF-8 text, and why."""
+
+
+def open_source(settings: Settings) -> Source:
     """Find what --data names. Raises UserError when there is nothing, or nothing that can be read."""
     path, column = Path(settings.data), settings.text_column
     if settings.data != "stdlib" and not path.exists():
         return open_hub_source(settings)
     if settings.data == "stdlib":
-        root, name, has_columns = Path(sysconfig.get_paths()["stdlib"]), "stdlib", False
+        root, name = Path(sysconfig.get_paths()["stdlib"]), "stdlib"
         files = list_files(root, "*.py", STDLIB_SKIP)
     elif path.is_dir():
-        root, name = path, path.resolve().name
-        files, has_columns = list_files(path, settings.glob), settings.glob.endswith(COLUMN_FILES)
+        root, name, files = path, path.resolve().name, list_files(path, settings.glob)
     else:
-        root, name, files, has_columns = path.parent, path.stem, [path], path.suffix in COLUMN_FILES
+        root, name, files = path.parent, path.name.split(".")[0], [path]
     if not files:
         raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
-
-    def documents() -> Iterator[str]:
-        for file in files:
-            yield from read_column(file, column) if has_columns else read_text(file, is_alone=len(files) == 1)
-
     identity = [[file.relative_to(root).as_posix(), *size_and_mtime(file)] for file in files]
-    first = lambda: itertools.islice(filter(None, documents()), settings.limit)
-    return Source(name, [identity, column if has_columns else None], first, files)
+    has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
+    return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
 
 
 def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
@@ -704,19 +681,19 @@ def size_and_mtime(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_text(file: Path, is_alone: bool) -> Iterator[str]:
-    """The text of a UTF-8 file, without byte-order mark and carriage returns. In a folder, other files are left out."""
-    content = file.read_bytes()
-    with contextlib.suppress(UnicodeDecodeError):
-        if b"\0" not in content:
-            yield content.decode("utf-8-sig").replace("\r\n", "\n")
-            return
-    if is_alone:
-        raise UserError(f"{file} is not UTF-8 text")
+def kind_of(file: Path) -> str:
+    """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
+    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
 
 
-def read_column(file: Path, column: str) -> Iterator[str]:
-    """One column of a .jsonl or .parquet file. Raises UserError with the place when it is broken or no text."""
+def read_file(file: Path, column: str) -> Iterator[Part]:
+    """A column of a .jsonl or .parquet file, a document per row; any other file as one document.
+
+    Raises NotText for a file that is none, and UserError with the place for broken rows.
+    """
+    if kind_of(file) not in COLUMN_FILES:
+        yield from ((number == 0, piece) for number, piece in enumerate(pieces(read_text(file))))
+        return
     for place, row in read_rows(file, column):
         if not isinstance(row, dict) or column not in row:
             columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
@@ -724,69 +701,134 @@ def read_column(file: Path, column: str) -> Iterator[str]:
         text = row[column] if row[column] is not None else ""
         if not isinstance(text, str):
             raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
-        yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+        yield True, text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """The text of a UTF-8 file piece by piece, without byte-order mark and carriage returns."""
+    try:
+        with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
+            while text := stream.read(PIECE):
+                if "\0" in text:
+                    raise NotText("binary")
+                yield text
+    except UnicodeDecodeError:
+        raise NotText("not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)})") from None
+
+
+def open_bytes(file: Path) -> io.IOBase:
+    """The content of a file, decompressed if its suffix says so."""
+    if file.suffix not in COMPRESSED:
+        return open(file, "rb")
+    import pyarrow
+
+    return pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip")
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing."""
+    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing.
+
+    Not read by `datasets`, which guesses types: texts that look like dates would become dates.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    line_number = 0
     try:
-        if file.suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(file)
+        if kind_of(file) == ".parquet":
+            is_plain = file.suffix not in COMPRESSED
+            table = pyarrow.parquet.ParquetFile(file if is_plain else pyarrow.BufferReader(open_bytes(file).read()))
             columns = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=columns, batch_size=1000):
                 yield from ((str(file), row) for row in batch.to_pylist())
             return
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+        with open_bytes(file) as lines:
+            for line_number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
+                    yield f"{file}, line {line_number}", json.loads(line.decode("utf-8-sig"))
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}{f', line {number}' if number else ''} cannot be read ({first_line(error)})") from None
+        place = f", line {line_number}" if line_number else ""
+        raise UserError(f"{file}{place} cannot be read ({first_line(error)})") from None
 
 
-def open_hub_source(settings: argparse.Namespace) -> Source:
+def pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
+    text, searched = "", 0
+    for more in texts:
+        text += more
+        while match := LINE_END.search(text, max(PIECE, searched)):
+            yield text[: match.end()]
+            text, searched = text[match.end() :], 0
+        searched = max(0, len(text) - 2)
+    yield text
+
+
+def open_hub_source(settings: Settings) -> Source:
     """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
     repo, _, subset = settings.data.partition(":")
     if not is_hub_id(repo):
         raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
-    from huggingface_hub import HfApi, errors
+    commit, reason = ask_hub(repo, "dataset", "--data")
+    note = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
+    if commit:
+        make_folder(note.parent)
+        write_json(note, {"commit": commit})
+    elif not note.exists():
+        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER")
+    rows, commit = None, read_json(note)["commit"]
 
-    reason, note = why_no_hub(), Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
-    try:
-        if not reason:
-            make_folder(note.parent)
-            write_json(note, {"commit": HfApi().dataset_info(repo, timeout=HUB_SECONDS).sha})
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"--data {repo}: the Hub has no such data set (or it is private: `hf auth login`)") from None
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"--data {repo}: the Hub refuses it ({first_line(error)})") from None
-    if not note.exists():
-        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER "
-                        "--glob '*.parquet'")
-    commit = read_json(note)["commit"]
-
-    def documents() -> Iterator[str]:
+    def read(position: dict | None) -> Iterator[Part]:
+        nonlocal rows
         if reason:
             raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
                             f"({reason}). {OFFLINE} --data FOLDER")
         import datasets
 
         try:
-            for row in datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit):
+            rows = datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit)
+            if position:
+                rows.load_state_dict(position)
+            for row in rows:
                 if settings.text_column not in row:
                     raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                yield str(row[settings.text_column] or "")
+                yield True, str(row[settings.text_column] or "")
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets
-            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)})") from None
+            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)}); what is tokenised is "
+                            "kept, and the same command goes on behind it") from None
 
-    first = lambda: itertools.islice(filter(None, documents()), settings.limit)
-    return Source(repo.split("/")[1], [settings.data, commit, settings.text_column], first, [])
+    identity = [settings.data, commit, settings.text_column]
+    return Source(repo.split("/")[1], identity, [], read, lambda: rows.state_dict())
+
+
+def documents_of(parts: Iterable[Part], settings: Settings, before: int = 0) -> Iterator[Part]:
+    """Without empty documents, split at <|endoftext|> if that was asked for, and no more than --limit documents.
+
+    `before`: how many documents came before these parts.
+    """
+    begins = False
+    for starts, text in parts:
+        begins |= starts
+        for index, stretch in enumerate(text.split(END_OF_TEXT) if settings.split_on_eot else [text]):
+            if index:
+                begins, stretch = True, stretch.lstrip("\n")
+            if not stretch:
+                continue
+            before += begins
+            if settings.limit and before > settings.limit:
+                return
+            yield begins, stretch
+            begins = False
+
+
+# Split: which text is for training, which for validation. It is a share of the text and not of the documents, as a few
+# large documents may hold most of it; and it goes by the hash of a document, so that equal ones are on one side.
+
+VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
+TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
 def content_hash(text: str) -> int:
@@ -794,50 +836,103 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
+class FileSplit:
+    """Of files, all of whose text is known before the first token is written.
 
-
-def split_documents(source: Source, val_fraction: float | None) -> tuple[Callable[[], Iterator], int | None]:
-    """How to iterate over (split, document), and the length of all text (None for a stream: it is not read for that).
-
-    A document is held out by the hash of its content, so equal documents never stand on both sides. At least one is for
-    validation; if there is only one, its end is. `val_fraction` None: 0.05, or less to stay at VALIDATION_TEXT.
+    Documents are held out in the order of their hashes until they make up the share; the one that would go beyond is
+    cut, and its end held out (a single document, too).
     """
-    lowest, highest, length = math.inf, -math.inf, 0
-    for text in source.documents() if source.files else ():
-        value = content_hash(text)
-        lowest, highest, length = min(lowest, value), max(highest, value), length + len(text)
-    if source.files and not length:
-        raise UserError(f"--data {source.name}: there is no text in it")
-    share = val_fraction or min(0.05, VALIDATION_TEXT / max(1, length))
-    threshold = max(int(share * 2**64), lowest + 1 if source.files else 0)
 
-    def labelled() -> Iterator[tuple[str, str]]:
-        room, held_out = VALIDATION_TEXT if val_fraction is None else math.inf, set()  # of a stream: the first ones
-        for text in source.documents():
-            if lowest == highest:  # a single document
-                end = round(len(text) * (1 - share))
-                yield from (("train", text[:end]), ("validation", text[end:]))
-                return
+    def __init__(self, source: Source, settings: Settings):
+        self.hashes, self.lengths, self.left_out = array("Q"), array("Q"), {}
+        for file in source.files:
+            known = len(self.hashes)
+            try:
+                self.measure(documents_of(source.read(file), settings, known))
+                reason = "empty" if len(self.hashes) == known else None
+            except NotText as error:
+                reason = str(error)
+                del self.hashes[known:], self.lengths[known:]
+            if settings.limit and known == settings.limit:
+                break
+            if reason:
+                self.left_out[file] = reason
+        if not self.hashes:
+            only = source.files[0] if len(source.files) == 1 else None
+            if self.left_out.get(only, "empty") != "empty":
+                raise UserError(f"{only} is not UTF-8 text")
+            raise UserError(f"--data {source.name}: there is no text in it")
+        self.characters = sum(self.lengths)
+        share = settings.val_fraction or min(0.05, VALIDATION_TEXT / self.characters)
+        self.border, self.tail = border(np.array(self.hashes), np.array(self.lengths), share)
+
+    def measure(self, parts: Iterator[Part]) -> None:
+        """Note hash and length of each document."""
+        for begins, text in parts:
+            if begins:
+                digest = hashlib.blake2b(digest_size=8)
+                self.hashes.append(0)
+                self.lengths.append(0)
+            digest.update(text.encode("utf-8"))
+            self.hashes[-1] = int.from_bytes(digest.digest(), "big")
+            self.lengths[-1] += len(text)
+
+    def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
+        """(split, does a document begin, text) for the parts of all files, in the order in which they were measured."""
+        documents = iter(zip(self.hashes, self.lengths, strict=True))
+        for begins, text in parts:
+            if begins:
+                value, length = next(documents, (None, None))
+                if value is None:
+                    raise UserError(FILE_CHANGED)
+                done, cut = 0, length if value > self.border else 0  # the first `cut` characters are for training
+                if value == self.border:
+                    cut = length - round(length * self.tail)
+            here = min(max(0, cut - done), len(text))
+            if text[:here]:
+                yield "train", begins, text[:here]
+            if text[here:]:
+                yield "validation", done + here == cut, text[here:]
+            done += len(text)
+
+
+def border(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
+    """The hash below which documents are held out, and which end (0 to 1) of those that have just this hash."""
+    values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
+    totals = np.bincount(index, lengths)
+    ends, wanted = np.cumsum(totals), share * totals.sum()
+    place = min(int(np.searchsorted(ends, wanted)), len(values) - 1)  # the first document that reaches the share
+    missing = wanted - (ends[place] - totals[place])
+    if missing <= TOLERANCE * wanted:
+        return int(values[place]), 0.0
+    if ends[place] - wanted <= TOLERANCE * wanted and place < len(values) - 1:
+        return int(values[place]), 1.0
+    return int(values[place]), float(missing / totals[place])
+
+
+class StreamSplit:
+    """Of a stream, whose text is not known beforehand: by the hash alone, without --val-fraction the first ones."""
+
+    def __init__(self, settings: Settings):
+        self.share = settings.val_fraction or 0.05
+        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
+        self.held_out, self.characters, self.left_out = set(), None, {}
+
+    def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
+        for begins, text in parts:
             value = content_hash(text)
-            if value < threshold and (room > 0 or value in held_out):
-                held_out.add(value)
-                room -= len(text)
-                yield "validation", text
+            if value < self.share * 2**64 and (self.room > 0 or value in self.held_out):
+                self.held_out.add(value)
+                self.room -= len(text)
+                yield "validation", begins, text
             else:
-                yield "train", text
-
-    return labelled, length or None
+                yield "train", begins, text
 
 
-# ---------- 6. Tokens -------------------------------------------------------------------------------------------------
-#
-# Documents become two files of tokens, train.bin and validation.bin, with an end-of-text token before each document.
-# They lie in the cache under a fingerprint of everything they depend on: a second run reads them at once.
+# Token files: they lie in the cache under a fingerprint of everything they depend on, and a second run reads them
 
-PIECE = 2**18  # characters: long documents are tokenised in pieces of about this size, so that one keeps all cores busy
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
-LINE_END = re.compile(r"\S\n(?=\S)")
+SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 
 
 @dataclass
@@ -845,33 +940,56 @@ class TokenData:
     """The two token files of a data set, and what is known of them."""
 
     tokenizer: Tokenizer
-    facts: dict  # facts.json: the source's name, and by split: documents, tokens, bytes of text
-    train: np.memmap  # (tokens,) of uint16 or uint32
-    validation: np.memmap
+    facts: dict  # facts.json: the source's name; by split its documents, tokens, characters, bytes; what was left out
+    train: np.ndarray  # (tokens,) of uint16 or uint32, memory-mapped
+    validation: np.ndarray
+    fingerprint: str = ""
 
 
-def prepare_tokens(settings: argparse.Namespace) -> TokenData:
-    """Token files for these settings: from the cache, or made now, by the first process while the others wait."""
+def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenData:
+    """Token files for these settings: from the cache, or made now, by the first process while the others wait.
+
+    `fingerprint`: of a resumed run, which needs its tokens and not the data.
+    """
     cache = Path(settings.cache_dir)
-    if settings.fingerprint and (cache / f"tokens-{settings.fingerprint}").exists():
-        return open_tokens(cache / f"tokens-{settings.fingerprint}")  # a resumed run needs its tokens, not the data
-    with main_process_first():
-        source, tokenizer, vocab_size = open_source(settings), None, settings.vocab_size
-        if settings.tokenizer == "bytes":
-            vocab_size = 257
-        elif settings.tokenizer != "bpe":
-            name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
-            tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
-        kind = tokenizer.to_str() if tokenizer else vocab_size
-        identity = [source.identity, settings.limit, settings.val_fraction, kind]
-        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        if settings.fingerprint not in (None, fingerprint):
-            raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are "
-                            f"no longer in {cache}: start a new run")
-        settings.fingerprint, folder = fingerprint, cache / f"tokens-{fingerprint}"
-        if not folder.exists():
-            write_tokens(folder, source, settings.val_fraction, tokenizer, vocab_size)
-        return open_tokens(folder)
+    if not fingerprint or not (cache / f"tokens-{fingerprint}").exists():
+        fingerprint = on_main_process(lambda: make_tokens(settings, fingerprint))
+    return open_tokens(cache / f"tokens-{fingerprint}")
+
+
+def make_tokens(settings: Settings, expected: str | None) -> str:
+    """Write the token files unless they are there, and return their fingerprint. UserError if another is expected."""
+    cache, source, tokenizer, vocab_size = Path(settings.cache_dir), open_source(settings), None, settings.vocab_size
+    if settings.tokenizer == "bytes":
+        vocab_size = 257
+    elif settings.tokenizer != "bpe":
+        name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
+        tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
+    kind = tokenizer.to_str() if tokenizer else vocab_size
+    identity = ["2", source.identity, settings.limit, settings.val_fraction, settings.split_on_eot, kind]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    if expected not in (None, fingerprint):
+        raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
+                        f"longer in {cache}: start a new run")
+    folder = make_folder(cache) / f"tokens-{fingerprint}"
+    part = folder.with_name(f"{folder.name}.incomplete")
+    while not folder.exists():
+        part.mkdir(exist_ok=True)
+        descriptor = lock(part, wait=True)  # another run may be making the same files
+        try:
+            if part.exists() and not folder.exists():
+                write_tokens(part, source, settings, tokenizer, vocab_size)
+                finish_folder(part, folder)
+        except BaseException as error:
+            if source.files and isinstance(error, Exception):  # of a stream, the shards that are finished stay
+                shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
+                raise OSError(error.errno, error.strerror, str(folder)) from None
+            raise
+        finally:
+            if descriptor not in (None, -1):
+                os.close(descriptor)
+    return fingerprint
 
 
 def open_tokens(folder: Path) -> TokenData:
@@ -882,107 +1000,136 @@ def open_tokens(folder: Path) -> TokenData:
         if not file.exists() or file.stat().st_size != facts["tokens"][split] * dtype.itemsize:
             raise UserError(f"{file} is damaged: delete {folder}, and it is made anew")
     streams = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS)
-    return TokenData(load_tokenizer(folder), facts, *streams)
+    return TokenData(load_tokenizer(folder), facts, *streams, folder.name.removeprefix("tokens-"))
 
 
-def write_tokens(folder: Path, source: Source, val_fraction: float | None, tokenizer: Tokenizer | None,
-                 vocab_size: int) -> None:
-    """Train a tokenizer, unless there is one, and turn all documents into the files of `folder`."""
-    for part in make_folder(folder.parent).glob("tokens-*.tmp-*"):  # of processes that were killed
-        if time.time() - part.stat().st_mtime > 86400:
-            shutil.rmtree(part, ignore_errors=True)
+def write_tokens(part: Path, source: Source, settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Train a tokenizer, unless there is one, and turn all documents into the files of the folder `part`."""
     started, before = time.perf_counter(), [size_and_mtime(file) for file in source.files]
-    documents, length = split_documents(source, val_fraction)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(training_text(documents()), vocab_size)
-        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training documents "
-            f"in {time.perf_counter() - started:.1f} s")
+    split = FileSplit(source, settings) if source.files else StreamSplit(settings)
+    note = read_json(part / "position.json") if (part / "position.json").exists() else {}
+    if note:  # of a stream that broke off
+        tokenizer, split.room, split.held_out = load_tokenizer(part), note["room"], set(note["held_out"])
+        say(f"going on behind the {plural(sum(note['facts']['tokens'].values()), 'token')} of the last start")
+    elif tokenizer is None:
+        shards = labelled_shards(source, split if source.files else StreamSplit(settings), settings)
+        tokenizer = train_tokenizer(training_text(itertools.chain.from_iterable(shards)), vocab_size)
+        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training text in "
+            f"{time.perf_counter() - started:.1f} s")
+    tokenizer.save(str(part / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    facts = {"name": source.name, "dtype": dtype.name}
-    facts |= {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
-    with new_folder(folder) as part:
-        bar = tqdm(total=length, unit="char", unit_scale=True, desc="tokenising", disable=None)  # at terminals only
-        with open(part / "train.bin", "wb") as train, open(part / "validation.bin", "wb") as validation, bar:
-            outputs = {"train": train, "validation": validation}
-            for characters in tokenise(documents(), tokenizer, outputs, facts):
-                bar.update(characters)
-        for split in SPLITS:
-            if facts["tokens"][split] < 2:  # one to read and one to predict
-                raise UserError(f"too little text fell to {split} (--val-fraction says how much does)")
-        if before != [size_and_mtime(file) for file in source.files]:
-            raise UserError(f"--data {source.name}: a file changed while it was being read")
-        tokenizer.save(str(part / "tokenizer.json"))
-        write_json(part / "facts.json", facts)
+    facts = note.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
+        name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "characters", "bytes")}
+    facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
+    bar = tqdm(total=split.characters, unit="char", unit_scale=True, desc="tokenising", disable=None, ncols=79)
+    with contextlib.ExitStack() as stack:
+        outputs = {name: stack.enter_context(open(part / f"{name}.bin", "ab")) for name in SPLITS}
+        for name, file in outputs.items():
+            file.truncate(facts["tokens"][name] * dtype.itemsize)
+        stack.enter_context(bar)
+        done = sum(facts["documents"].values())
+        for shard in labelled_shards(source, split, settings, note.get("stream"), done):
+            for name, tokens, begins, text in tokenise(shard, tokenizer):
+                outputs[name].write(np.array(tokens, dtype).tobytes())
+                count_part(facts, name, tokens, begins, text)
+                bar.update(len(text))
+            if not source.files:
+                for name, file in outputs.items():
+                    file.flush()
+                    sync(part / f"{name}.bin")
+                write_json(part / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
+                                                    "held_out": sorted(split.held_out)})
+    for name in SPLITS:
+        if facts["tokens"][name] < 2:  # one to read and one to predict
+            raise UserError(f"too little text fell to {name} (--val-fraction says how much does)")
+    if before != [size_and_mtime(file) for file in source.files]:
+        raise UserError(FILE_CHANGED)
+    write_json(part / "facts.json", facts)
+    (part / "position.json").unlink(missing_ok=True)
     documents, size, tokens = (sum(facts[name].values()) for name in ("documents", "bytes", "tokens"))
-    seconds = time.perf_counter() - started
-    say(f"tokenised: {documents:,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens in {seconds:.1f} s")
+    say(f"tokenised: {plural(documents, 'document')}, {size / 1e6:.1f} MB, {plural(tokens, 'token')} in "
+        f"{time.perf_counter() - started:.1f} s")
 
 
-def training_text(documents: Iterator[tuple[str, str]]) -> Iterator[str]:
+FILE_CHANGED = "--data: a file changed while it was being read"
+
+
+def labelled_shards(source: Source, split: FileSplit | StreamSplit, settings: Settings, position: dict | None = None,
+                    before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
+    """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
+    if source.files:
+        files = (source.read(file) for file in source.files if file not in split.left_out)
+        yield split.label(documents_of(itertools.chain.from_iterable(files), settings))
+        return
+    rows = source.read(position)
+    while (shard := list(itertools.islice(rows, SHARD))) and before < (settings.limit or math.inf):
+        parts = list(documents_of(shard, settings, before))
+        before += len(parts)
+        yield split.label(parts)
+
+
+def training_text(labelled: Iterator[tuple[str, bool, str]]) -> Iterator[str]:
     """Text for the tokenizer: of the training documents only."""
     left = TOKENIZER_TEXT
-    for text in (text for split, document in documents if split == "train" for text in pieces(document)):
+    for text in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
         left -= len(text)
         if left < 0:
             return
         yield text
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
-    start = 0
-    while len(text) - start > PIECE and (match := LINE_END.search(text, start + PIECE)):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
-
-
-def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, outputs: dict, facts: dict) -> Iterator[int]:
-    """Write every document's tokens to the file of its split, and count. Yields how many characters are done."""
+def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) -> Iterator[tuple]:
+    """(split, tokens, does a document begin, text): pieces of the documents, each begun with an end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    parts = ((split, text, i == 0) for split, document in documents for i, text in enumerate(pieces(document)))
+    parts = ((split, begins and index == 0, piece) for split, begins, text in labelled
+             for index, piece in enumerate(pieces([text])))
     while batch := list(itertools.islice(parts, 64)):  # shared out among the cores
-        encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-        for (split, text, begins), encoding in zip(batch, encodings, strict=True):
-            tokens = np.array([end, *encoding.ids] if begins else encoding.ids, facts["dtype"])
-            outputs[split].write(tokens.tobytes())
-            for name, amount in (("documents", int(begins)), ("tokens", len(tokens)), ("bytes", len(text.encode()))):
-                facts[name][split] += amount
-        yield sum(len(text) for _, text, _ in batch)
+        encodings = tokenizer.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
+        for (split, begins, text), encoding in zip(batch, encodings, strict=True):
+            yield split, [end, *encoding.ids] if begins else encoding.ids, begins, text
+
+
+def count_part(facts: dict, split: str, tokens: list[int], begins: bool, text: str) -> None:
+    amounts = {"documents": int(begins), "tokens": len(tokens), "characters": len(text), "bytes": len(text.encode())}
+    for name, amount in amounts.items():
+        facts[name][split] += amount
+    facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
 
 
 class TrainingOrder:
-    """Which windows of the token stream each training step reads: a seeded permutation, without replacement.
+    """Which sequences each training step reads: a seeded permutation, without replacement.
 
-    An epoch cuts the stream at a random offset into windows of `context` + 1 tokens that overlap by one (so each token
-    is a target once), and visits all of them in random order. A position in this endless order is one whole number, so
-    the step tells where a resumed run is, and neither micro-batch nor processes change what a step learns from.
+    An epoch cuts the token stream at a random offset into sequences of `block_size` + 1 tokens that overlap by one (so
+    each token is a target once), and visits all of them in random order. A position in this endless order is one whole
+    number, so the step tells where a resumed run is, and neither micro-batch nor processes change what a step learns
+    from.
     """
 
-    def __init__(self, tokens: np.ndarray, context: int, seed: int):
-        if len(tokens) <= context:
-            raise UserError(f"too little text: {len(tokens):,} training tokens do not fill one context of {context}")
-        self.tokens, self.context, self.seed, self.epoch = tokens, context, seed, -1
-        self.per_epoch = max(1, (len(tokens) - context) // context)  # windows that fit after any offset
+    def __init__(self, tokens: np.ndarray, block_size: int, seed: int):
+        if len(tokens) <= block_size:
+            raise UserError(f"too little text: {len(tokens):,} training tokens do not fill one block of {block_size}")
+        self.tokens, self.block_size, self.seed, self.epoch = tokens, block_size, seed, -1
+        self.per_epoch = max(1, (len(tokens) - block_size) // block_size)  # sequences that fit after any offset
 
-    def windows(self, first: int, count: int) -> np.ndarray:
-        """Windows number `first` to `first + count` of the order: (count, context + 1) of int64."""
-        starts = [self.start(number) for number in range(first, first + count)]
-        return np.stack([self.tokens[start : start + self.context + 1] for start in starts]).astype(np.int64)
+    def sequences(self, first: int, count: int) -> np.ndarray:
+        """Sequences number `first` to `first + count` of the order: (count, block_size + 1) of int64."""
+        starts = [self.start(position) for position in range(first, first + count)]
+        return np.stack([self.tokens[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
 
-    def start(self, number: int) -> int:
-        """The token at which window `number` starts."""
-        epoch, index = divmod(number, self.per_epoch)
+    def start(self, position: int) -> int:
+        """The token at which the sequence at this position of the order starts."""
+        epoch, index = divmod(position, self.per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng([self.seed, epoch])
-            self.offset = int(random.integers(len(self.tokens) - self.per_epoch * self.context))
+            self.offset = int(random.integers(len(self.tokens) - self.per_epoch * self.block_size))
             self.order, self.epoch = random.permutation(self.per_epoch), epoch
-        return self.offset + int(self.order[index]) * self.context
+        return self.offset + int(self.order[index]) * self.block_size
 
 
-# ---------- 7. Optimiser ----------------------------------------------------------------------------------------------
+# ---------- 4. Optimiser ----------------------------------------------------------------------------------------------
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # and the largest gradient norm: Brown et al. 2020, appendix B
+MOMENTUM = 0.95  # of Muon
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
@@ -992,15 +1139,124 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def learning_rate(step: int, settings: argparse.Namespace) -> float:
+def make_optimisers(model: GPT, settings: Settings, is_sharded: bool = False) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Sharded, each process keeps the state of a part of the parameters (ZeRO stage 1, Rajbhandari et al. 2020), updates
+    those, and sends them to the others: the numbers are the same.
+    """
+
+    def make(kind: type, groups: list[dict], **options: Any) -> torch.optim.Optimizer:
+        return ZeroRedundancyOptimizer(groups, kind, **options) if is_sharded else kind(groups, **options)
+
+    groups, optimisers = parameter_groups(model, settings.weight_decay), []
+    if settings.optimizer == "muon":
+        hidden = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in model.h.named_parameters() if p.dim() == 2}
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in hidden]
+        muon_groups = [{"params": [p for p, n in hidden.items() if n == matrices], "matrices": matrices,
+                        "weight_decay": settings.weight_decay} for matrices in (1, 3)]
+        optimisers.append(make(Muon, muon_groups, lr=0.0))
+    return [*optimisers, make(torch.optim.AdamW, groups, lr=0.0, betas=BETAS, fused=True)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is replaced by the nearest orthogonal one (Jordan et al. 2024).
+
+    The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, section 2.2: an update is
+    as large as AdamW's, so both take the same learning rate), but `found_inf`, as for fused AdamW, skips a step without
+    asking the device; a parameter may hold several matrices, one below the other; and those of one shape are handled
+    together.
+    """
+
+    STATE = ("momentum_buffer",)
+
+    def __init__(self, params: list[dict], lr: float):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "matrices": 1})
+        self.found_inf = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        skip = self.found_inf > 0
+        batches: dict[tuple, list] = {}  # shape: (weight, direction) of every matrix with it
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"]
+                gradient = torch.where(skip, momentum, parameter.grad)  # then the momentum stays what it is, to the bit
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                direction = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+                for weight, part in zip(*(tensor.chunk(group["matrices"]) for tensor in (parameter, direction)),
+                                        strict=True):
+                    batches.setdefault((part.shape, group["weight_decay"], group["lr"]), []).append((weight, part))
+        for (shape, weight_decay, rate), pairs in batches.items():
+            rate = torch.where(skip, 0.0, rate)
+            updates = orthogonalise(torch.stack([part for _, part in pairs])).float()
+            for (weight, _), update in zip(pairs, updates, strict=True):
+                weight.mul_(1 - rate * weight_decay).sub_(update * (rate * 0.2 * math.sqrt(max(shape))))
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """(N, rows, columns) to about U V^T of each one's singular value decomposition U S V^T, in bf16.
+
+    Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients: fast rather than exact, the singular
+    values end between about 0.7 and 1.2.
+    """
+    x = matrices.bfloat16()
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+def learning_rate(step: int, settings: Settings) -> float:
     """For step 0, 1, ...: linear warm-up, then cosine to a tenth, or constant and linear to zero (wsd)."""
     warmup, last = settings.warmup_steps, settings.max_steps
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     if settings.schedule == "wsd":  # Hu et al. 2024 (MiniCPM), section 4
-        return settings.lr * min(1.0, (last - step) / max(1, last // 5))
+        return settings.lr * min(1.0, (last - step) / decay_steps(last))
     progress = (step - warmup) / max(1, last - warmup)
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def decay_steps(max_steps: int) -> int:
+    """The last fifth of a warm-up-stable-decay run."""
+    return max(1, max_steps // 5)
+
+
+class LossScale:
+    """Small gradients vanish in fp16: the loss is multiplied before the backward pass, and the gradients divided after.
+
+    Micikevicius et al. 2018, section 3.2. Halved when a gradient overflows, doubled after 2,000 good steps: rule and
+    constants of torch.amp.GradScaler, but decided on the device, so that no step has to wait. Without fp16 it is 1.
+    """
+
+    GROWTH_INTERVAL = 2000
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.enabled = enabled
+        self.state = torch.tensor([2.0**16 if enabled else 1.0, 0.0], device=device)  # scale, good steps with it
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.state[0]
+
+    def overflowed(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Take note of a step. True on the device if its gradients overflowed because the scale was too large."""
+        if not self.enabled:
+            return torch.zeros_like(norm, dtype=torch.bool)
+        scale, steps = self.state.unbind()
+        overflow, grows = ~torch.isfinite(loss + norm), steps + 1 >= self.GROWTH_INTERVAL
+        good = torch.stack([torch.where(grows, 2 * scale, scale), torch.where(grows, 0.0, steps + 1)])
+        bad = torch.stack([torch.clamp(scale / 2, min=1), torch.zeros_like(steps)])
+        self.state = torch.where(overflow, bad, good)
+        return overflow & (scale > 1)
 
 
 class Guard:
@@ -1018,8 +1274,11 @@ class Guard:
         self.state = torch.tensor([0, 0, 0, 0, math.inf, 0, 0], device=device)
 
     @torch.no_grad()
-    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Take note of a step. Returns 1.0 on the device if it must be skipped, otherwise 0.0."""
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor, overflowed: torch.Tensor | bool = False) -> torch.Tensor:
+        """Take note of a step. Returns 1.0 on the device if it must be skipped, otherwise 0.0.
+
+        One that is skipped because fp16 overflowed is no fault: it does not count.
+        """
         steps, mean, variance, mean_norm, lowest, in_a_row, skipped = self.state.unbind()
         is_far = loss > mean + torch.clamp(10 * variance.sqrt(), min=0.5)
         is_steep = norm > torch.clamp(10 * mean_norm, min=CLIP)
@@ -1030,6 +1289,7 @@ class Guard:
         mean, mean_norm = mean + rate * (loss - mean), mean_norm + rate * (norm - mean_norm)
         lowest = torch.where(steps >= self.LEARN, torch.minimum(lowest, mean), lowest)
         good = torch.stack([steps + 1, mean, variance, mean_norm, lowest, torch.zeros_like(steps), skipped])
+        bad = torch.where(torch.as_tensor(overflowed, device=bad.device), self.state, bad)
         self.state = torch.where(skip, bad, good)
         return skip.float()
 
@@ -1038,281 +1298,139 @@ class Guard:
         return state["in_a_row"] >= 10 or state["mean_loss"] > state["lowest"] + 1
 
 
-# ---------- 8. Checkpoints --------------------------------------------------------------------------------------------
-#
-# checkpoints/step-00000500/ is a Hugging Face folder (section 3) with two more files: training.safetensors (AdamW's
-# moments, the guard's statistics) and training.json (step, position in the data, time, best loss). Learning rate and
-# order of the data are functions of step and seed. There is no generator state to keep either: every step seeds all
-# generators from (seed, step, process), see section 10, so that they are restored by knowing the step.
+# ---------- 5. Training step ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What was found out about the machine, and how the model runs on it."""
 
-    step: int = 0  # optimiser steps taken
-    seconds: float = 0.0  # spent on training steps
-    validation_loss: float | None = None  # the last one, nats per token
-    best_loss: float | None = None
-    best_step: int = 0
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
-
-
-def save_checkpoint(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, progress: Progress,
-                    tokenizer: Tokenizer) -> None:
-    """Write a checkpoint; then keep the last two and the best."""
-    tensors = {"guard": guard.state}
-    for name, parameter in model.named_parameters():  # exp_avg, exp_avg_sq and step of each
-        tensors |= {f"{key}.{name}": value.contiguous() for key, value in optimiser.state[parameter].items()}
-    with new_folder(checkpoint_folder(run, progress.step)) as folder:
-        save_pretrained(model, tokenizer, folder)
-        save_file(tensors, folder / "training.safetensors")
-        write_json(folder / "training.json", vars(progress))
-    for old in find_checkpoints(run)[2:]:
-        if old != checkpoint_folder(run, progress.best_step):
-            remove_folder(old)
-
-
-def load_checkpoint(folder: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard) -> Progress:
-    """Fill model, optimiser and guard from a checkpoint. UserError, and nothing is filled, when it is damaged."""
-    saved, values = load_pretrained(folder), read_json(folder / "training.json")
-    shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, model))
-    if shapes != expected:
-        raise UserError(f"{folder} is the checkpoint of a model of another shape")
-    try:
-        progress = Progress(**{name: values[name] for name in vars(Progress())})
-        tensors = load_file(folder / "training.safetensors")
-        keys = ("step", "exp_avg", "exp_avg_sq") if progress.step else ()  # at step 0 there are none yet
-        moments = {parameter: {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
-                   for name, parameter in model.named_parameters()}
-        guard.state.copy_(tensors["guard"])
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"its training state is damaged ({first_line(error)})") from None
-    model.load_state_dict(saved.state_dict())
-    optimiser.state.update(moments)
-    return progress
-
-
-def resume(run: Path, model: GPT, optimiser: torch.optim.AdamW, guard: Guard, weights: str | None) -> Progress:
-    """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so.
-
-    Without any, from the start: with `weights`, those of --init, or else the model as it is.
-    """
-    with main_process_first():
-        for part in (run / "checkpoints").glob("*.tmp-*") if is_main_process() else ():
-            say(f"passed over {part.name}: it was never finished")
-            shutil.rmtree(part, ignore_errors=True)
-        for folder in find_checkpoints(run):
-            try:
-                progress = load_checkpoint(folder, model, optimiser, guard)
-            except UserError as error:
-                say(f"passed over {folder.name}: {error}")
-                damaged = folder.with_name(f"{folder.name}.damaged")
-                remove_folder(damaged)
-                os.rename(folder, damaged)
-                continue
-            say(f"resumed from {folder} ({progress.step:,} steps done)")
-            return progress
-    say(f"no good checkpoint in {run}: starting at step 0")
-    if weights:
-        model.load_state_dict(load_pretrained(Path(weights), model.config.context).state_dict())
-    return Progress()
-
-
-# ---------- 9. Generation ---------------------------------------------------------------------------------------------
-
-
-def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
-                 generator: torch.Generator) -> torch.Tensor:
-    """Draw one token for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest.
-
-    top_k keeps the k likeliest tokens (Fan et al. 2018); top_p the smallest set of them that reaches probability p
-    (Holtzman et al. 2020).
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    if top_k:
-        probabilities[:, top_k:] = 0
-    if top_p < 1:
-        # The sum of the likelier tokens, on the CPU: on a GPU, cumsum is not deterministic.
-        before = probabilities.cpu().cumsum(dim=-1).to(logits.device) - probabilities
-        probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
-
-
-@torch.no_grad()
-def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8,
-             top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
-    """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
-
-    A continuation that has reached `end` stays there; the last yield is when all have. When the context is full, its
-    newer half is read again as if it were the prompt.
-    """
-    device, context = model.wte.weight.device, model.config.context
-    generator = torch.Generator(device).manual_seed(seed)
-    sequence = torch.tensor([prompt] * count, device=device)
-    visible, cache = min(len(prompt), context), None  # `visible`: how many of the newest tokens the model sees
-    finished = torch.zeros(count, 1, dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            if visible > context:
-                visible, cache = max(1, context // 2), None
-            new = 1 if cache else visible
-            cache = cache or KVCache(model.config, count, device)
-            logits = model(sequence[:, -new:], cache=cache)[:, -1]  # (count, V)
-            token = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
-            sequence, visible = torch.cat([sequence, token], dim=1), visible + 1
-            finished |= token == end
-            yield token[:, 0].tolist()
-            if finished.all():
-                return
-    finally:
-        model.train(was_training)
-
-
-def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: argparse.Namespace,
-                 on_text: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
-    end, printed = tokenizer.token_to_id(END_OF_TEXT), ""
-    tokens = [[] for _ in range(settings.num_samples)]
-    for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
-                         settings.temperature, settings.top_k, settings.top_p, settings.seed):
-        for sequence, token in zip(tokens, step, strict=True):
-            sequence.extend([token] if token != end else [])
-        text = decode(tokenizer, tokens[0])
-        if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
-            on_text(text[len(printed) :])
-            printed = text
-    on_text(text[len(printed) :])
-    return [decode(tokenizer, sequence) for sequence in tokens]
-
-
-# ---------- 10. Training step -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Session:
-    """Everything a training step needs. Section 12 puts it together."""
-
-    settings: argparse.Namespace
-    rank: int  # number of this process, of `world`
-    world: int
+    rank: int = 0  # number of this process, of `world`
+    world: int = 1
     device: torch.device
-    dtype: torch.dtype  # of matrix products: bfloat16 by autocast, or float32
+    dtype: torch.dtype  # of matrix products: bfloat16 or float16 by autocast, or float32
+    micro_batch_size: int  # sequences per forward pass and process
+    mode: str = "eager"  # "compiled", or why not
+    matmul_rate: float  # FLOP/s that a large matrix product reaches here; nan: other programs disturbed the measurement
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything a training step needs. make_trainer() puts it together."""
+
+    settings: Settings
+    machine: Machine
     data: TokenData
     order: TrainingOrder
     model: GPT  # the weights: saved, sampled from
     network: Callable  # the same model, compiled and wrapped for several processes: trained and evaluated through
-    optimiser: torch.optim.AdamW
+    optimisers: list[torch.optim.Optimizer]
     guard: Guard
-    micro_batch: int  # sequences per forward pass and process
-    mode: str  # "compiled", or why not
-    matmul_rate: float  # FLOP/s that a large matrix product reaches here
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
+    loss_scale: LossScale
 
     @property
-    def rows(self) -> int:
-        """Windows per training step, all processes together."""
-        return self.settings.batch_tokens // self.order.context
+    def sequences_per_step(self) -> int:
+        """Of all processes together."""
+        return self.settings.batch_tokens // self.order.block_size
 
     def fetch_batch(self, step: int) -> torch.Tensor:
-        """This process's windows of a step: (rows / world, context + 1), on their way to the device.
+        """This process's sequences of a step, on the device: (sequences_per_step / world, block_size + 1).
 
-        A step reads the same windows however many processes share it: each takes its own part of them.
+        A step reads the same sequences however many processes share it: each takes its own part of them.
         """
-        share = self.rows // self.world
-        batch = torch.from_numpy(self.order.windows(step * self.rows + self.rank * share, share))
-        is_cuda = self.device.type == "cuda"  # from pinned memory the copy overlaps with the step before
-        return (batch.pin_memory() if is_cuda else batch).to(self.device, non_blocking=is_cuda)
-
-    def speed(self, steps: int, seconds: float) -> dict[str, float]:
-        """Tokens per second, and MFU (model FLOPs utilisation): the share of the measured matmul rate that they use."""
-        rate = steps * self.settings.batch_tokens / seconds
-        return {"tokens_per_second": rate,
-                "mfu": rate * flops_per_token(self.model.config) / (self.matmul_rate * self.world)}
+        share = self.sequences_per_step // self.machine.world
+        first = step * self.sequences_per_step + self.machine.rank * share
+        batch = torch.from_numpy(self.order.sequences(first, share))
+        is_cuda = self.machine.device.type == "cuda"  # from pinned memory Python need not wait for the copy
+        return (batch.pin_memory() if is_cuda else batch).to(self.machine.device, non_blocking=is_cuda)
 
 
-STATS = ("loss", "norm", "skip", "stop")  # what a training step returns, before Guard.FIELDS
+STATS = ("loss", "norm", "skip", "overflow", "stop")  # what a training step returns, before Guard.FIELDS
 
 
-def training_step(session: Session, step: int, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
-    """One optimiser step on `batch` (rows, context + 1). Returns STATS and Guard.FIELDS as a vector on the device.
+def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
+    """One optimiser step on `batch` (sequences, block_size + 1). Returns STATS and Guard.FIELDS, on the device.
 
     Nothing in here waits for the device: even whether the step is skipped is decided there. `stop` says that this
     process was asked to end; it comes back positive in all processes, so that all of them end after the same step.
     """
-    settings, optimiser = session.settings, session.optimiser
+    settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
     # Every step seeds all generators: dropout depends on nothing that came before, so that resuming is exact.
-    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, session.rank]).generate_state(1, np.uint64)[0]))
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(step, settings)
-    totals = torch.zeros(2, device=session.device)  # loss and stop, summed over micro-batches and processes
-    micro_batches = batch.split(session.micro_batch)
-    for windows in micro_batches:
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1, np.uint64)[0]))
+    totals = torch.zeros(2, device=machine.device)  # loss and stop, summed over micro-batches and processes
+    micro_batches = batch.split(machine.micro_batch_size)
+    for sequences in micro_batches:
         # Processes exchange gradients during the last backward pass only: before, they just add up.
-        is_last = windows is micro_batches[-1]
-        with contextlib.nullcontext() if is_last or session.world == 1 else session.network.no_sync():
-            with session.autocast():
+        is_last = sequences is micro_batches[-1]
+        with contextlib.nullcontext() if is_last or machine.world == 1 else trainer.network.no_sync():
+            with machine.autocast():
                 # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
-                loss = session.network(windows[:, :-1], windows[:, 1:]) / settings.batch_tokens
-            (loss * session.world).backward()  # DDP takes the mean over processes; this makes it the sum
+                loss = trainer.network(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
+            # DDP takes the mean over processes; times their number, it becomes the sum.
+            (loss * machine.world * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     totals[1] += float(stop)
-    if session.world > 1:
+    if machine.world > 1:
         dist.all_reduce(totals)
-    norm = nn.utils.clip_grad_norm_(session.model.parameters(), CLIP)
-    skip = session.guard.judge(totals[0], norm)
-    optimiser.found_inf = skip  # the fused kernel leaves weights and moments alone where this is 1
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return torch.cat([torch.stack([totals[0], norm, skip, totals[1]]), session.guard.state])
+    if trainer.loss_scale.enabled:
+        torch._foreach_div_([parameter.grad for parameter in parameters], trainer.loss_scale.scale)
+    norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+    overflow = trainer.loss_scale.overflowed(totals[0], norm)
+    skip = trainer.guard.judge(totals[0], norm, overflow)
+    for optimiser in trainer.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        local_part(optimiser).found_inf = skip  # where this is 1, weights and moments stay what they are
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return torch.cat([torch.stack([totals[0], norm, skip, overflow.float(), totals[1]]), trainer.guard.state])
 
 
-# ---------- 11. Evaluation --------------------------------------------------------------------------------------------
+def local_part(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser itself, or, sharded, that of this process's parameters."""
+    return optimiser.optim if isinstance(optimiser, ZeroRedundancyOptimizer) else optimiser
+
+
+# ---------- 6. Evaluation ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(session: Session) -> float:
-    """Mean loss in nats over every token of the validation slice but the first, in windows of one context.
+def evaluate(trainer: Trainer) -> float:
+    """Mean loss in nats over every token of the validation text but the first, of all processes together."""
+    machine = trainer.machine
+    trainer.model.eval()
+    total = summed_loss(trainer.network, trainer.data.validation, trainer.order.block_size, machine)
+    trainer.model.train()
+    if machine.world > 1:
+        total = total.to(machine.device)
+        dist.all_reduce(total)
+    return total.item() / (len(trainer.data.validation) - 1)
+
+
+@torch.no_grad()
+def summed_loss(network: Callable, tokens: np.ndarray, block_size: int, machine: Machine) -> torch.Tensor:
+    """The loss in nats of this process's share of a text, in blocks side by side: a scalar on the CPU.
 
     Batches have one shape; what is missing to fill the last has target -1 and does not count. Each process takes every
-    world-th batch, and the sums are added up.
+    world-th batch.
     """
-    tokens, context, rows = session.data.validation, session.model.config.context, session.micro_batch
-    losses = [torch.zeros((), device=session.device)]
-    session.model.eval()
-    for first in range(session.rank * rows * context, len(tokens) - 1, session.world * rows * context):
-        stretch = torch.from_numpy(np.asarray(tokens[first : first + rows * context + 1], np.int64))
-        batch = torch.stack([torch.zeros(rows * context, dtype=torch.long), torch.full((rows * context,), -1)])
+    size, losses = machine.micro_batch_size * block_size, [torch.zeros((), device=machine.device)]
+    for first in range(machine.rank * size, len(tokens) - 1, machine.world * size):
+        stretch = torch.from_numpy(np.asarray(tokens[first : first + size + 1], np.int64))
+        batch = torch.stack([torch.zeros(size, dtype=torch.long), torch.full((size,), -1)])
         batch[0, : len(stretch) - 1], batch[1, : len(stretch) - 1] = stretch[:-1], stretch[1:]
-        inputs, targets = batch.view(2, rows, context).to(session.device)
-        with session.autocast():
-            losses.append(session.network(inputs, targets))
-    session.model.train()
-    total = torch.stack(losses).cpu().double().sum()
-    if session.world > 1:
-        total = total.to(session.device)
-        dist.all_reduce(total)
-    return total.item() / (len(tokens) - 1)
+        inputs, targets = batch.view(2, machine.micro_batch_size, block_size).to(machine.device)
+        with machine.autocast():
+            losses.append(network(inputs, targets))
+    return torch.stack(losses).cpu().double().sum()
 
 
-def bits_per_byte(loss: float, data: TokenData) -> float:
-    """Validation loss in bits per byte of text: unlike nats per token, it can be compared across tokenizers."""
-    return loss * (len(data.validation) - 1) / data.facts["bytes"]["validation"] / math.log(2)
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """Loss in bits per byte of text: unlike nats per token, it can be compared across tokenizers."""
+    return loss * (tokens - 1) / size / math.log(2)
 
 
 BIGRAM_TOKENS = 50_000_000  # training tokens that the bigram model counts at most; it is tried on a tenth of that
@@ -1342,13 +1460,96 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
     return float(-np.log(probability).mean())
 
 
-# ---------- 12. Session -----------------------------------------------------------------------------------------------
+# ---------- 7. Generation ---------------------------------------------------------------------------------------------
+
+GREEDY = 1e-4  # below this temperature the likeliest token is taken: all others have a probability of about 0
+
+
+def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator) -> torch.Tensor:
+    """Draw one token for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest.
+
+    top_k keeps the k likeliest tokens (Fan et al. 2018); top_p the smallest set of them that reaches probability p
+    (Holtzman et al. 2020).
+    """
+    if temperature < GREEDY:
+        return logits.argmax(dim=-1, keepdim=True)
+    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    if top_k:
+        probabilities[:, top_k:] = 0
+    if top_p < 1:
+        # The sum of the likelier tokens, on the CPU: on a GPU, cumsum is not deterministic.
+        before = probabilities.cpu().cumsum(dim=-1).to(logits.device) - probabilities
+        probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
+    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8,
+             top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
+    """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
+
+    A continuation that has reached `end` stays there; the last yield is when all have. When the block is full, its
+    newer half is read again as if it were the prompt.
+    """
+    device, block_size = model.wte.weight.device, model.config.block_size
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([prompt] * count, device=device)
+    visible, cache = min(len(prompt), block_size), None  # `visible`: how many of the newest tokens the model sees
+    size = min(block_size, visible + max_new_tokens)
+    finished = torch.zeros(count, 1, dtype=torch.bool, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            if visible > block_size:
+                visible, cache = max(1, block_size // 2), None
+            new = 1 if cache else visible
+            cache = cache or KVCache(model.config, count, size, device)
+            logits = model(tokens[:, -new:], cache=cache)[:, -1]  # (count, V)
+            token = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
+            tokens, visible = torch.cat([tokens, token], dim=1), visible + 1
+            finished |= token == end
+            yield token[:, 0].tolist()
+            if finished.all():
+                return
+    finally:
+        model.train(was_training)
+
+
+def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settings,
+                 on_text: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
+    end, printed = tokenizer.token_to_id(END_OF_TEXT), ""
+    tokens = [[] for _ in range(settings.num_samples)]
+    for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
+                         settings.temperature, settings.top_k, settings.top_p, settings.seed):
+        for continuation, token in zip(tokens, step, strict=True):
+            continuation.extend([token] if token != end else [])
+        text = decode(tokenizer, tokens[0])
+        if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
+            on_text(text[len(printed) :])
+            printed = text
+    on_text(text[len(printed) :])
+    return [decode(tokenizer, continuation) for continuation in tokens]
+
+
+# ---------- 8. Machine ------------------------------------------------------------------------------------------------
 
 COMPILE_SECONDS = 60  # a run that takes longer without torch.compile is compiled: that takes half a minute
+SPLIT_GRAPH = True  # several processes: compile one graph per bucket of gradients, so that they are sent while others
+#                     are still computed; False: one graph for the whole model, which fuses more
+PATIENCE = timedelta(minutes=30)  # how long processes wait for one another in training before they give up
+# Dense bf16 (T4, V100: fp16) TFLOP/s of NVIDIA's data sheets, without sparsity, by a part of the device's name.
+DATA_SHEET = {"B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 149.7,
+              "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125,
+              "T4": 65}
 
 
 def join_processes() -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. torchrun puts the first two into the environment; alone, they are 0 and 1."""
+    global PATIENT_GROUP
     rank, world, local, here = (int(os.environ.get(name, alone)) for name, alone in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if torch.cuda.is_available():
@@ -1356,193 +1557,60 @@ def join_processes() -> tuple[int, int, torch.device]:
             raise UserError(f"{here} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if world > 1 and not dist.is_initialized():  # hours, because the others wait while the first one tokenises
+    if world > 1 and not dist.is_initialized():
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=own)
+        PATIENT_GROUP = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # it notices a process that dies
     return rank, world, device
 
 
-def make_model(settings: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
-    """A fresh model, or that of --init. Notes its geometry in the settings.
-
-    For a resumed run, a fresh one of the geometry it had: resume() fills it, and the weights of --init may be gone.
-    """
-    size = vocabulary_size(tokenizer)
-    if settings.weights and settings.model_vocab_size is None:
-        model = load_pretrained(Path(settings.weights), settings.context, settings.dropout)
-        if size > model.config.vocab_size:
-            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
-                            f"{model.config.vocab_size} that the model of --init knows")
-    else:
-        names = ("context", "layers", "heads", "width", "dropout")
-        model = GPT(GPTConfig(settings.model_vocab_size or size, **{name: getattr(settings, name) for name in names}))
-        model.initialise(settings.seed)
-    vars(settings).update({name: getattr(model.config, name) for name in ("context", "layers", "heads", "width")})
-    settings.model_vocab_size = model.config.vocab_size
-    return model
-
-
-def open_session(settings: argparse.Namespace, processes: tuple, data: TokenData, model: GPT) -> Session:
-    """Put the model on the device and find out how it runs best there. Fills in the settings that were still open."""
-    rank, world, device = processes
-    order = TrainingOrder(data.train, settings.context, settings.seed)
-    rows = complete_settings(settings, order, world)
-    dtype = choose_dtype(settings, device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
-        if settings.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)  # strict: told to warn only, attention's backward pass varies
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-
-    model.to(device).train()
-    optimiser = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=0.0, betas=BETAS, fused=True)
-    guard = Guard(device)
-    session = Session(settings, rank, world, device, dtype, data, order, model, model, optimiser, guard, rows, "",
-                      measure_matmul_rate(device, dtype))
-    if settings.micro_batch == "auto":
-        settings.micro_batch = largest_micro_batch(session, rows)  # from now on fixed: a resumed run must use the same
-    session.micro_batch = settings.micro_batch
-    session.network, session.mode = compile_network(session)
-    if world > 1:
-        session.network = nn.parallel.DistributedDataParallel(session.network, gradient_as_bucket_view=True)
-    return session
-
-
-def complete_settings(settings: argparse.Namespace, order: TrainingOrder, world: int) -> int:
-    """Check the batch, and fill in what depends on the length of the data. Returns a process's windows per step."""
-    if settings.batch_tokens is None:
-        settings.batch_tokens = max(1, 2**15 // (settings.context * world)) * settings.context * world
-    rows, rest = divmod(settings.batch_tokens, settings.context * world)
-    if rest:
-        raise UserError(f"--batch-tokens {settings.batch_tokens} is no multiple of {settings.context} (context) x "
-                        f"{world} (processes)")
-    if settings.micro_batch != "auto" and rows % settings.micro_batch:
-        raise UserError(f"--micro-batch {settings.micro_batch} does not divide the {rows} sequences that each process "
-                        "has per step (--batch-tokens / context / processes): give --micro-batch auto")
-    if settings.max_steps is None:
-        settings.max_steps = max(1, round(settings.epochs * order.per_epoch / rows / world))
-        if settings.max_steps < 200 and not settings.weights and settings.name != "nano":
-            say(f"only {settings.max_steps} steps: more --epochs or a smaller --batch-tokens would teach it more")
-    if settings.warmup_steps is None:
-        settings.warmup_steps = min(2000, settings.max_steps // 20)
-    if settings.eval_every is None:
-        settings.eval_every = min(1000, max(1, settings.max_steps // 5))
-    return rows
-
-
-def choose_dtype(settings: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """Of matrix products: bf16 where the hardware really has it (older GPUs claim it too, but emulate it)."""
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if settings.dtype == "bf16" and not has_bf16:
-        raise UserError(f"--dtype bf16 is for GPUs of compute capability 8.0 or more, not for {device_name(device)}")
-    return torch.bfloat16 if has_bf16 and settings.dtype != "fp32" else torch.float32
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Of matrix products: bf16 where the hardware really has it (older GPUs claim it too, but emulate it), else fp16."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    least = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}  # Ampere, Volta: the first with tensor cores for it
+    if wanted == "auto":
+        wanted = next(name for name, needed in least.items() if capability >= needed)
+    if capability < least[wanted]:
+        raise UserError(f"--dtype {wanted} is for GPUs of compute capability {'.'.join(map(str, least[wanted]))} or "
+                        f"more, not for {device_name(device)}")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{device.type.upper()} ({platform.machine()}, {plural(torch.get_num_threads(), 'thread')})"
 
 
-def largest_micro_batch(session: Session, rows: int) -> int:
-    """The largest divisor of `rows` that fits a GPU, tried out from 2^16 tokens down; elsewhere, of at most 2^13."""
-    limit = 2**16 if session.device.type == "cuda" else 2**13
-    sizes = [size for size in range(rows, 0, -1) if rows % size == 0 and size * session.order.context <= limit] or [1]
-    if session.device.type != "cuda":
-        return sizes[0]
-    # Room for what comes later: AdamW's two moments, and the buffers in which processes exchange gradients.
-    reserve = [torch.empty_like(p) for p in session.model.parameters() for _ in range(2 + (session.world > 1))]
-    limit = 0.95 * torch.cuda.get_device_properties(session.device).total_memory / 2**30  # the rest is lost in gaps
-    for size in sizes:
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            run_once(session, session.model, size)
-            if peak_memory(session.device) < limit:
-                break
-        except torch.OutOfMemoryError:
-            session.optimiser.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    else:
-        raise torch.OutOfMemoryError("not even one sequence fits")
-    del reserve
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return int(agree(session, size, dist.ReduceOp.MIN))
-
-
-def agree(session: Session, value: float, choose: dist.ReduceOp) -> float:
-    """The smallest (ReduceOp.MIN) or largest (MAX) of what the processes have found."""
-    values = torch.tensor(float(value), device=session.device)  # one type in all of them
-    if session.world > 1:
-        dist.all_reduce(values, choose)
-    return values.item()
-
-
-def run_once(session: Session, network: Callable, rows: int) -> None:
-    """A forward and a backward pass on `rows` sequences, leaving nothing behind."""
-    tokens = torch.zeros(rows, session.order.context + 1, dtype=torch.long, device=session.device)
-    with session.autocast():
-        loss = network(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    session.optimiser.zero_grad(set_to_none=True)
-
-
-def compile_network(session: Session) -> tuple[Callable, str]:
-    """torch.compile where it works and pays; otherwise the model as it is, and the reason in a few words."""
-    settings = session.settings
-    if not settings.compile:
-        return session.model, "eager (--no-compile)"
-    if session.device.type != "cuda":
-        return session.model, f"eager (compiling rarely pays on {session.device.type.upper()})"
-    if settings.compile_pays is None:  # decided once: a resumed run rounds as it did before
-        settings.compile_pays = eager_seconds(session) >= COMPILE_SECONDS
-    if not settings.compile_pays:
-        return session.model, "eager (so short a run is over before it is compiled)"
-    try:
-        network = torch.compile(session.model, dynamic=False)
-        run_once(session, network, session.micro_batch)
-        return network, "compiled"
-    except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
-        session.optimiser.zero_grad(set_to_none=True)
-        return session.model, f"eager (torch.compile failed: {first_line(error)[:100]})"
-
-
-def eager_seconds(session: Session) -> float:
-    """How long the forward and backward passes of the whole run would take without torch.compile, from timing one.
-
-    Infinite when they do not fit the memory: compiled, they need less.
-    """
-    try:
-        for _ in range(2):  # the first warms up
-            synchronise(session.device)
-            started = time.perf_counter()
-            run_once(session, session.model, session.micro_batch)
-            synchronise(session.device)
-            seconds = time.perf_counter() - started
-    except torch.OutOfMemoryError:
-        seconds = math.inf
-        session.optimiser.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    passes = session.rows // (session.micro_batch * session.world) * session.settings.max_steps
-    return agree(session, seconds * passes, dist.ReduceOp.MAX)
+def data_sheet_rate(name: str) -> float | None:
+    """FLOP/s that a card's maker promises for bf16 products; None for a card that is not in the table."""
+    words = re.findall(r"[A-Z0-9]+", name.upper())
+    for card, tera in DATA_SHEET.items():
+        if set(card.upper().split()) <= set(words):
+            return tera * 1e12
+    return None
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, and what MFU is relative to."""
+    """FLOP/s of a square matrix product in `dtype`: what the hardware reaches, and what MFU is relative to.
+
+    nan where the times vary so much that other programs must have been running.
+    """
     size = {"cuda": 8192, "mps": 2048, "cpu": 512}[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(15):  # the best of many: the first ones warm up, and other programs may be running
+    for _ in range(15):
         synchronise(device)
         started = time.perf_counter()
         for _ in range(3):
             a @ b
         synchronise(device)
         seconds.append((time.perf_counter() - started) / 3)
-    return 2 * size**3 / min(seconds)
+    settled = sorted(seconds[5:])  # the first ones warm up
+    return math.nan if settled[len(settled) // 2] > 1.25 * settled[0] else 2 * size**3 / settled[0]
 
 
 def synchronise(device: torch.device) -> None:
@@ -1562,7 +1630,444 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ---------- 13. Training run ------------------------------------------------------------------------------------------
+def speed(trainer: Trainer, steps: int, seconds: float) -> dict[str, float | None]:
+    """Tokens and sequences per second, and MFU (model FLOPs utilisation) of the measured and the promised matmul rate.
+
+    An MFU above 1 says that something disturbed the measurement of the rate: then it is None.
+    """
+    machine, settings = trainer.machine, trainer.settings
+    rate, sheet = steps * settings.batch_tokens / seconds, data_sheet_rate(device_name(machine.device))
+    flops = rate * flops_per_token(trainer.model.config) / machine.world
+    mfu = flops / machine.matmul_rate
+    return {"tokens_per_second": rate, "samples_per_second": rate / trainer.order.block_size,
+            "mfu": mfu if mfu <= 1 else None, "mfu_of_data_sheet": flops / sheet if sheet else None}
+
+
+def mfu_text(values: dict) -> str:
+    """MFU 53% (data sheet: 41%)."""
+    sheet = f" (data sheet: {values['mfu_of_data_sheet']:.0%})" if values["mfu_of_data_sheet"] else ""
+    return ("MFU n/a" if values["mfu"] is None else f"MFU {values['mfu']:.0%}") + sheet
+
+
+def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], data: TokenData, model: GPT,
+                 compiled: bool | None = None) -> Trainer:
+    """Put the model on the device and find out how it runs best there.
+
+    `compiled`: what a resumed run was, as one that is compiled rounds in another way. None: find out if it pays.
+    """
+    rank, world, device = processes
+    order = TrainingOrder(data.train, model.config.block_size, settings.seed)
+    settings = complete_settings(settings, order, world)
+    dtype = choose_dtype(settings.dtype, device)
+    if device.type == "cuda" and settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)  # strict: told to warn only, attention's backward pass varies
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    model.to(device).train()
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    micro_batch_size = settings.micro_batch_size if settings.micro_batch_size != "auto" else 1
+    machine = Machine(rank=rank, world=world, device=device, dtype=dtype, micro_batch_size=micro_batch_size,
+                      matmul_rate=measure_matmul_rate(device, dtype))
+    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, network=model,
+                      optimisers=make_optimisers(model, settings, settings.shard_optimizer and world > 1),
+                      guard=Guard(device), loss_scale=LossScale(device, dtype is torch.float16))
+    if settings.micro_batch_size == "auto":
+        trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
+    trainer.network, mode = compile_network(trainer, compiled)
+    trainer.machine = replace(trainer.machine, mode=mode)
+    return trainer
+
+
+def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> Settings:
+    """Check the batch, and fill in what depends on the length of the data."""
+    block, found = order.block_size, {}
+    batch = settings.batch_tokens or max(1, 2**15 // (block * world)) * block * world
+    share, rest = divmod(batch, block * world)
+    if rest:
+        raise UserError(f"--batch-tokens {batch} is no multiple of {block} (block size) x {world} (processes)")
+    if settings.micro_batch_size != "auto" and share % settings.micro_batch_size:
+        raise UserError(f"--micro-batch-size {settings.micro_batch_size} does not divide the {share} sequences that "
+                        "each process has per step (--batch-tokens / block size / processes): give --micro-batch-size "
+                        "auto")
+    steps = settings.max_steps or max(1, round(settings.epochs * order.per_epoch * block / batch))
+    found = {"batch_tokens": batch, "max_steps": steps, "warmup_steps": min(2000, steps // 20),
+             "eval_every": min(1000, max(1, steps // 5))}
+    return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
+
+
+def forward_backward(trainer: Trainer, network: Callable, sequences: int) -> None:
+    """A forward and a backward pass on so many sequences, leaving nothing behind."""
+    tokens = torch.zeros(sequences, trainer.order.block_size + 1, dtype=torch.long, device=trainer.machine.device)
+    with trainer.machine.autocast():
+        loss = network(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+
+
+def largest_micro_batch(trainer: Trainer) -> int:
+    """The largest divisor of a process's sequences that fits a GPU, tried from 2^16 tokens down; else of up to 2^13."""
+    machine, block_size = trainer.machine, trainer.order.block_size
+    share, is_cuda = trainer.sequences_per_step // machine.world, machine.device.type == "cuda"
+    limit = 2**16 if is_cuda else 2**13
+    sizes = [size for size in range(share, 0, -1) if share % size == 0 and size * block_size <= limit] or [1]
+    if not is_cuda:
+        return sizes[0]
+    # Room for what comes later: the optimiser's moments, and the buffers in which processes exchange gradients.
+    moments = 2 / (machine.world if trainer.settings.shard_optimizer else 1) + (machine.world > 1)
+    reserve = torch.empty(int(moments * sum(p.numel() for p in trainer.model.parameters())), device=machine.device)
+    limit = 0.95 * torch.cuda.get_device_properties(machine.device).total_memory / 2**30  # the rest is lost in gaps
+    for size in sizes:
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            forward_backward(trainer, trainer.model, size)
+            if peak_memory(machine.device) < limit:
+                break
+        except torch.OutOfMemoryError:
+            trainer.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    else:
+        raise torch.OutOfMemoryError("not even one sequence fits")
+    del reserve
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return int(agree(machine, size, dist.ReduceOp.MIN))
+
+
+def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
+    """The smallest (ReduceOp.MIN) or largest (MAX) of what the processes have found."""
+    values = torch.tensor(float(value), device=machine.device)  # one type in all of them
+    if machine.world > 1:
+        dist.all_reduce(values, choose)
+    return values.item()
+
+
+def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, str]:
+    """torch.compile where it works and pays, wrapped for several processes; and in a few words how it runs."""
+    settings, machine, model = trainer.settings, trainer.machine, trainer.model
+
+    def wrap(network: Callable) -> Callable:
+        if machine.world == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    if not settings.compile:
+        return wrap(model), "eager (--no-compile)"
+    if machine.device.type != "cuda":
+        return wrap(model), f"eager (compiling rarely pays on {machine.device.type.upper()})"
+    if compiled is None:
+        compiled = eager_seconds(trainer) >= COMPILE_SECONDS
+    if not compiled:
+        return wrap(model), "eager (so short a run is over before it is compiled)"
+    try:
+        # The first call is inside DDP, which then says where to split the graph; checkpointed blocks it cannot split.
+        torch._dynamo.config.optimize_ddp = SPLIT_GRAPH and not settings.gradient_checkpointing
+        network = wrap(torch.compile(model, dynamic=False))
+        forward_backward(trainer, network, machine.micro_batch_size)
+        return network, "compiled"
+    except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
+        model.zero_grad(set_to_none=True)
+        return wrap(model), f"eager (torch.compile failed: {first_line(error)[:100]})"
+
+
+def eager_seconds(trainer: Trainer) -> float:
+    """How long the passes of the whole run would take without torch.compile, from timing one.
+
+    Infinite when they do not fit the memory: compiled, they need less.
+    """
+    machine, passes = trainer.machine, trainer.sequences_per_step * trainer.settings.max_steps
+    try:
+        for _ in range(2):  # the first warms up
+            synchronise(machine.device)
+            started = time.perf_counter()
+            forward_backward(trainer, trainer.model, machine.micro_batch_size)
+            synchronise(machine.device)
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError:
+        seconds = math.inf
+        trainer.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return agree(machine, seconds * passes / (machine.micro_batch_size * machine.world), dist.ReduceOp.MAX)
+
+
+# ---------- 9. Hugging Face -------------------------------------------------------------------------------------------
+
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Hugging Face keeps OpenAI's (in, out) layout
+MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+HF_NAMES = {  # our name: that in Hugging Face's GPT2Config
+    "vocab_size": "vocab_size", "block_size": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
+}
+# Settings of GPT2Config that change the function. With another value it is another model, not GPT-2.
+PLAIN_GPT2 = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+}
+
+
+def load_pretrained(folder: Path, block_size: int | None = None, dropout: float = 0.0) -> GPT:
+    """A GPT from a Hugging Face folder: config.json and safetensors, with or without the prefix `transformer.`.
+
+    A shorter `block_size` drops the positions beyond it. Raises UserError for anything but a plain, complete GPT-2.
+    """
+    described = read_json(folder / "config.json")
+    for name, value in PLAIN_GPT2.items():
+        if described.get(name, value) != value:
+            raise UserError(f"{folder} is no plain GPT-2: {name} is {described[name]!r}")
+    sizes = {ours: described.get(theirs) for ours, theirs in HF_NAMES.items()}
+    learned = GPTConfig(**sizes, dropout=dropout)
+    if described.get("n_inner") not in (None, 4 * learned.width):
+        raise UserError(f"{folder} is no plain GPT-2: n_inner is {described['n_inner']}")
+    if block_size and block_size > learned.block_size:
+        raise UserError(f"--block-size {block_size} is more than the {learned.block_size} positions that {folder} has "
+                        "learned")
+    weights = read_weights(folder)
+    model = GPT(replace(learned, block_size=block_size or learned.block_size))
+    learned_rows = {"wte.weight": learned.vocab_size, "wpe.weight": learned.block_size}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                raise UserError(f"{folder} lacks the weight {name}")
+            tensor = weights[name].t() if name.endswith(TRANSPOSED) else weights[name]
+            expected = (learned_rows.get(name, len(parameter)), *parameter.shape[1:])
+            if tensor.shape != expected:
+                raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not {expected}")
+            rows = min(len(tensor), len(parameter))  # fewer of wpe with a shorter block, more of wte with padding
+            parameter.zero_()
+            parameter[:rows] = tensor[:rows]
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names, without the prefix `transformer.`."""
+    index = folder / "model.safetensors.index.json"
+    shards, weights = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}, {}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} has no weight_map")
+    for file in sorted(set(shards.values())):
+        try:
+            weights.update(load_file(folder / file))
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no {file} (other formats are not read: they can carry code)") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / file} is damaged ({first_line(error)})") from None
+    return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+
+
+def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what transformers' GPT2LMHeadModel and AutoTokenizer load; the vocabulary's padding rows stay behind."""
+    config, end = model.config, tokenizer.token_to_id(END_OF_TEXT)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().cpu()[: config.vocab_size if name == "wte.weight" else None]
+        weights[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", {
+        "architectures": ["GPT2LMHeadModel"], **PLAIN_GPT2, "initializer_range": 0.02,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "bos_token_id": end, "eos_token_id": end,
+    })
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file() lets nobody else read it
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
+        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
+    })
+
+
+HUB_SECONDS = 10  # how long the Hub has to answer
+OFFLINE = "Offline, copy its files into a folder and give that:"
+
+
+def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
+    """The commit of a model or data set, or else why the Hub cannot be asked. UserError when it has no such thing.
+
+    Asked before any download, because the Hub's client tries again for minutes when nothing answers.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS).sha, None
+    except errors.RepositoryNotFoundError:
+        what = {"model": "model", "dataset": "data set"}[kind]
+        raise UserError(f"{flag} {name}: the Hub has no such {what} (or it is private: `hf auth login`)") from None
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"{flag} {name}: the Hub refuses it ({first_line(error)})") from None
+    except Exception as error:  # whichever HTTP library the client uses, it has error classes of its own
+        return None, first_line(error)
+
+
+def is_hub_id(name: str) -> bool:
+    """owner/name, and no mistyped path: there the folder exists, or the name ends like a file's."""
+    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", ".gz", ".zst",
+                                                                  *COLUMN_FILES)
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not is_path
+
+
+def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> Path:
+    """The folder `name`, or the files of that model on the Hub: from the cache when there is no connection."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise UserError(f"{flag} {name}: no such folder, and no Hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+
+    commit, reason = ask_hub(name, "model", flag)
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, cache_dir=cache_dir,
+                                      local_files_only=commit is None))
+    except Exception as error:
+        raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). {OFFLINE} "
+                        f"{flag} FOLDER") from None
+
+
+# ---------- 10. Checkpoints -------------------------------------------------------------------------------------------
+#
+# checkpoints/step-00000500/ is a Hugging Face folder (section 9) with two more files: training.safetensors (the
+# optimisers' moments, the guard's statistics, fp16's loss scale) and training.json (step, time, best loss). Learning
+# rate and order of the data are functions of step and seed. There is no generator state to keep either: every step
+# seeds all generators from (seed, step, process), see section 5, so that they are restored by knowing the step.
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimiser steps taken
+    seconds: float = 0.0  # spent on training steps
+    validation_loss: float | None = None  # the last one, nats per token
+    best_loss: float | None = None  # of the evaluated checkpoints; None: none of them is
+    best_step: int | None = None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def state_names(optimiser: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimiser keeps for each parameter."""
+    return getattr(local_part(optimiser), "STATE", ("step", "exp_avg", "exp_avg_sq"))  # the latter: AdamW's
+
+
+def training_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors beside the weights that the next step depends on. All processes must ask, as each may have a part."""
+    tensors = {"guard": trainer.guard.state, "loss_scale": trainer.loss_scale.state}
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    for optimiser in trainer.optimisers:
+        mine = local_part(optimiser)
+        for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+            for key in state_names(optimiser):
+                value = mine.state[parameter][key] if parameter in mine.state else None
+                if mine is not optimiser:  # one process has it, the others add nothing
+                    shape = () if key == "step" else parameter.shape
+                    value = torch.zeros(shape, device=parameter.device) if value is None else value.clone()
+                    value = value.to(parameter.device)
+                    dist.reduce(value, 0)
+                if value is not None:
+                    tensors[f"{key}.{names[parameter]}"] = value.contiguous()
+    return tensors
+
+
+def save_checkpoint(run: Path, model: GPT, tensors: dict[str, torch.Tensor], progress: Progress, tokenizer: Tokenizer,
+                    keep: set[int]) -> None:
+    """Write a checkpoint; then keep the last two, and those of the steps in `keep`."""
+    with new_folder(checkpoint_folder(run, progress.step)) as folder:
+        save_pretrained(model, tokenizer, folder)
+        save_file(tensors, folder / "training.safetensors")
+        write_json(folder / "training.json", vars(progress))
+    for old in find_checkpoints(run)[2:]:
+        if int(old.name.removeprefix("step-")) not in keep:
+            remove_folder(old)
+
+
+def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
+    """Fill a trainer from a checkpoint. UserError, and nothing is filled, when it is damaged."""
+    saved, values = load_pretrained(folder), read_json(folder / "training.json")
+    shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, trainer.model))
+    if shapes != expected:
+        raise UserError(f"{folder} is the checkpoint of a model of another shape")
+    names, states = {parameter: name for name, parameter in trainer.model.named_parameters()}, []
+    try:
+        progress = Progress(**{name: values[name] for name in vars(Progress())})
+        tensors = load_file(folder / "training.safetensors")
+        for optimiser in trainer.optimisers:
+            keys = state_names(optimiser) if progress.step else ()  # at step 0 there are none yet
+            for parameter in (p for group in local_part(optimiser).param_groups for p in group["params"]):
+                state = {key: tensors[f"{key}.{names[parameter]}"].to(parameter.device) for key in keys}
+                states.append((local_part(optimiser), parameter, state))
+        guard, loss_scale = tensors["guard"], tensors["loss_scale"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"its training state is damaged ({first_line(error)})") from None
+    trainer.model.load_state_dict(saved.state_dict())
+    for optimiser, parameter, state in states:
+        optimiser.state[parameter] = state
+    trainer.guard.state.copy_(guard)
+    trainer.loss_scale.state.copy_(loss_scale)
+    return progress
+
+
+def resume(run: Path, trainer: Trainer) -> Progress:
+    """Continue from the newest checkpoint that can be read; put aside those that cannot, and say so.
+
+    A warm-up-stable-decay run that shall train longer than it did goes on from before its decay. Without any
+    checkpoint a run starts again, with the weights of --init if it had some.
+    """
+    settings = trainer.settings
+    before = read_json(run / "metrics.json").get("configuration", {}).get("max_steps", settings.max_steps)
+
+    def find() -> tuple[Path | None, Progress]:
+        for part in (run / "checkpoints").glob("*.incomplete"):
+            say(f"passed over {part.name}: it was never finished")
+            shutil.rmtree(part, ignore_errors=True)
+        if settings.schedule == "wsd" and settings.max_steps > before:
+            undo_decay(run, before - decay_steps(before))
+        for folder in find_checkpoints(run):
+            try:
+                return folder, load_checkpoint(folder, trainer)
+            except UserError as error:
+                say(f"passed over {folder.name}: {error}")
+                put_aside(folder, "damaged")
+        return None, Progress()
+
+    folder, progress = on_main_process(find)
+    if folder is None:
+        say(f"no good checkpoint in {run}: starting at step 0")
+        if settings.weights:
+            model = load_pretrained(Path(settings.weights), trainer.order.block_size)
+            trainer.model.load_state_dict(model.state_dict())
+        return progress
+    say(f"resumed from {folder} ({plural(progress.step, 'step')} done)")
+    if trainer.machine.rank:
+        load_checkpoint(folder, trainer)
+    if settings.max_steps != before:
+        old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
+                    (before, settings.max_steps))
+        say(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate is "
+            f"{new:.2e} in place of {old:.2e}")
+    return progress
+
+
+def undo_decay(run: Path, start: int) -> None:
+    """Put aside the checkpoints of a learning rate's decay that began at step `start`, if one from before is there."""
+    numbers = {int(folder.name.removeprefix("step-")): folder for folder in find_checkpoints(run)}
+    if any(number <= start for number in numbers) and any(number > start for number in numbers):
+        say(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
+        for number, folder in numbers.items():
+            if number > start:
+                put_aside(folder, "decayed")
+
+
+def put_aside(folder: Path, reason: str) -> None:
+    target = folder.with_name(f"{folder.name}.{reason}")
+    remove_folder(target)
+    os.rename(folder, target)
+
+
+# ---------- 11. Training run ------------------------------------------------------------------------------------------
 
 
 class StopRequest:
@@ -1572,7 +2077,7 @@ class StopRequest:
     and torchrun passes on to them what it gets.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = None
         self.former = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -1590,45 +2095,57 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class RunLog:
-    """The log of a run: metrics.jsonl, one JSON object per line, and the same in TensorBoard."""
+def train(settings: Settings) -> int:
+    """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
+    folder = Path(settings.output_dir or "runs")
+    if settings.output_dir and not settings.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        way_out = "--resume continues the run in it; or " if is_run(folder) else ""
+        raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
+    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
+        raise UserError(f"cannot write to {parent}, where {folder} should be")
+    started, processes = time.perf_counter(), join_processes()
+    held = on_main_process(lambda: lock_run(folder)) if settings.resume else None
+    try:
+        saved = read_json(folder / "metrics.json") if settings.resume else {}
+        data = prepare_tokens(settings, saved.get("data", {}).get("fingerprint"))
+        model = make_model(settings, data.tokenizer, saved.get("model"))
+        trainer = make_trainer(settings, processes, data, model, saved.get("device", {}).get("compiled"))
+        settings, progress = trainer.settings, Progress()
+        if settings.resume:
+            progress = resume(folder, trainer)
+            if progress.step > settings.max_steps:
+                raise UserError(f"--max-steps {settings.max_steps} is less than the {progress.step} steps that "
+                                f"{folder} has done")
+            if progress.step == settings.max_steps and saved.get("status") == "finished":
+                say("nothing is left to do: for more steps, --max-steps")
+                return 0
+        describe(trainer)
+        bigram = bigram_loss(data.train, data.validation) if is_main_process() else math.nan
+        some = "the same" if len(data.train) <= BIGRAM_TOKENS else f"the first {BIGRAM_TOKENS:,} of the same"
+        say(f"baseline: validation loss {bigram:.4f} of a bigram model on {some} tokens")
+        if not settings.resume:
+            folder = on_main_process(lambda: new_run_folder(settings, data.facts["name"]))
+            held = on_main_process(lambda: lock_run(folder))
+        say(f"folder: {folder}\n")
+        return Run(trainer, progress, folder, bigram, started).train()
+    finally:
+        if is_main_process() and held not in (None, -1):
+            os.close(held)
 
-    def __init__(self, run: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
 
-        kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
-        part = run / "metrics.jsonl.tmp"
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, run / "metrics.jsonl")
-        self.lines = open(run / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
-        self.board = SummaryWriter(str(run), purge_step=step + 1)
-
-    def write(self, step: int, board: bool = True, **values: float | str) -> None:
-        """One line; with `board`, TensorBoard too. What is not finite becomes null: JSON has no word for it."""
-        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if board and isinstance(value, str):
-                self.board.add_text(name, f"```\n{value}\n```", step)
-            elif board and value is not None:
-                self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.lines.close()
-        self.board.close()
+def lock_run(folder: Path) -> int:
+    """Take the lock of a run's folder: two processes must not write into one. The lock of a dead process is free."""
+    path = folder / "lock"
+    path.touch()
+    held = lock(path)
+    if held is None:
+        raise UserError(f"{folder} is in use: process {path.read_text()} is training in it")
+    path.write_text(str(os.getpid()))
+    return held
 
 
-def read_log(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl. The last one of a killed run may be half a line: it is left out."""
-    lines = []
-    if (run / "metrics.jsonl").exists():
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines
-
-
-def claim_run_folder(settings: argparse.Namespace, data_name: str) -> Path:
+def new_run_folder(settings: Settings, data_name: str) -> Path:
     """Make this run's folder, which no other run has: a default name that is taken gets a suffix."""
     if settings.output_dir:
         return make_folder(Path(settings.output_dir))
@@ -1647,82 +2164,97 @@ def short(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def train(settings: argparse.Namespace) -> int:
-    """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
-    folder = Path(settings.output_dir or "runs")
-    is_new = settings.output_dir and not settings.resume
-    if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        way_out = "--resume continues the run in it; or " if is_run(folder) else ""
-        raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
-    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
-        raise UserError(f"cannot write to {parent}, where {folder} should be")
-    started, processes = time.perf_counter(), join_processes()
-    data = prepare_tokens(settings)
-    session = open_session(settings, processes, data, make_model(settings, data.tokenizer))
-    progress = Progress()
-    if settings.resume:
-        progress = resume(folder, session.model, session.optimiser, session.guard, settings.weights)
-        if progress.step > settings.max_steps:
-            raise UserError(f"--max-steps {settings.max_steps} is less than the {progress.step} steps that {folder} "
-                            "has done")
-        if progress.step == settings.max_steps and read_json(folder / "metrics.json").get("status") == "finished":
-            say("nothing is left to do: for more steps, --max-steps")
-            return 0
-    describe(session)
-    folder, bigram = None, math.nan
-    if is_main_process():
-        bigram = bigram_loss(data.train, data.validation)
-        tokens = "the same" if len(data.train) <= BIGRAM_TOKENS else f"the first {BIGRAM_TOKENS:,} of the same"
-        say(f"baseline: validation loss {bigram:.4f} of a bigram model on {tokens} tokens")
-        folder = claim_run_folder(settings, data.facts["name"])
-        say(f"folder: {folder}\n")
-    return Run(session, progress, folder, bigram, started).train()
+def make_model(settings: Settings, tokenizer: Tokenizer, saved: dict | None = None) -> GPT:
+    """A fresh model, or that of --init. For a resumed run, a fresh one of the geometry that it had: resume() fills it."""
+    size = vocabulary_size(tokenizer)
+    if saved:
+        model = GPT(GPTConfig(**saved))
+    elif settings.weights:
+        model = load_pretrained(Path(settings.weights), settings.block_size, settings.dropout)
+        if size > model.config.vocab_size:
+            raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
+                            f"{model.config.vocab_size} that the model of --init knows")
+        return model
+    else:
+        names = ("block_size", "layers", "heads", "width", "dropout")
+        model = GPT(GPTConfig(size, **{name: getattr(settings, name) for name in names}))
+    model.initialise(settings.seed)
+    return model
 
 
-def describe(session: Session) -> None:
-    """Say on a few lines what is about to run where."""
-    settings, config, facts = session.settings, session.model.config, session.data.facts
-    rows, tokens, dtype = session.rows, facts["tokens"], str(session.dtype).removeprefix("torch.")
-    if dtype == "float32" and session.device.type == "cuda":
+def describe(trainer: Trainer) -> None:
+    """Say on a few lines what is about to run where, and what looks wrong about it."""
+    settings, machine, config, facts = trainer.settings, trainer.machine, trainer.model.config, trainer.data.facts
+    parameters, characters = count_parameters(trainer.model), facts["characters"]
+    dtype = str(machine.dtype).removeprefix("torch.")
+    if machine.dtype is torch.float32 and machine.device.type == "cuda":
         dtype += " (TF32 products)"
-    say(f"model: {settings.name}, {count_parameters(session.model):,} parameters ({config.layers} layers, "
-        f"{config.heads} heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size:,})")
-    say(f"data: {facts['name']}, {tokens['train']:,} training and {tokens['validation']:,} validation tokens of "
-        f"{facts['bytes']['validation'] / tokens['validation']:.2f} bytes")
-    say(f"device: {session.world} x {device_name(session.device)}, {dtype}, {session.mode}; "
-        f"matrix products reach {session.matmul_rate / 1e12:.2f} TFLOP/s")
-    say(f"training: {settings.max_steps:,} steps of {rows} x {config.context} tokens "
-        f"({settings.max_steps * rows / session.order.per_epoch:.2f} epochs), micro-batch {session.micro_batch}, "
-        f"learning rate {short(settings.lr)} ({settings.schedule}, {settings.warmup_steps} steps warm-up)")
+    reach = "could not be timed" if math.isnan(machine.matmul_rate) else f"reach {machine.matmul_rate / 1e12:.2f} TFLOP/s"
+    defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
+    other = [f"{name.replace('_', '-')} {getattr(settings, name)}" for name in ("dropout", "weight_decay", "optimizer",
+             "gradient_checkpointing", "shard_optimizer") if getattr(settings, name) != defaults[name]]
+    lines = [
+        f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
+        f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
+        f"{config.vocab_size:,})",
+        f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} validation "
+        f"tokens ({characters['train']:,} and {characters['validation']:,} characters: "
+        f"{characters['validation'] / sum(characters.values()):.2%} for validation)",
+        f"device: {machine.world} x {device_name(machine.device)}, {dtype}, {machine.mode}; matrix products {reach}",
+        f"training: {plural(settings.max_steps, 'step')} of {trainer.sequences_per_step} x {config.block_size} tokens "
+        f"({settings.max_steps * trainer.sequences_per_step / trainer.order.per_epoch:.2f} epochs), micro-batch "
+        f"{machine.micro_batch_size}, learning rate {short(settings.lr)} ({settings.schedule}, "
+        f"{plural(settings.warmup_steps, 'step')} warm-up), seed {settings.seed}{''.join(', ' + text for text in other)}",
+    ]
+    if facts["left_out"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(facts["left_out"].values()).items())
+        names = [Path(file).name for file in facts["left_out"]]
+        lines.append(f"left out: {plural(len(names), 'file')} ({reasons}): {', '.join(names[:3])}"
+                     f"{', ...' if len(names) > 3 else ''}")
+    if count := facts["end_of_text_in_text"]:
+        lines.append(f"note: {END_OF_TEXT} stands {plural(count, 'time')} in the text and is text like any other; if "
+                     "it is the border between documents, --split-on-eot")
+    if len(trainer.data.train) < parameters and not settings.weights:
+        lines.append(f"note: {plural(len(trainer.data.train), 'training token')} are few for {parameters:,} "
+                     "parameters: the model will learn them by heart; a smaller model or more text would do better")
+    if settings.max_steps < 200 and not settings.weights and settings.model != "nano":
+        lines.append(f"note: only {plural(settings.max_steps, 'step')}: more --epochs or a smaller --batch-tokens would "
+                     "teach it more")
+    for line in lines:
+        say(textwrap.fill(line, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 class Run:
-    """The training loop and what stands around a step: readings, log, evaluations, checkpoints, results."""
+    """The training loop and what stands around a step: log, evaluations, checkpoints, results."""
 
-    def __init__(self, session: Session, progress: Progress, folder: Path | None, bigram: float, started: float):
-        self.session, self.settings, self.progress = session, session.settings, progress
-        self.folder, self.bigram, self.started = folder, bigram, started  # folder: of the main process only
+    def __init__(self, trainer: Trainer, progress: Progress, folder: Path, bigram: float, started: float):
+        self.trainer, self.settings, self.progress = trainer, trainer.settings, progress
+        self.folder, self.bigram, self.started = folder, bigram, started
+        self.is_writer = trainer.machine.rank == 0
         self.report_every = max(1, self.settings.max_steps // 20)
+        self.decay_start = None  # the checkpoint from which a warm-up-stable-decay run can be made longer
+        if self.settings.schedule == "wsd":
+            self.decay_start = self.settings.max_steps - decay_steps(self.settings.max_steps)
         self.reported = self.began = (progress.step, progress.seconds)
         # What samples begin with: a document, if the model sees enough of them to know how they begin.
-        self.prompt = "" if session.data.facts["documents"]["train"] >= 100 else "\n"
+        self.prompt = "" if trainer.data.facts["documents"]["train"] >= 100 else "\n"
 
     def train(self) -> int:
         """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
-        if self.folder:
-            make_folder(self.folder / "checkpoints")
-            self.write_metrics("running")
-            self.log = RunLog(self.folder, progress.step)
         try:
+            if self.is_writer:
+                make_folder(self.folder / "checkpoints")
+                self.write_metrics("running")
+                self.log = RunLog(self.folder, progress.step)
             if progress.step == 0:
-                self.evaluate()
+                self.evaluate(is_saved=settings.weights is not None)
                 if settings.weights:  # of --init: if training only makes them worse, they stay the best checkpoint
                     self.save()
             self.loop(request)
-            status = "finished" if progress.step >= settings.max_steps else "stopped"
+            status = "finished" if progress.step >= settings.max_steps else "interrupted"
         except BrokenPipeError:  # whoever read the output has gone: main() ends quietly
+            status = "interrupted"
             raise
         except OSError as error:  # of the log: a full disk, most of all
             raise UserError(f"step {progress.step} cannot be logged in {self.folder} ({first_line(error)}); the last "
@@ -1730,46 +2262,48 @@ class Run:
         finally:
             request.restore()
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-                if self.folder:  # on a full disk this fails too, and the first error is the one to show
+                if hasattr(self, "log"):  # on a full disk this fails too, and the first error is the one to show
                     self.write_metrics(status)
-                    self.log.close()
+                    self.log.close(settings, self.results())
                     plot(self.folder, self.bigram)
         self.finish(status)
         return 0 if status == "finished" else 128 + (request.number or signal.SIGTERM)
 
     def loop(self, request: StopRequest) -> None:
         """Step after step. The values of a step are read one step later, so that the device never waits for Python."""
-        session, progress, settings = self.session, self.progress, self.settings
-        batch, waiting, stop = session.fetch_batch(progress.step), None, False
+        trainer, progress, settings = self.trainer, self.progress, self.settings
+        batch, waiting, stop = trainer.fetch_batch(progress.step), None, False
         self.clock = time.perf_counter()
         while progress.step < settings.max_steps and not stop:
-            values = training_step(session, progress.step, batch, request.number is not None)
+            values = training_step(trainer, progress.step, batch, request.number is not None)
             progress.step += 1
-            batch = session.fetch_batch(progress.step)
+            batch = trainer.fetch_batch(progress.step)  # read from the files while the device works on the step
             arrived, waiting = waiting, (progress.step, start_reading(values))
             stop = arrived is not None and self.log_step(*arrived)
-            stop = stop or (session.world == 1 and request.number is not None)
-            is_due = progress.step % settings.eval_every == 0 or progress.step == settings.max_steps
+            stop = stop or (trainer.machine.world == 1 and request.number is not None)
+            is_due = progress.step in (settings.max_steps, self.decay_start) or progress.step % settings.eval_every == 0
             if is_due or stop:
                 stop = self.log_step(*waiting) or stop
                 waiting = None
                 if is_due:
-                    self.evaluate()
+                    self.evaluate(is_saved=True)
                 self.save()
                 self.clock = time.perf_counter()
 
     def save(self) -> None:
         """A checkpoint, and metrics.json. UserError when there is no room for them."""
-        session = self.session
-        if not self.folder:
-            return
-        try:
-            save_checkpoint(self.folder, session.model, session.optimiser, session.guard, self.progress,
-                            session.data.tokenizer)
-            self.write_metrics("running")
-        except (OSError, SafetensorError) as error:  # a full disk, most of all
-            raise UserError(f"step {self.progress.step} cannot be saved in {self.folder} ({first_line(error)}); the "
-                            f"last good checkpoint is {self.last_checkpoint()}") from None
+        trainer, tensors = self.trainer, training_state(self.trainer)
+
+        def write() -> None:
+            try:
+                save_checkpoint(self.folder, trainer.model, tensors, self.progress, trainer.data.tokenizer,
+                                keep={self.progress.best_step, self.decay_start})
+                self.write_metrics("running")
+            except (OSError, SafetensorError) as error:  # a full disk, most of all
+                raise UserError(f"step {self.progress.step} cannot be saved in {self.folder} ({first_line(error)}); "
+                                f"the last good checkpoint is {self.last_checkpoint()}") from None
+
+        on_main_process(write)
 
     def log_step(self, step: int, reading: tuple) -> bool:
         """Take in the values of a step: log them, report now and then. True if some process was asked to stop.
@@ -1779,101 +2313,120 @@ class Run:
         (values, done), settings = finish_reading(reading), self.settings
         self.progress.seconds, self.clock = self.progress.seconds + done - self.clock, done
         rate = learning_rate(step - 1, settings)
-        line = {"loss": values["loss"], "gradient_norm": values["norm"], "learning_rate": rate}
-        if values["skip"]:
-            rows, order = self.session.rows, self.session.order
-            starts = [str(order.start(number)) for number in range((step - 1) * rows, step * rows)]
-            line |= {"skipped": values["skipped"], "windows": " ".join(starts)}
-            say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its windows of "
-                f"{order.context} tokens begin at tokens {', '.join(starts[:8])}{', ...' if rows > 8 else ''} of "
-                "train.bin (all of them: metrics.jsonl)")
+        line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": rate}
+        if self.trainer.loss_scale.enabled:
+            line["overflow"] = values["overflow"]
+        if values["skip"] and not values["overflow"]:
+            line |= self.skipped(step, values)
         is_report = step % self.report_every == 0 or step == settings.max_steps
         if is_report:
             seconds_per_step = (self.progress.seconds - self.reported[1]) / (step - self.reported[0])
             self.reported = (step, self.progress.seconds)
-            line |= self.session.speed(1, seconds_per_step) | {"memory_gib": peak_memory(self.session.device)}
+            line |= speed(self.trainer, 1, seconds_per_step)
+            line["peak_memory_gib"] = peak_memory(self.trainer.machine.device)
             left = timedelta(seconds=round((settings.max_steps - step) * seconds_per_step))
-            say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps} | loss {values['loss']:.4f} | norm "
-                f"{values['norm']:.2f} | lr {rate:.2e} | {line['tokens_per_second']:,.0f} tokens/s | "
-                f"MFU {line['mfu']:.0%} | {left} left")
-        if self.folder:
-            self.log.write(step, board=is_report or step % 10 == 0, **line)
+            mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.0%}"
+            say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps}  loss {values['loss']:.4f}  norm "
+                f"{values['norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left")
+        if self.is_writer:
+            self.log.write(step, on_board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
-                            f"{values['in_a_row']:.0f} steps skipped in a row); the last good checkpoint is "
+                            f"{plural(int(values['in_a_row']), 'step')} skipped in a row); the last good checkpoint is "
                             f"{self.last_checkpoint()}. Start anew with a lower --lr, or from what was good: "
-                            f"--init {shlex.quote(str(self.folder or 'RUN'))} --lr {short(settings.lr / 4)}")
+                            f"--init {shlex.quote(str(self.folder))} --lr {short(settings.lr / 4)}")
         return values["stop"] > 0
 
-    def last_checkpoint(self) -> Path | str:
-        return next(iter(find_checkpoints(self.folder)), "none") if self.folder else "with the first process"
+    def skipped(self, step: int, values: dict[str, float]) -> dict:
+        """Say which text a step was skipped for, and return it for the log."""
+        count, order = self.trainer.sequences_per_step, self.trainer.order
+        starts = [str(order.start(position)) for position in range((step - 1) * count, step * count)]
+        say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its sequences of "
+            f"{order.block_size} tokens begin at tokens {', '.join(starts[:8])}{', ...' if count > 8 else ''} of "
+            "train.bin (all of them: metrics.jsonl)")
+        return {"skipped": values["skipped"], "sequences": " ".join(starts)}
 
-    def evaluate(self) -> None:
-        """Validation loss and a sample, to the terminal and the log."""
-        session, progress = self.session, self.progress
-        progress.validation_loss = loss = evaluate(session)
-        if progress.best_loss is None or loss < progress.best_loss:
+    def last_checkpoint(self) -> Path | str:
+        return next(iter(find_checkpoints(self.folder)), "none")
+
+    def evaluate(self, is_saved: bool) -> None:
+        """Validation loss and a sample, to the terminal and the log. `is_saved`: a checkpoint of this step follows."""
+        trainer, progress = self.trainer, self.progress
+        progress.validation_loss = loss = evaluate(trainer)
+        if is_saved and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
-        if self.folder:
-            bits = bits_per_byte(loss, session.data)
-            shorter = {"num_samples": 1, "max_new_tokens": min(100, self.settings.max_new_tokens)}
-            shorter = argparse.Namespace(**vars(self.settings) | shorter)
-            text = sample_texts(session.model, session.data.tokenizer, self.prompt, shorter)[0]
-            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample: {text[:60]!r}")
+        if self.is_writer:
+            few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
+            text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
+            bits = self.bits_per_byte(loss)
+            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {text[:70]!r}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
+
+    def bits_per_byte(self, loss: float) -> float:
+        data = self.trainer.data
+        return bits_per_byte(loss, len(data.validation), data.facts["bytes"]["validation"])
 
     def results(self) -> dict:
         """What has come out so far."""
-        progress, session, best = self.progress, self.session, self.progress.best_loss
+        progress, trainer, best = self.progress, self.trainer, self.progress.best_loss
         steps, seconds = progress.step - self.began[0], progress.seconds - self.began[1]  # since this process began
         return {
-            "parameters": count_parameters(session.model),
+            "parameters": count_parameters(trainer.model),
             "steps": progress.step,
             "tokens": progress.step * self.settings.batch_tokens,
-            "epochs": progress.step * session.rows / session.order.per_epoch,
-            "skipped_steps": int(session.guard.state[Guard.FIELDS.index("skipped")]),
+            "epochs": progress.step * trainer.sequences_per_step / trainer.order.per_epoch,
+            "skipped_steps": int(trainer.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
             "total_seconds": time.perf_counter() - self.started,  # of this process: all but the imports
-            **(session.speed(steps, seconds) if seconds else {}),
-            "peak_memory_gib": peak_memory(session.device),
+            **(speed(trainer, steps, seconds) if seconds else {}),
+            "peak_memory_gib": peak_memory(trainer.machine.device),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": best,
             "best_step": progress.best_step,
-            "bits_per_byte": None if best is None else bits_per_byte(best, session.data),
+            "bits_per_byte": None if best is None else self.bits_per_byte(best),
             "bigram_validation_loss": self.bigram,
         }
 
     def write_metrics(self, status: str) -> None:
         """metrics.json: what ran, with what, where, and what came out. --resume reads the configuration from it."""
-        session, versions = self.session, {"python": platform.python_version()}
+        trainer, machine, versions = self.trainer, self.trainer.machine, {"python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
-        write_json(self.folder / "metrics.json", {
+        write_json(self.folder / "metrics.json", finite({
             "status": status,
-            "configuration": vars(self.settings),
+            "configuration": asdict(self.settings) | {"micro_batch_size": machine.micro_batch_size},
+            "model": asdict(trainer.model.config),
             "versions": versions,
-            "device": {"name": device_name(session.device), "processes": session.world, "mode": session.mode,
-                       "dtype": str(session.dtype), "matmul_flops_per_second": session.matmul_rate},
-            "data": session.data.facts,
+            "device": {"name": device_name(machine.device), "processes": machine.world, "mode": machine.mode,
+                       "compiled": machine.mode == "compiled", "dtype": str(machine.dtype),
+                       "matmul_flops_per_second": machine.matmul_rate,
+                       "data_sheet_flops_per_second": data_sheet_rate(device_name(machine.device))},
+            "data": trainer.data.facts | {"fingerprint": trainer.data.fingerprint},
             "results": self.results(),
-        })
+        }))
 
     def finish(self, status: str) -> None:
         """The table, a sample, and how to go on."""
-        results, session = self.results(), self.session
+        results, trainer = self.results(), self.trainer
         script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
-        if not self.folder or results["best_validation_loss"] is None:
+        if not self.is_writer:
             return
         for name, value in results.items():
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 1000 else f"{value:,.0f}"
+            shown = "n/a" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+            shown = f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else shown
             name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
             say(f"| {name:22} | {shown:>14} |")
-        say(f"\nsample:\n{sample_texts(session.model, session.data.tokenizer, self.prompt, self.settings)[0]}\n")
-        say(f"{self.folder} holds checkpoints/, training_loss.png, metrics.json, metrics.jsonl and TensorBoard events.")
+        best = self.progress.best_loss
+        if best is not None and best > self.bigram:
+            say("note: that is worse than the bigram model, which looks at one token only: the\n"
+                "  model has learnt too little. More steps, more text or a smaller model help.")
+        say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, self.settings)[0]}\n")
+        say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl and TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")
         else:
-            python = "python" if session.world == 1 else f"torchrun --nproc_per_node={session.world}"
-            say(f"Stopped after step {results['steps']}. Go on: {python} {script} --resume --output-dir {folder}")
+            world = trainer.machine.world
+            python = "python" if world == 1 else f"torchrun --nproc_per_node={world}"
+            say(f"Stopped after {plural(results['steps'], 'step')}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
@@ -1897,6 +2450,59 @@ def finish_reading(reading: tuple[torch.Tensor, object]) -> tuple[dict[str, floa
     return values, arrival if isinstance(arrival, float) else time.perf_counter()
 
 
+def finite(value: Any) -> Any:
+    """The same with None for what is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """The log of a run: metrics.jsonl, one JSON object per line, and the same in TensorBoard."""
+
+    TAGS = {"validation_loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte", "sample": "samples"}
+
+    def __init__(self, run: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [line for line in read_log(run) if line["step"] <= step and step]  # what a resumed run does again goes
+        replace_file(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = open(run / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
+        self.board = SummaryWriter(str(run), purge_step=step + 1)
+
+    def write(self, step: int, on_board: bool = True, **values: float | str | None) -> None:
+        """One line; with `on_board`, TensorBoard too."""
+        values = finite(values)
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            tag = self.TAGS.get(name, f"train/{name}")
+            if on_board and isinstance(value, str):
+                self.board.add_text(tag, f"```\n{value}\n```", step)
+            elif on_board and value is not None:
+                self.board.add_scalar(tag, value, step)
+
+    def close(self, settings: Settings, results: dict) -> None:
+        """With what TensorBoard's page of hyperparameters shows."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: value for name, value in asdict(settings).items() if isinstance(value, (int, float, str))}
+        best = results["best_validation_loss"]
+        for summary in hparams(plain, {"validation/loss": best} if best is not None else {}):
+            self.board.file_writer.add_summary(summary)
+        self.lines.close()
+        self.board.close()
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl. The last one of a killed run may be half a line: it is left out."""
+    lines = []
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
 def plot(run: Path, bigram: float) -> None:
     """training_loss.png: every step's loss and smoothed, validation with its minimum marked, and the bigram model."""
     from matplotlib.figure import Figure
@@ -1904,7 +2510,7 @@ def plot(run: Path, bigram: float) -> None:
     lines = read_log(run)
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") and "skipped" not in line]
     validation = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss")]
-    figure = Figure(figsize=(9, 5), layout="tight")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     if training:
         steps, losses = np.array(training).T
@@ -1925,52 +2531,13 @@ def plot(run: Path, bigram: float) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run / "training_loss.png", dpi=120)
+    figure.legend(loc="outside right upper")  # beside the curves, not on them
+    part = run / "training_loss.png.incomplete"
+    figure.savefig(part, dpi=120, format="png")
+    os.replace(part, run / "training_loss.png")
 
 
-# ---------- 14. Main --------------------------------------------------------------------------------------------------
-
-
-def resolve_settings(arguments: argparse.Namespace) -> argparse.Namespace:
-    """All settings: what was given, over a resumed run's own, over the preset's, over the defaults."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    for name in given:
-        if given[name] == "" and name != "sample":  # as a shell passes on a variable that is not set
-            raise UserError(f"--{name.replace('_', '-')} is empty")
-    if "output_dir" in given and {"sample", "export"} & given.keys():
-        raise UserError("--output-dir is for training: --sample and --export take the run that --init names")
-    for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
-        if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
-            given[name] = str(Path(given[name]).resolve())
-    saved = {}
-    if given.get("resume"):
-        for name in {"plan", "sample", "export"} & given.keys():
-            raise UserError(f"--{name} does not go together with --resume, which continues training")
-        run = Path(given["output_dir"]) if "output_dir" in given else newest_run(is_run)
-        if not is_run(run):
-            raise UserError(f"--resume: there is no run of this script in {run}")
-        given["output_dir"] = str(run)
-        saved = read_json(run / "metrics.json").get("configuration", {})
-        for name in given.keys() & saved.keys() - FREE_ON_RESUME:
-            if saved[name] != given[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
-                                f"settings: leave {flag} out, or start a new run")
-    name = given.get("model") or saved.get("model") or DEFAULTS["model"]
-    preset = FINE_TUNING if "init" in given and "model" not in given else PRESETS[name]
-    preset = preset | ({"max_steps": None} if "epochs" in given else {})
-    settings = argparse.Namespace(**NOT_FLAGS | {"name": name} | DEFAULTS | preset | saved | given)
-    settings.cache_dir = str(Path(settings.cache_dir).resolve())
-    if "cache_dir" in given:
-        settings.hub_cache = str(Path(settings.cache_dir) / "hub")
-    if settings.init and not saved:
-        for name in {"layers", "heads", "width"} & given.keys():
-            raise UserError(f"--{name} cannot be chosen: --init {settings.init} has its own")
-        settings.name, settings.context = Path(settings.init).name, given.get("context")  # None: that of the weights
-        settings.weights = str(find_weights(settings))
-    settings.tokenizer = settings.tokenizer or settings.weights or "bpe"
-    return settings
+# ---------- 12. Other commands ----------------------------------------------------------------------------------------
 
 
 def is_run(folder: Path) -> bool:
@@ -1984,18 +2551,18 @@ def newest_run(is_usable: Callable[[Path], object]) -> Path:
     return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
 
 
-def find_weights(settings: argparse.Namespace) -> Path:
+def find_weights(settings: Settings) -> Path:
     """The folder that --init means: a run's best checkpoint (default: the newest run's), itself, or one on the Hub."""
     run = Path(settings.init) if settings.init else newest_run(find_checkpoints)
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
     for folder in find_checkpoints(run):
-        best = checkpoint_folder(run, read_json(folder / "training.json").get("best_step", 0))
-        return best if best.exists() else folder
+        best = read_json(folder / "training.json").get("best_step")
+        return checkpoint_folder(run, best) if best is not None and checkpoint_folder(run, best).exists() else folder
     raise UserError(f"{run} has no finished checkpoint")
 
 
-def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
+def load_for_use(settings: Settings) -> tuple[GPT, Tokenizer, Path]:
     """The model of --init (default: the newest run's best), its tokenizer, and where they were."""
     folder = Path(settings.weights) if settings.weights else find_weights(settings)
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
@@ -2004,7 +2571,7 @@ def load_for_use(settings: argparse.Namespace) -> tuple[GPT, Tokenizer, Path]:
     return model.eval(), tokenizer, folder
 
 
-def sample(settings: argparse.Namespace) -> int:
+def sample(settings: Settings) -> int:
     """Continue a prompt, or one after the other from standard input."""
     model, tokenizer, folder = load_for_use(settings)
     _, _, device = join_processes()
@@ -2018,8 +2585,8 @@ def sample(settings: argparse.Namespace) -> int:
             sample_texts(model, tokenizer, prompt, settings, on_text=lambda text: say(text, end=""))
             say()
         else:
-            for number, text in enumerate(sample_texts(model, tokenizer, prompt, settings), 1):
-                say(f"--- {number}\n{prompt}{text}")
+            for position, text in enumerate(sample_texts(model, tokenizer, prompt, settings), 1):
+                say(f"--- {position}\n{prompt}{text}")
     return 0
 
 
@@ -2034,7 +2601,7 @@ def read_prompts() -> Iterator[str]:
             yield input("> " if is_terminal else "")
 
 
-def export(settings: argparse.Namespace) -> int:
+def export(settings: Settings) -> int:
     """Write a folder for transformers."""
     target = Path(settings.export)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -2047,67 +2614,199 @@ def export(settings: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate_text(settings: Settings) -> int:
+    """Print the loss of a model on a text, each block read by itself: the first tokens of a block know little."""
+    model, tokenizer, folder = load_for_use(settings)
+    _, world, device = join_processes()
+    if world > 1:
+        raise UserError("--evaluate runs in one process")
+    tokens, size = read_all_tokens(settings, tokenizer) if settings.evaluate else validation_tokens(folder)
+    block_size = model.config.block_size
+    machine = Machine(device=device, dtype=choose_dtype(settings.dtype, device), matmul_rate=math.nan,
+                      micro_batch_size=max(1, 2**13 // block_size))
+    if len(tokens) < 2:
+        raise UserError(f"--evaluate {settings.evaluate}: too little text")
+    loss = summed_loss(model.to(device), tokens, block_size, machine).item() / (len(tokens) - 1)
+    say(f"model: {folder}\ntext: {settings.evaluate or 'validation text of the run'}, {plural(len(tokens), 'token')}, "
+        f"{plural(size, 'byte')}")
+    for name, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))),
+                        ("bits per byte", bits_per_byte(loss, len(tokens), size))):
+        say(f"| {name:13} | {value:12,.4f} |")
+    return 0
+
+
+def read_all_tokens(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """All tokens of the data that --evaluate names, and how many bytes of text they are."""
+    settings = replace(settings, data=settings.evaluate)
+    source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
+    left_out = FileSplit(source, settings).left_out if source.files else {}
+    files = (source.read(file) for file in source.files if file not in left_out)
+    parts = documents_of(itertools.chain.from_iterable(files) if source.files else source.read(None), settings)
+    for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
+        arrays.append(np.array(tokens, np.uint32))
+        size += len(text.encode())
+    return np.concatenate(arrays), size
+
+
+def validation_tokens(folder: Path) -> tuple[np.ndarray, int]:
+    """The validation tokens of the run that a checkpoint belongs to, and how many bytes of text they are."""
+    run = folder.parent.parent
+    saved = read_json(run / "metrics.json") if is_run(run) else {}
+    if not saved:
+        raise UserError(f"{folder} belongs to no run and has no validation text: --evaluate DATA")
+    tokens = Path(saved["configuration"]["cache_dir"]) / f"tokens-{saved['data']['fingerprint']}"
+    if not tokens.exists():
+        raise UserError(f"the validation text of {run} is no longer in {tokens}: --evaluate DATA")
+    data = open_tokens(tokens)
+    return data.validation, data.facts["bytes"]["validation"]
+
+
 PLAN_SECONDS = 20  # of trying, at most about this
+CHINCHILLA = 20  # training tokens per parameter that a given amount of compute is best spent on: Hoffmann et al. 2022
 
 
-def plan(settings: argparse.Namespace) -> int:
+def plan(settings: Settings) -> int:
     """Print what a run needs, try a few of its steps, and leave nothing behind but the token files."""
     processes = join_processes()
     data = prepare_tokens(settings)
-    model = make_model(settings, data.tokenizer)
-    config, numbers = model.config, sum(parameter.numel() for parameter in model.parameters())
-    say(f"compute: {flops_per_token(config) / 1e9:.4f} GFLOP per token, forward and backward")
-    say(f"memory: {16 * numbers / 2**30:.2f} GiB for weights, gradients and AdamW's two moments, 4 bytes each")
-    session, seconds = open_session(settings, processes, data, model), []
-    describe(session)
-    say(f"one epoch: {len(data.train):,} tokens, {len(data.train) / settings.batch_tokens:,.1f} steps; each evaluation "
-        f"reads {len(data.validation):,} tokens")
-    count = 6
-    while len(seconds) < count:  # steps of one micro-batch each
-        batch = session.fetch_batch(0)[: session.micro_batch]
-        synchronise(session.device)
-        started = time.perf_counter()
-        training_step(session, len(seconds), batch)
-        synchronise(session.device)
-        seconds.append(time.perf_counter() - started)
-        if len(seconds) == 1:  # as many more as there is time for, and as many in every process
-            count = int(agree(session, min(count, 1 + PLAN_SECONDS // seconds[0]), dist.ReduceOp.MIN))
-    seconds_per_step = session.rows // (session.micro_batch * session.world) * min(seconds)
-    speed, rest = session.speed(1, seconds_per_step), timedelta(seconds=round(seconds_per_step * settings.max_steps))
-    say(f"measured: {seconds_per_step:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {speed['mfu']:.0%}, peak memory {peak_memory(session.device):.2f} GiB")
-    say(f"to the end: {rest} for {settings.max_steps:,} steps, without evaluations")
+    trainer = make_trainer(settings, processes, data, make_model(settings, data.tokenizer))
+    settings, machine, model = trainer.settings, trainer.machine, trainer.model
+    describe(trainer)
+    parameters, stored = count_parameters(model), sum(parameter.numel() for parameter in model.parameters())
+    moments = sum(p.numel() * len([name for name in state_names(optimiser) if name != "step"])
+                  for optimiser in trainer.optimisers for group in optimiser.param_groups for p in group["params"])
+    moments /= machine.world if settings.shard_optimizer else 1
+    tokens = settings.max_steps * settings.batch_tokens
+    say(f"compute: {flops_per_token(model.config) / 1e9:.4f} GFLOP per token, forward and backward")
+    say(f"memory: {4 * (2 * stored + moments) / 2**30:.2f} GiB for weights, gradients and optimiser, 4 bytes each")
+    say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
+    say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
+        f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps; each evaluation\n  reads "
+        f"{len(data.validation):,} tokens")
+    seconds = seconds_per_step(trainer)
+    values, rest = speed(trainer, 1, seconds), timedelta(seconds=round(seconds * settings.max_steps))
+    say(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, {mfu_text(values)},\n  peak "
+        f"memory {peak_memory(machine.device):.2f} GiB")
+    say(f"to the end: {rest} for {plural(settings.max_steps, 'step')}, without evaluations")
     return 0
+
+
+def seconds_per_step(trainer: Trainer) -> float:
+    """By trying steps of one and of two micro-batches: what they differ by is a pass, and the rest comes once a step."""
+    machine, times = trainer.machine, {1: [], 2: []}
+    passes = trainer.sequences_per_step // (machine.micro_batch_size * machine.world)
+    sizes, count, tried = ((1, 2) if passes > 1 else (1,)), 6, 0
+    while tried < count:
+        for size in sizes:
+            batch = trainer.fetch_batch(0)[: size * machine.micro_batch_size]
+            synchronise(machine.device)
+            started = time.perf_counter()
+            training_step(trainer, tried, batch)
+            synchronise(machine.device)
+            times[size].append(time.perf_counter() - started)
+        tried += 1
+        if tried == 1:  # as many more as there is time for, and as many in every process
+            possible = 1 + PLAN_SECONDS // sum(times[size][0] for size in sizes)
+            count = int(agree(machine, min(count, possible), dist.ReduceOp.MIN))
+    once = min(times[1])
+    return once if passes == 1 else once + (passes - 1) * max(0.0, min(times[2]) - once)
+
+
+# ---------- 13. Main --------------------------------------------------------------------------------------------------
+
+
+def resolve_settings(arguments: argparse.Namespace) -> Settings:
+    """All settings: what was given, over a resumed run's own, over the preset's, over the defaults."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in given:
+        if given[name] == "" and name not in ("sample", "evaluate"):  # as a shell passes on a variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty")
+    if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
+        raise UserError("--output-dir is for training: --sample, --evaluate and --export take the run that --init names")
+    for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
+        if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    if "cache_dir" in given:
+        given["hub_cache"] = str(Path(given["cache_dir"]).resolve() / "hub")
+    saved = saved_settings(given) if given.get("resume") else {}
+    is_tuned = "init" in given and "model" not in given
+    preset = FINE_TUNING if is_tuned else PRESETS[given.get("model") or saved.get("model") or "nano"]
+    if "epochs" in given:
+        preset = preset | {"max_steps": None}
+    values = preset | saved | given
+    values["cache_dir"] = str(Path(values.get("cache_dir", "cache")).resolve())
+    settings = Settings(**values)
+    if settings.init and not saved:
+        for name in {"layers", "heads", "width"} & given.keys():
+            raise UserError(f"--{name} cannot be chosen: --init {settings.init} has its own")
+        sizes = {"layers": None, "heads": None, "width": None, "block_size": given.get("block_size")}
+        settings = replace(settings, **sizes)  # None: those of the weights
+        settings = replace(settings, weights=str(find_weights(settings)))
+    return replace(settings, tokenizer=settings.tokenizer or settings.weights or "bpe")
+
+
+def saved_settings(given: dict) -> dict:
+    """The settings of the run that --resume means. Puts its folder into `given`. UserError where they contradict."""
+    for name in {"plan", "sample", "export", "evaluate"} & given.keys():
+        raise UserError(f"--{name} does not go together with --resume, which continues training")
+    run = Path(given["output_dir"]) if "output_dir" in given else newest_run(is_run)
+    if not is_run(run):
+        raise UserError(f"--resume: there is no run of this script in {run}")
+    given["output_dir"] = str(run)
+    saved = read_json(run / "metrics.json").get("configuration", {})
+    if saved.keys() != {setting.name for setting in fields(Settings)}:
+        raise UserError(f"--resume: {run} was made by another version of this script")
+    for name in given.keys() & FLAGS.keys():
+        if saved[name] != given[name] and not FLAGS[name].metadata["free"]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
+                            f"settings: leave {flag} out, or start a new run")
+    return saved
+
+
+def is_first_to_say(message: str) -> bool:
+    """Of several processes that meet the same error, one prints it: the first that asks torchrun's store for it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"said: {message}", 1) == 1
+    except Exception:  # whoever held the store has gone: better twice than not at all
+        return True
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the command line says. Returns the exit code."""
     sys.stdout.reconfigure(errors="replace")  # samples hold any character, and not every terminal has all of them
+    too_small = "choose a smaller --micro-batch-size, --block-size or --model, or --gradient-checkpointing"
     try:
         settings = resolve_settings(arguments)
         if settings.sample is not None:
             return sample(settings)
+        if settings.evaluate is not None:
+            return evaluate_text(settings)
         code = export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
         if dist.is_initialized():
             gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
         return code
-    except UserError as error:  # all processes of a machine meet the same one
-        message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    except UserError as error:
+        message = str(error)
     except BrokenPipeError:  # who read the output has gone (`| head`); nothing more may be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as if ended by SIGPIPE
     except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
         message = first_line(error)
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is too small for this: choose a smaller --micro-batch, --context or --model"
+        message = f"the GPU's memory is too small for this: {too_small}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
-        message = "the memory is too small for this: choose a smaller --micro-batch, --context or --model"
+        message = f"the memory is too small for this: {too_small}"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if message:
+    if is_first_to_say(message):
         print(f"error: {message}", file=sys.stderr)
     return 2
 

@@ -247,6 +247,11 @@ def say(text: str = "", end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
+def say_wrapped(text: str) -> None:
+    """In lines that fit a terminal of 80 columns."""
+    say(textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
 def plural(count: int, noun: str) -> str:
     """1 step, 1,500 steps."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -624,7 +629,7 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 # Sources: documents in parts, so that a large one never has to fit the memory
 
 Part = tuple[bool, str]  # does a document begin here? And text of it
-PIECE = 2**18  # characters: long documents are tokenised in parts of about this size, so that one keeps all cores busy
+PIECE = 2**15  # characters: long documents are tokenised in parts of about this size, so that one keeps all cores busy
 LINE_END = re.compile(r"\S\n(?=\S)")
 COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
 # The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
@@ -724,7 +729,7 @@ def open_bytes(file: Path) -> io.IOBase:
         return open(file, "rb")
     import pyarrow
 
-    return pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip")
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip"))
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
@@ -1690,6 +1695,8 @@ def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> S
                         "each process has per step (--batch-tokens / block size / processes): give --micro-batch-size "
                         "auto")
     steps = settings.max_steps or max(1, round(settings.epochs * order.per_epoch * block / batch))
+    if settings.max_steps is None and steps < 200 and settings.model not in (None, "nano"):
+        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would teach it more")
     found = {"batch_tokens": batch, "max_steps": steps, "warmup_steps": min(2000, steps // 20),
              "eval_every": min(1000, max(1, steps // 5))}
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
@@ -1913,7 +1920,7 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
 
     commit, reason = ask_hub(name, "model", flag)
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, cache_dir=cache_dir,
+        return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir,
                                       local_files_only=commit is None))
     except Exception as error:
         raise UserError(f"{flag} {name}: not in the cache, and no Hub ({reason or first_line(error)}). {OFFLINE} "
@@ -1961,7 +1968,7 @@ def training_state(trainer: Trainer) -> dict[str, torch.Tensor]:
         mine = local_part(optimiser)
         for parameter in (p for group in optimiser.param_groups for p in group["params"]):
             for key in state_names(optimiser):
-                value = mine.state[parameter][key] if parameter in mine.state else None
+                value = mine.state.get(parameter, {}).get(key)
                 if mine is not optimiser:  # one process has it, the others add nothing
                     shape = () if key == "step" else parameter.shape
                     value = torch.zeros(shape, device=parameter.device) if value is None else value.clone()
@@ -2137,11 +2144,11 @@ def train(settings: Settings) -> int:
 def lock_run(folder: Path) -> int:
     """Take the lock of a run's folder: two processes must not write into one. The lock of a dead process is free."""
     path = folder / "lock"
-    path.touch()
+    if not path.exists():
+        path.touch()
     held = lock(path)
     if held is None:
-        raise UserError(f"{folder} is in use: process {path.read_text()} is training in it")
-    path.write_text(str(os.getpid()))
+        raise UserError(f"{folder} is in use: another process is training in it")
     return held
 
 
@@ -2217,11 +2224,8 @@ def describe(trainer: Trainer) -> None:
     if len(trainer.data.train) < parameters and not settings.weights:
         lines.append(f"note: {plural(len(trainer.data.train), 'training token')} are few for {parameters:,} "
                      "parameters: the model will learn them by heart; a smaller model or more text would do better")
-    if settings.max_steps < 200 and not settings.weights and settings.model != "nano":
-        lines.append(f"note: only {plural(settings.max_steps, 'step')}: more --epochs or a smaller --batch-tokens would "
-                     "teach it more")
     for line in lines:
-        say(textwrap.fill(line, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        say_wrapped(line)
 
 
 class Run:
@@ -2681,12 +2685,12 @@ def plan(settings: Settings) -> int:
     say(f"memory: {4 * (2 * stored + moments) / 2**30:.2f} GiB for weights, gradients and optimiser, 4 bytes each")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
-        f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps; each evaluation\n  reads "
-        f"{len(data.validation):,} tokens")
+        f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps\neach evaluation reads "
+        f"{plural(len(data.validation), 'token')}")
     seconds = seconds_per_step(trainer)
     values, rest = speed(trainer, 1, seconds), timedelta(seconds=round(seconds * settings.max_steps))
-    say(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, {mfu_text(values)},\n  peak "
-        f"memory {peak_memory(machine.device):.2f} GiB")
+    say_wrapped(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, {mfu_text(values)}, "
+                f"peak memory {peak_memory(machine.device):.2f} GiB")
     say(f"to the end: {rest} for {plural(settings.max_steps, 'step')}, without evaluations")
     return 0
 

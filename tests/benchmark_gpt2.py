@@ -26,8 +26,8 @@ import gpt2_from_scratch as gpt2
 VOCABULARY = 50257
 
 
-def make_session(arguments: argparse.Namespace, *flags: str) -> gpt2.Session:
-    """The script's own session on random tokens, with `flags` of its command line."""
+def make_trainer(arguments: argparse.Namespace, *flags: str) -> gpt2.Trainer:
+    """The script's own trainer on random tokens, with `flags` of its command line."""
     rank, world, device = gpt2.join_processes()
     words = ["--model", arguments.model, "--tokenizer", "gpt2", "--max-steps", "1000000000", *flags]
     settings = gpt2.resolve_settings(gpt2.parse_arguments(words))
@@ -37,7 +37,7 @@ def make_session(arguments: argparse.Namespace, *flags: str) -> gpt2.Session:
     sizes = {name: getattr(settings, name) for name in ("context", "layers", "heads", "width")}
     model = gpt2.GPT(gpt2.GPTConfig(VOCABULARY, **sizes))
     model.initialise(0)
-    return gpt2.open_session(settings, (rank, world, device), data, model)
+    return gpt2.make_trainer(settings, (rank, world, device), data, model)
 
 
 def seconds_per_call(call: Callable[[int], object], device: torch.device, count: int) -> float:
@@ -54,24 +54,24 @@ def seconds_per_call(call: Callable[[int], object], device: torch.device, count:
     return statistics.median(times)
 
 
-def our_step(session: gpt2.Session) -> Callable[[int], object]:
-    return lambda step: gpt2.training_step(session, step, session.fetch_batch(step))
+def our_step(trainer: gpt2.Trainer) -> Callable[[int], object]:
+    return lambda step: gpt2.training_step(trainer, step, trainer.fetch_batch(step))
 
 
-def their_model(session: gpt2.Session) -> GPT2LMHeadModel:
-    sizes = {theirs: getattr(session.model.config, ours) for ours, theirs in gpt2.HF_NAMES.items()}
+def their_model(trainer: gpt2.Trainer) -> GPT2LMHeadModel:
+    sizes = {theirs: getattr(trainer.model.config, ours) for ours, theirs in gpt2.HF_NAMES.items()}
     config = GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False)
-    return GPT2LMHeadModel(config).to(session.device)
+    return GPT2LMHeadModel(config).to(trainer.device)
 
 
-def their_step(session: gpt2.Session, is_compiled: bool) -> Callable[[int], object]:
-    model = their_model(session).train()
+def their_step(trainer: gpt2.Trainer, is_compiled: bool) -> Callable[[int], object]:
+    model = their_model(trainer).train()
     network = torch.compile(model, dynamic=False) if is_compiled else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> None:
-        tokens = session.fetch_batch(number)[:, :-1]
-        with session.autocast():
+        tokens = trainer.fetch_batch(number)[:, :-1]
+        with trainer.autocast():
             loss = network(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -81,23 +81,23 @@ def their_step(session: gpt2.Session, is_compiled: bool) -> Callable[[int], obje
     return step
 
 
-def generations(session: gpt2.Session, rows: int, new: int) -> dict[str, Callable]:
+def generations(trainer: gpt2.Trainer, rows: int, new: int) -> dict[str, Callable]:
     """Greedy continuations of `rows` equal prompts of 32 tokens by `new` tokens."""
-    model, tokens = their_model(session).eval(), list(range(32))
-    inputs = torch.tensor([tokens] * rows, device=session.device)
+    model, tokens = their_model(trainer).eval(), list(range(32))
+    inputs = torch.tensor([tokens] * rows, device=trainer.device)
     how = {"do_sample": False, "use_cache": True, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
     return {
-        "this script": lambda _: list(gpt2.generate(session.model, tokens, rows, new, end=-1, temperature=0)),
+        "this script": lambda _: list(gpt2.generate(trainer.model, tokens, rows, new, end=-1, temperature=0)),
         "transformers": lambda _: model.generate(inputs, attention_mask=torch.ones_like(inputs), **how),
     }
 
 
-def report(name: str, session: gpt2.Session, step: Callable, count: int) -> None:
-    if session.device.type == "cuda":
+def report(name: str, trainer: gpt2.Trainer, step: Callable, count: int) -> None:
+    if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_per_call(step, session.device, count)
-    rate, mfu = session.speed(1, seconds).values()
-    memory = gpt2.peak_memory(session.device)
+    seconds = seconds_per_call(step, trainer.device, count)
+    rate, mfu = trainer.speed(1, seconds).values()
+    memory = gpt2.peak_memory(trainer.device)
     print(f"| {name:34} | {seconds * 1e3:10,.1f} | {rate:12,.0f} | {mfu:5.1%} | {memory:8.2f} |", flush=True)
 
 
@@ -112,32 +112,32 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()
-    session = make_session(arguments, "--no-compile")
-    config = session.model.config
-    print(f"{arguments.model}: {arguments.rows} x {config.context} tokens, {gpt2.device_name(session.device)}, "
-          f"{session.dtype}, torch {torch.__version__}, matrix products {session.matmul_rate / 1e12:.2f} TFLOP/s\n")
+    trainer = make_trainer(arguments, "--no-compile")
+    config = trainer.model.config
+    print(f"{arguments.model}: {arguments.rows} x {config.block_size} tokens, {gpt2.device_name(trainer.device)}, "
+          f"{trainer.dtype}, torch {torch.__version__}, matrix products {trainer.matmul_rate / 1e12:.2f} TFLOP/s\n")
     print("| training                           | ms / step  | tokens/s     | MFU   | GiB      |")
     print("|------------------------------------|-----------:|-------------:|------:|---------:|")
     if "eager" in arguments.only:
-        report("this script, eager", session, our_step(session), arguments.steps)
+        report("this script, eager", trainer, our_step(trainer), arguments.steps)
     if "transformers" in arguments.only:
-        report("transformers, eager", session, their_step(session, False), arguments.steps)
+        report("transformers, eager", trainer, their_step(trainer, False), arguments.steps)
     if is_gpu and "transformers-compiled" in arguments.only:
-        report("transformers, compiled", session, their_step(session, True), arguments.steps)
+        report("transformers, compiled", trainer, their_step(trainer, True), arguments.steps)
     if is_gpu and "compiled" in arguments.only:
-        compiled = make_session(arguments)
+        compiled = make_trainer(arguments)
         report("this script, " + compiled.mode, compiled, our_step(compiled), arguments.steps)
         del compiled
     if is_gpu and "nondeterministic" in arguments.only:
         torch.use_deterministic_algorithms(False)
-        compiled = make_session(arguments, "--no-deterministic")
+        compiled = make_trainer(arguments, "--no-deterministic")
         report("... with --no-deterministic", compiled, our_step(compiled), arguments.steps)
         del compiled
     if "generate" in arguments.only:
         torch.use_deterministic_algorithms(False)
-        rows, new = 8, min(128, config.context - 32)
-        for name, call in generations(session, rows, new).items():
-            seconds = seconds_per_call(call, session.device, 3)
+        rows, new = 8, min(128, config.block_size - 32)
+        for name, call in generations(trainer, rows, new).items():
+            seconds = seconds_per_call(call, trainer.device, 3)
             print(f"generation, {name}: {rows * new / seconds:,.0f} tokens/s ({seconds / new * 1e3:.2f} ms per step)")
 
 

@@ -424,7 +424,7 @@ def test_flan_as_a_process(files, flags, words):
 # gpt2_from_scratch.py
 # ----------------------------------------------------------------------------------------------------------------------
 
-SIZES = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-tokens", "64", "--max-steps",
+SIZES = ["--layers", "1", "--heads", "2", "--width", "16", "--block-size", "16", "--batch-tokens", "64", "--max-steps",
          "2", "--vocab-size", "300"]  # fmt: skip
 TEXT = "".join(f"Line {i} of a text about {('cats', 'dogs', 'fish')[i % 3]}.\n" for i in range(200))
 

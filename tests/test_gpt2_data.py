@@ -1,10 +1,11 @@
 """Tokenizer, token files and the training order of gpt2_from_scratch.py."""
 
-import argparse
+import gzip
 import hashlib
 import json
 import math
 import random
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,10 +33,10 @@ def document(seed: int, words: int = 60) -> str:
     return f"document{seed} " + " ".join(choice.choice(WORDS) for _ in range(words)) + "\n"
 
 
-def data_settings(folder: Path, data: Path | str, **changes) -> argparse.Namespace:
-    values = gpt2.DEFAULTS | gpt2.PRESETS["nano"] | {"fingerprint": None, "hub_cache": None, "tokenizer": "bpe"}
-    values |= {"data": str(data), "cache_dir": str(folder / "cache"), "vocab_size": 300} | changes
-    return argparse.Namespace(**values)
+def data_settings(folder: Path, data: Path | str, **changes) -> gpt2.Settings:
+    values = gpt2.PRESETS["nano"] | {"tokenizer": "bpe", "vocab_size": 300}
+    values |= {"data": str(data), "cache_dir": str(folder / "cache")} | changes
+    return gpt2.Settings(**values)
 
 
 def texts_of(data: gpt2.TokenData, split: str) -> list[str]:
@@ -47,6 +48,22 @@ def texts_of(data: gpt2.TokenData, split: str) -> list[str]:
         else:
             documents[-1].append(token)
     return [gpt2.decode(data.tokenizer, tokens) for tokens in documents]
+
+
+def rejoin(train: list[str], validation: list[str], texts: list[str]) -> dict[str, tuple[int, int]]:
+    """For each document, how many of its characters are in each split. Fails unless all come back, in their order."""
+    train, validation, sides = list(train), list(validation), {}
+    for text in texts:
+        if train and train[0] == text:
+            side = len(train.pop(0)), 0
+        elif validation and validation[0] == text:
+            side = 0, len(validation.pop(0))
+        else:
+            side = len(train[0]), len(validation[0])
+            assert train.pop(0) + validation.pop(0) == text
+        assert sides.setdefault(text, side) == side  # equal documents are treated alike
+    assert not train and not validation
+    return sides
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +138,7 @@ def test_vocab_and_merges_give_the_tokens_of_the_tokenizer_json(tokenizer, tmp_p
 def test_tokens_of_pieces_are_those_of_the_whole_text(tokenizer, text):
     former, gpt2.PIECE = gpt2.PIECE, 10
     try:
-        pieces = list(gpt2.pieces(text))
+        pieces = list(gpt2.pieces([text]))
     finally:
         gpt2.PIECE = former
     assert "".join(pieces) == text
@@ -131,7 +148,7 @@ def test_tokens_of_pieces_are_those_of_the_whole_text(tokenizer, text):
 
 def test_a_long_document_is_really_cut(monkeypatch):
     monkeypatch.setattr(gpt2, "PIECE", 10)
-    assert list(gpt2.pieces("0123456789 abc\ndef\n\n ghi 0123456789\nj")) == [
+    assert list(gpt2.pieces(["0123456789 abc\ndef\n\n ghi 0123456789\nj"])) == [
         "0123456789 abc\n",
         "def\n\n ghi 0123456789\n",
         "j",
@@ -162,19 +179,18 @@ def test_a_single_document_is_cut_at_its_end(tmp_path):
     assert len(validation) == pytest.approx(0.1 * len(text), abs=1)
 
 
-def test_of_a_few_documents_one_is_for_validation(tmp_path):
-    for i in range(3):
-        (tmp_path / "texts").mkdir(exist_ok=True)
-        (tmp_path / f"texts/{i}.txt").write_text(document(i))
-    data = gpt2.prepare_tokens(data_settings(tmp_path, tmp_path / "texts", val_fraction=1e-6))
-    assert len(texts_of(data, "train")) == 2 and len(texts_of(data, "validation")) == 1
-
-
 def labelled_documents(texts: list[str], is_stream: bool, fraction: float | None) -> dict[str, list[str]]:
-    source = gpt2.Source("texts", [], lambda: iter(texts), [] if is_stream else [Path("texts")])
-    documents, length = gpt2.split_documents(source, fraction)
-    assert length == (None if is_stream else sum(map(len, texts)))
-    return {split: [text for name, text in documents() if name == split] for split in gpt2.SPLITS}
+    """What each split gets, as texts; a document that is cut gives one to each."""
+    read = lambda place: ((True, text) for text in texts)
+    source = gpt2.Source("texts", [], [] if is_stream else [Path("texts")], read, lambda: {})
+    settings = gpt2.Settings(val_fraction=fraction)
+    split = gpt2.StreamSplit(settings) if is_stream else gpt2.FileSplit(source, settings)
+    assert split.characters == (None if is_stream else sum(map(len, texts)))
+    found = {name: [] for name in gpt2.SPLITS}
+    for shard in gpt2.labelled_shards(source, split, settings):
+        for name, begins, text in shard:
+            found[name].append(text) if begins else found[name].append(found[name].pop() + text)
+    return found
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -214,7 +230,7 @@ def test_a_folder_gives_its_text_files_by_pattern(tmp_path):
     (folder / "latin.py").write_bytes("é".encode("latin-1") * 100)
     (folder / "windows.py").write_bytes(b"\xef\xbb\xbf" + document(5).replace("\n", "\r\n").encode())
     data = gpt2.prepare_tokens(data_settings(tmp_path, folder, glob="*.py", val_fraction=0.3))
-    assert set(texts_of(data, "train") + texts_of(data, "validation")) == {document(1), document(2), document(5)}
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(1), document(5), document(2)])
 
 
 def test_parquet_and_jsonl_columns_give_the_same_tokens(tmp_path):
@@ -231,13 +247,13 @@ def test_parquet_and_jsonl_columns_give_the_same_tokens(tmp_path):
     )
     for split in gpt2.SPLITS:
         assert texts_of(one, split) == texts_of(two, split)
-    assert sorted(texts_of(one, "train") + texts_of(one, "validation")) == sorted(texts)
+    rejoin(texts_of(one, "train"), texts_of(one, "validation"), texts)
 
 
 def test_limit_takes_the_first_documents(tmp_path):
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": document(i)}) for i in range(40)))
     data = gpt2.prepare_tokens(data_settings(tmp_path, tmp_path / "texts.jsonl", limit=10, val_fraction=0.2))
-    assert set(texts_of(data, "train") + texts_of(data, "validation")) == {document(i) for i in range(10)}
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(10)])
 
 
 def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypatch):
@@ -297,48 +313,48 @@ def test_any_documents_come_back_from_the_token_files(tmp_path, texts, fraction)
     try:
         data = gpt2.prepare_tokens(data_settings(folder, folder / "texts.jsonl", val_fraction=fraction))
     except gpt2.UserError as error:
-        assert "too little text fell to train" in str(error)  # with so few, all may fall to the other side
+        assert "too little text fell to" in str(error)  # of so few characters
         return
     train, validation = texts_of(data, "train"), texts_of(data, "validation")
-    held_out = set(validation)
-    assert held_out and train == [text for text in texts if text not in held_out]
-    assert validation == [text for text in texts if text in held_out]
+    sides = rejoin(train, validation, texts)
+    assert sum(0 < held_out < len(text) for text, (_, held_out) in sides.items()) <= 1  # at most one is cut
 
 
 @given(world=st.sampled_from([1, 2, 4]), share=st.integers(1, 3), step=st.integers(0, 300))
 @settings(max_examples=60, deadline=None)
-def test_processes_share_the_windows_of_a_step(world, share, step):
+def test_processes_share_the_sequences_of_a_step(world, share, step):
     """Together they read what one process reads, whatever their number, in any step of any epoch."""
-    context, rows = 7, world * share
-    order = gpt2.TrainingOrder(np.arange(900, dtype=np.uint16), context, 0)
+    block_size, count = 7, world * share
+    order = gpt2.TrainingOrder(np.arange(900, dtype=np.uint16), block_size, 0)
     parts = []
     for rank in range(world):
-        session = object.__new__(gpt2.Session)
-        vars(session).update(order=order, world=world, rank=rank, device=torch.device("cpu"))
-        session.settings = argparse.Namespace(batch_tokens=rows * context)
-        parts.append(session.fetch_batch(step))
-    assert np.array_equal(torch.cat(parts), order.windows(step * rows, rows))
+        trainer = object.__new__(gpt2.Trainer)
+        trainer.order, trainer.settings = order, gpt2.Settings(batch_tokens=count * block_size)
+        trainer.machine = gpt2.Machine(rank=rank, world=world, device=torch.device("cpu"), dtype=torch.float32,
+                                       micro_batch_size=1, matmul_rate=1.0)  # fmt: skip
+        parts.append(trainer.fetch_batch(step))
+    assert np.array_equal(torch.cat(parts), order.sequences(step * count, count))
 
 
-@given(tokens=st.integers(40, 400), context=st.integers(3, 20), seed=st.integers(0, 5))
+@given(tokens=st.integers(40, 400), block_size=st.integers(3, 20), seed=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_visits_windows_once_and_no_token_is_twice_a_target(tokens, context, seed):
-    order = gpt2.TrainingOrder(np.arange(tokens, dtype=np.uint16), context, seed)
-    windows = order.windows(0, order.per_epoch)
-    assert windows.shape == (order.per_epoch, context + 1)
-    assert (np.diff(windows, axis=1) == 1).all()  # stretches of the stream
-    targets = windows[:, 1:].flatten().tolist()
+def test_an_epoch_visits_sequences_once_and_no_token_is_twice_a_target(tokens, block_size, seed):
+    order = gpt2.TrainingOrder(np.arange(tokens, dtype=np.uint16), block_size, seed)
+    sequences = order.sequences(0, order.per_epoch)
+    assert sequences.shape == (order.per_epoch, block_size + 1)
+    assert (np.diff(sequences, axis=1) == 1).all()  # stretches of the stream
+    targets = sequences[:, 1:].flatten().tolist()
     assert len(set(targets)) == len(targets)
-    assert len(targets) > tokens - 3 * context  # at most the ends are left out
+    assert len(targets) > tokens - 3 * block_size  # at most the ends are left out
 
 
 def test_the_order_is_seeded_shuffled_and_new_in_each_epoch():
     make = lambda seed: gpt2.TrainingOrder(np.arange(2000, dtype=np.uint16), 10, seed)
     order = make(1)
     n = order.per_epoch
-    first, second = order.windows(0, n)[:, 0], order.windows(n, n)[:, 0]
-    assert np.array_equal(make(1).windows(0, n)[:, 0], first)
-    assert not np.array_equal(make(2).windows(0, n)[:, 0], first)
+    first, second = order.sequences(0, n)[:, 0], order.sequences(n, n)[:, 0]
+    assert np.array_equal(make(1).sequences(0, n)[:, 0], first)
+    assert not np.array_equal(make(2).sequences(0, n)[:, 0], first)
     assert not np.array_equal(np.sort(first), first)
     assert first.min() % 10 != second.min() % 10 or not np.array_equal(first, second)
     assert not np.array_equal(first, second)
@@ -346,9 +362,9 @@ def test_the_order_is_seeded_shuffled_and_new_in_each_epoch():
 
 def test_a_position_in_the_order_does_not_depend_on_how_it_was_reached():
     tokens = np.arange(500, dtype=np.uint16)
-    straight = gpt2.TrainingOrder(tokens, 7, 0).windows(0, 200)
+    straight = gpt2.TrainingOrder(tokens, 7, 0).sequences(0, 200)
     jumping = gpt2.TrainingOrder(tokens, 7, 0)
-    parts = [jumping.windows(first, 20) for first in range(180, -1, -20)]
+    parts = [jumping.sequences(first, 20) for first in range(180, -1, -20)]
     assert np.array_equal(np.concatenate(parts[::-1]), straight)
 
 
@@ -369,3 +385,243 @@ def test_bigram_probabilities_add_up_to_one():
     train = random.integers(0, 8, 300)
     losses = [gpt2.bigram_loss(np.append(train, 9), np.array([5, token])) for token in range(10)]
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)
+
+
+# The split, by text
+
+
+SIZES = st.one_of(
+    st.lists(st.integers(1, 300), min_size=3, max_size=300),
+    st.lists(st.sampled_from([20, 40, 4000]), min_size=3, max_size=60),
+    st.lists(st.floats(0, 12).map(lambda x: round(math.exp(x)) + 1), min_size=3, max_size=60),
+)
+
+
+@given(sizes=SIZES, fraction=st.floats(0.02, 0.5), seed=st.integers(0, 99), copies=st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_the_share_of_text_is_right_whatever_the_sizes(sizes, fraction, seed, copies):
+    """Random text, some documents several times: within a tenth, nothing twice, equal documents alike."""
+    choice = random.Random(seed)
+    texts = [f"{i}:" + choice.choice("abcdefgh") * size for i, size in enumerate(sizes)]
+    texts += [text for text in texts[:2] for _ in range(copies)]
+    choice.shuffle(texts)
+    total = sum(map(len, texts))
+    assume(fraction * total > 100)  # characters, of which one may be a tenth
+    split = labelled_documents(texts, False, fraction)
+    sides = rejoin(split["train"], split["validation"], texts)
+    held_out = sum(map(len, split["validation"]))
+    assert held_out == pytest.approx(fraction * total, rel=0.1)
+    assert sum(0 < tail < len(text) for text, (_, tail) in sides.items()) <= 1
+    assert not set(split["train"]) & set(split["validation"])
+
+
+def test_a_large_document_among_small_ones_is_cut_at_its_end():
+    """1,000 and 100,000 characters: by documents, 99% of the text could be held out."""
+    for seed in range(12):
+        texts = [f"{seed} " + "a" * 1000, f"{seed} " + "b" * 100_000]
+        split = labelled_documents(texts, False, 0.05)
+        assert sum(map(len, split["validation"])) == pytest.approx(0.05 * 101_000, rel=0.1)
+        assert len(split["train"][-1]) > 90_000
+
+
+def test_a_run_prints_both_shares_in_characters(tmp_path, capsys):
+    data = gpt2.prepare_tokens(data_settings(tmp_path, "stdlib", limit=20, val_fraction=0.1))
+    characters = data.facts["characters"]
+    assert characters["validation"] / sum(characters.values()) == pytest.approx(0.1, rel=0.1)
+    trainer = object.__new__(gpt2.Trainer)
+    trainer.data, trainer.order = data, gpt2.TrainingOrder(data.train, 64, 0)
+    trainer.model = gpt2.GPT(gpt2.GPTConfig(300, block_size=64, layers=1, heads=1, width=8))
+    trainer.settings = gpt2.Settings(**gpt2.PRESETS["nano"] | {"warmup_steps": 1})
+    trainer.machine = gpt2.Machine(device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=1, matmul_rate=1.0)
+    gpt2.describe(trainer)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{characters['train']:,} and {characters['validation']:,} characters" in said
+
+
+# Readers
+
+
+def test_the_suffix_of_each_file_tells_how_to_read_it_in_a_folder_too(tmp_path, capsys):
+    """Rows, columns, text and code, plain and compressed, in one folder."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    lines = lambda numbers: "".join(json.dumps({"text": document(i)}) + "\n" for i in numbers).encode()
+    table = lambda numbers: pyarrow.Table.from_pylist([{"text": document(i), "id": i} for i in numbers])
+    (folder / "a.jsonl").write_bytes(lines(range(0, 3)))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(range(3, 6))))
+    pyarrow.parquet.write_table(table(range(6, 9)), folder / "c.parquet")
+    (folder / "d.txt").write_text(document(9))
+    (folder / "e.txt.gz").write_bytes(gzip.compress(document(10).encode()))
+    with pyarrow.CompressedOutputStream(str(folder / "f.jsonl.zst"), "zstd") as file:
+        file.write(lines(range(11, 14)))
+    with pyarrow.CompressedOutputStream(str(folder / "g.py.zst"), "zstd") as file:
+        file.write(document(14).encode())
+    pyarrow.parquet.write_table(table(range(15, 17)), tmp_path / "h.parquet")
+    (folder / "h.parquet.gz").write_bytes(gzip.compress((tmp_path / "h.parquet").read_bytes()))
+    data = gpt2.prepare_tokens(data_settings(tmp_path, folder, val_fraction=0.2))
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(17)])
+
+
+@pytest.mark.parametrize("name, content", [("x.txt.gz", b"\x1f\x8bnonsense"), ("x.jsonl.zst", b"nonsense")])
+def test_a_broken_archive_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(gpt2.UserError, match=r"x\.\w+\.\w+ cannot be read"):
+        gpt2.prepare_tokens(data_settings(tmp_path, tmp_path / name))
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(document(i))
+    (folder / "picture.png").write_bytes(b"PNG\r\n\0\0" * 9)
+    (folder / "latin.txt").write_bytes("é".encode("latin-1") * 300_000)
+    (folder / "late.txt").write_bytes(b"fine text " * 60_000 + b"\xff")  # found only behind two pieces of good text
+    (folder / "nothing.txt").touch()
+    data = gpt2.prepare_tokens(data_settings(tmp_path, folder, val_fraction=0.2))
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(6)])
+    reasons = {Path(file).name: reason for file, reason in data.facts["left_out"].items()}
+    expected = {"picture.png": "binary", "nothing.txt": "empty"}
+    assert expected.items() <= reasons.items() and "UTF-8" in reasons["latin.txt"] and "UTF-8" in reasons["late.txt"]
+    assert len(reasons) == 4
+
+
+def test_end_of_text_in_a_text_is_a_border_only_if_asked_for(tmp_path):
+    """As TinyStories and WebText are published: one file, <|endoftext|> between the stories."""
+    stories = [document(i) for i in range(30)]
+    file = tmp_path / "stories.txt"
+    file.write_text(f"{gpt2.END_OF_TEXT}\n".join(stories))
+    plain = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.2))
+    assert plain.facts["documents"] == {"train": 1, "validation": 1} and plain.facts["end_of_text_in_text"] == 29
+    data = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.2, split_on_eot=True))
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), stories)
+    assert data.facts["end_of_text_in_text"] == 0
+
+
+@given(text=st.lists(st.sampled_from(["<|endoftext|>", "a", "b ", "\n", "<|endof", "text|>"]), max_size=30).map("".join))
+@settings(max_examples=200, deadline=None)
+def test_documents_between_ends_of_text_are_those_that_a_plain_split_gives(text):
+    former, gpt2.PIECE = gpt2.PIECE, 4
+    try:
+        parts = [(i == 0, piece) for i, piece in enumerate(gpt2.pieces([text]))]
+        found = []
+        for begins, piece in gpt2.documents_of(parts, gpt2.Settings(split_on_eot=True)):
+            found.append(piece) if begins else found.append(found.pop() + piece)
+    finally:
+        gpt2.PIECE = former
+    first, *others = text.split(gpt2.END_OF_TEXT)
+    assert found == [story for story in (first, *(other.lstrip("\n") for other in others)) if story]
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import gpt2_from_scratch as gpt2
+gpt2.PIECE = 2**12
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gpt2.prepare_tokens(gpt2.Settings(**gpt2.PRESETS["nano"] | dict(data={file!r}, cache_dir={cache!r}, tokenizer="bytes")))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_large_file_does_not_need_its_size_in_memory(tmp_path):
+    """3 and 15 MB of text, in processes of their own: both take the same, which is what one batch of tokens takes."""
+    pytest.importorskip("resource")
+    line, needed = "".join(document(i) for i in range(20)), []
+    for megabytes in (3, 15):
+        file = tmp_path / f"{megabytes}.txt"
+        with open(file, "w") as output:
+            for _ in range(megabytes * 10**6 // len(line)):
+                output.write(line)
+        names = {"folder": str(Path(gpt2.__file__).parent), "file": str(file), "cache": str(tmp_path / "cache")}
+        words = [sys.executable, "-c", MEMORY.format(**names)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        needed.append(float(done.stdout.split()[-1]))
+    assert needed[1] < needed[0] + 12  # MiB; in one piece, 2.9 times 12
+
+
+# A stream that breaks off
+
+
+class Stream:
+    """What `datasets` gives for a data set on the Hub: rows with a position, which may fail."""
+
+    def __init__(self, texts, fail_at=None):
+        self.texts, self.fail_at, self.next, self.read = texts, fail_at, 0, []
+
+    def load_state_dict(self, position):
+        self.next = position["next"]
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def __iter__(self):
+        while self.next < len(self.texts):
+            if self.next == self.fail_at:
+                raise ConnectionError("the network is down")
+            self.next += 1
+            self.read.append(self.next - 1)
+            yield {"text": self.texts[self.next - 1]}
+
+
+@pytest.mark.parametrize("limit", [None, 45])
+def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, capsys, limit):
+    import datasets
+
+    texts = [document(i) for i in range(70)] + [document(i) for i in range(10)]
+    monkeypatch.setattr(gpt2, "SHARD", 8)
+    monkeypatch.setattr(gpt2, "ask_hub", lambda *arguments: ("a commit", None))
+    how = {"data": "someone/texts", "val_fraction": 0.3, "tokenizer": "bytes", "limit": limit}
+    streams = iter([Stream(texts), Stream(texts)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: next(streams))
+    straight = gpt2.prepare_tokens(data_settings(tmp_path / "straight", **how))
+    broken = [Stream(texts), Stream(texts, fail_at=20), Stream(texts, fail_at=35), Stream(texts)]
+    streams = iter(broken)
+    for _ in range(2):
+        with pytest.raises(gpt2.UserError, match="the network is down.* the same command goes on"):
+            gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
+    data = gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
+    assert "going on behind" in capsys.readouterr().out
+    assert broken[2].read[0] == 16 and broken[3].read[0] == 32  # the shards before were not read again
+    assert np.array_equal(data.train, straight.train) and np.array_equal(data.validation, straight.validation)
+    assert data.facts == straight.facts
+    documents = texts[:limit]
+    assert Counter(texts_of(data, "train") + texts_of(data, "validation")) == Counter(documents)
+    assert not set(texts_of(data, "train")) & set(texts_of(data, "validation"))
+
+
+def test_tokens_of_large_vocabularies_take_four_bytes(tmp_path):
+    """From 2^16 + 1 tokens on; ids may have gaps."""
+    for size, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        described = json.loads(gpt2.train_tokenizer(iter(["text"]), 257).to_str())
+        described["added_tokens"].append(described["added_tokens"][0] | {"id": size - 1, "content": "<last>"})
+        described["model"]["vocab"]["<last>"] = size - 1
+        (folder / "tokenizer.json").write_text(json.dumps(described))
+        file = tmp_path / "texts.txt"
+        file.write_text("".join(document(i) for i in range(10)))
+        data = gpt2.prepare_tokens(data_settings(tmp_path, file, tokenizer=str(folder)))
+        assert data.train.dtype == dtype
+        assert texts_of(data, "train")[0] + texts_of(data, "validation")[0] == file.read_text()
+
+
+def test_pieces_with_merged_white_space_are_those_of_the_whole_text():
+    """A tokenizer that has learnt runs of line breaks and blanks as one token: cut elsewhere, they would fall apart."""
+    tokenizer = gpt2.train_tokenizer(("a\n\n\nb  \n\n  c\n\td \n" * 50 for _ in range(20)), 400)
+    assert any(token.count("Ċ") > 1 for token in tokenizer.get_vocab())
+    text = "a\n\n\nb  \n\n  c\n\td \n" * 20 + "end"
+    former, gpt2.PIECE = gpt2.PIECE, 10
+    try:
+        tokens = [token for piece in gpt2.pieces([text]) for token in gpt2.encode(tokenizer, piece)]
+    finally:
+        gpt2.PIECE = former
+    assert tokens == gpt2.encode(tokenizer, text)
+
+
+def test_each_epoch_is_cut_at_another_offset():
+    """Otherwise the same tokens would stand at the ends of sequences in every epoch."""
+    order = gpt2.TrainingOrder(np.arange(2005, dtype=np.uint16), 10, 0)
+    offsets = {int(order.sequences(epoch * order.per_epoch, 1)[0, 0]) % 10 for epoch in range(30)}
+    assert len(offsets) > 3

@@ -22,8 +22,8 @@ import gpt2_from_scratch as gpt2
 
 SCRIPT = Path(gpt2.__file__).resolve()
 RECIPE = [
-    "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--context", "32", "--batch-tokens",
-    "256", "--micro-batch", "4", "--dropout", "0.2", "--lr", "1e-2", "--max-steps", "14", "--eval-every", "2",
+    "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32", "--batch-tokens",
+    "256", "--micro-batch-size", "4", "--dropout", "0.2", "--lr", "1e-2", "--max-steps", "14", "--eval-every", "2",
     "--max-new-tokens", "5",
 ]  # fmt: skip
 
@@ -153,11 +153,11 @@ def test_kill_9_at_random_moments_loses_nothing(start, undisturbed, tmp_path, co
             assert process.out and not process.err  # it was faster, and finished
             continue
         killed += 1
-        half_written += any((folder / "run").glob("checkpoints/*.tmp-*"))
+        half_written += any((folder / "run").glob("checkpoints/*.incomplete"))
         process = start(folder, "--resume", "--output-dir", "run")
         assert process.wait() == 0, (process.out, process.err)
         assert_ends_as(folder / "run", undisturbed)
-        assert not list((folder / "run").glob("checkpoints/*.tmp-*"))
+        assert not list((folder / "run").glob("checkpoints/*.incomplete"))
     print(f"{half_written} of {killed} kills left a half-written checkpoint")
 
 
@@ -211,13 +211,13 @@ WAIT_IN_STEP = """
 import pathlib, time
 original = gpt2.training_step
 
-def step(session, number, batch, stop=False):
+def step(trainer, number, batch, stop=False):
     if number == 5:
         pathlib.Path("in step").touch()
         deadline = time.monotonic() + 20
         while not pathlib.Path("go on").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-    return original(session, number, batch, stop)
+    return original(trainer, number, batch, stop)
 
 gpt2.training_step = step
 """
@@ -414,12 +414,12 @@ import gpt2_from_scratch as gpt2
 
 original = gpt2.training_step
 
-def step(session, number, batch, stop=False):
-    if number == 5 and session.rank == 1:
+def step(trainer, number, batch, stop=False):
+    if number == 5 and trainer.machine.rank == 1:
         pathlib.Path("pid.tmp").write_text(str(os.getpid()))
         os.rename("pid.tmp", "pid")
         time.sleep({seconds})
-    return original(session, number, batch, stop)
+    return original(trainer, number, batch, stop)
 
 gpt2.training_step = step
 sys.exit(gpt2.main(gpt2.parse_arguments()))

@@ -78,7 +78,7 @@ def test_loaded_logits_loss_and_gradients_equal_transformers(reference):
 
 def test_export_of_own_weights_gives_transformers_the_same_function(tokenizer, tmp_path):
     size = gpt2.vocabulary_size(tokenizer)
-    ours = gpt2.GPT(gpt2.GPTConfig(size, context=16, layers=2, heads=2, width=24)).eval()
+    ours = gpt2.GPT(gpt2.GPTConfig(size, block_size=16, layers=2, heads=2, width=24)).eval()
     random_weights(ours, 3)
     with torch.no_grad():
         ours.wte.weight[size:] = 0
@@ -98,7 +98,7 @@ def test_export_of_own_weights_gives_transformers_the_same_function(tokenizer, t
 
 
 def test_exported_tokenizer_is_the_same_in_transformers(tokenizer, tmp_path):
-    model = gpt2.GPT(gpt2.GPTConfig(gpt2.vocabulary_size(tokenizer), context=8, layers=1, heads=1, width=8))
+    model = gpt2.GPT(gpt2.GPTConfig(gpt2.vocabulary_size(tokenizer), block_size=8, layers=1, heads=1, width=8))
     gpt2.save_pretrained(model, tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("the lazy fox", " a\n\tb  c\r\n", "naïve 🦊 日本語", ""):
@@ -159,8 +159,8 @@ def test_export_in_the_real_gpt2_shape_gives_transformers_the_same_logits_and_gr
 def test_a_shorter_context_keeps_the_first_positions(reference):
     theirs, folder = reference
     tokens = tokens_like(theirs, length=10)
-    ours = gpt2.load_pretrained(folder, context=10)
-    assert ours.config.context == 10
+    ours = gpt2.load_pretrained(folder, block_size=10)
+    assert ours.config.block_size == 10
     torch.testing.assert_close(ours(tokens)[..., : TINY["vocab_size"]], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -186,12 +186,12 @@ def test_refuses_what_is_not_gpt2(reference, change, message):
 
 
 def test_refuses_more_context_than_was_learned(reference):
-    with pytest.raises(gpt2.UserError, match=r"--context 25 .* 24 positions"):
-        gpt2.load_pretrained(reference[1], context=25)
+    with pytest.raises(gpt2.UserError, match=r"--block-size 25 .* 24 positions"):
+        gpt2.load_pretrained(reference[1], block_size=25)
 
 
 def test_initialisation_is_openai_s():
-    model = gpt2.GPT(gpt2.GPTConfig(1000, context=256, layers=8, heads=4, width=128))
+    model = gpt2.GPT(gpt2.GPTConfig(1000, block_size=256, layers=8, heads=4, width=128))
     model.initialise(0)
     weights = dict(model.named_parameters())
     std = {
@@ -207,7 +207,7 @@ def test_initialisation_is_openai_s():
 
 
 def test_no_position_sees_the_future():
-    model = gpt2.GPT(gpt2.GPTConfig(50, context=12, layers=2, heads=2, width=16)).eval()
+    model = gpt2.GPT(gpt2.GPTConfig(50, block_size=12, layers=2, heads=2, width=16)).eval()
     tokens = torch.arange(12)[None]
     changed = tokens.clone()
     changed[0, 7] = 40
@@ -224,7 +224,7 @@ def greedy(model: gpt2.GPT, prompt: list[int], new: int, end: int = -1) -> list[
 @torch.no_grad()
 def greedy_without_cache(model: gpt2.GPT, prompt: list[int], new: int) -> list[int]:
     """Everything computed anew for each token; when the context is full, its newer half is kept."""
-    seen, text, context = prompt[-model.config.context :], [], model.config.context
+    seen, text, context = prompt[-model.config.block_size :], [], model.config.block_size
     for _ in range(new):
         seen = seen if len(seen) <= context else seen[-(context // 2) :]
         text.append(model(torch.tensor([seen]))[0, -1].argmax().item())
@@ -289,6 +289,6 @@ def test_top_k_and_top_p_keep_the_likeliest():
 
 
 def test_padding_rows_are_never_drawn():
-    model = gpt2.GPT(gpt2.GPTConfig(3, context=8, layers=1, heads=1, width=8)).eval()
+    model = gpt2.GPT(gpt2.GPTConfig(3, block_size=8, layers=1, heads=1, width=8)).eval()
     steps = list(gpt2.generate(model, [0], 64, 8, end=-1, temperature=50.0, top_k=0))
     assert {token for step in steps for token in step} == {0, 1, 2}

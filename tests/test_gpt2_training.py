@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import gpt2_from_scratch as gpt2
 SCRIPT = Path(gpt2.__file__).resolve()
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
 SIZES = [
-    "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--context", "32", "--batch-tokens",
+    "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32", "--batch-tokens",
     "256", "--lr", "1e-2",
 ]  # fmt: skip
 CPU = torch.device("cpu")
@@ -50,18 +51,18 @@ def command(tmp_path, monkeypatch):
     return lambda *words: gpt2.main(gpt2.parse_arguments([str(word) for word in words]))
 
 
-def make_session(folder: Path, text: Path, *words, model=None, **changes) -> gpt2.Session:
+def make_trainer(folder: Path, text: Path, *words, model=None, **changes) -> gpt2.Trainer:
     """What train() trains with: SIZES, and `words` and `changes` over them."""
     arguments = gpt2.parse_arguments(["--data", str(text), "--cache-dir", str(folder / "cache"), *SIZES, *words])
-    settings = argparse.Namespace(**vars(gpt2.resolve_settings(arguments)) | {"max_steps": 20} | changes)
+    settings = replace(gpt2.resolve_settings(arguments), **{"max_steps": 20} | changes)
     data = gpt2.prepare_tokens(settings)
-    return gpt2.open_session(settings, (0, 1, CPU), data, model or gpt2.make_model(settings, data.tokenizer))
+    return gpt2.make_trainer(settings, (0, 1, CPU), data, model or gpt2.make_model(settings, data.tokenizer))
 
 
-def take_steps(session: gpt2.Session, count: int, first: int = 0) -> list[dict]:
+def take_steps(trainer: gpt2.Trainer, count: int, first: int = 0) -> list[dict]:
     readings = []
     for step in range(first, first + count):
-        values = gpt2.training_step(session, step, session.fetch_batch(step))
+        values = gpt2.training_step(trainer, step, trainer.fetch_batch(step))
         readings.append(dict(zip(gpt2.STATS + gpt2.Guard.FIELDS, values.tolist(), strict=True)))
     return readings
 
@@ -86,7 +87,7 @@ def losses_of(run: Path) -> list[tuple]:
 
 
 def test_decay_groups_cover_every_parameter_once():
-    model = gpt2.GPT(gpt2.GPTConfig(300, context=16, layers=2, heads=2, width=16))
+    model = gpt2.GPT(gpt2.GPTConfig(300, block_size=16, layers=2, heads=2, width=16))
     decayed, others = gpt2.parameter_groups(model, 0.3)
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
     grouped = [id(parameter) for group in (decayed, others) for parameter in group["params"]]
@@ -99,8 +100,8 @@ def test_decay_groups_cover_every_parameter_once():
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_accumulated_steps_equal_one_large_batch(tmp_path, text, micro_batch):
-    one = make_session(tmp_path, text, "--micro-batch", "8")
-    many = make_session(tmp_path, text, "--micro-batch", str(micro_batch))
+    one = make_trainer(tmp_path, text, "--micro-batch-size", "8")
+    many = make_trainer(tmp_path, text, "--micro-batch-size", str(micro_batch))
     a, b = take_steps(one, 3), take_steps(many, 3)
     for key in ("loss", "norm"):
         assert [x[key] for x in a] == pytest.approx([x[key] for x in b], rel=1e-5)
@@ -110,16 +111,16 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path, text, micro_batch):
 
 def test_a_step_is_the_textbook_step(tmp_path, text):
     """Mean cross-entropy, clipping to norm 1 and AdamW written out by hand, on transformers' model."""
-    session = make_session(tmp_path, text, "--warmup-steps", "4", "--weight-decay", "0.5")
-    gpt2.save_pretrained(session.model, session.data.tokenizer, tmp_path)
+    trainer = make_trainer(tmp_path, text, "--warmup-steps", "4", "--weight-decay", "0.5")
+    gpt2.save_pretrained(trainer.model, trainer.data.tokenizer, tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
-    batch = session.fetch_batch(0)
+    batch = trainer.fetch_batch(0)
     logits = theirs(batch[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in theirs.parameters()))
     assert norm > 1
-    (values,) = take_steps(session, 1)
+    (values,) = take_steps(trainer, 1)
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5) and values["norm"] == pytest.approx(norm, rel=1e-5)
     rate = 1e-2 / 4  # the first of four warm-up steps
     for name, parameter in theirs.transformer.named_parameters():
@@ -127,28 +128,28 @@ def test_a_step_is_the_textbook_step(tmp_path, text):
         decay = 0.5 if parameter.dim() == 2 else 0.0
         # After one step both bias-corrected moments are the gradient itself.
         expected = parameter * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
-        ours = dict(session.model.named_parameters())[name]
+        ours = dict(trainer.model.named_parameters())[name]
         ours = (ours.t() if name.endswith(gpt2.TRANSPOSED) else ours)[: len(expected)]
         sure = g.abs() > 1e-6  # elsewhere rounding decides the sign
         torch.testing.assert_close(ours[sure], expected[sure], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_padding_rows_stay_zero(tmp_path, text):
-    session = make_session(tmp_path, text)
-    take_steps(session, 5)
-    assert session.model.wte.weight[257:].eq(0).all() and len(session.model.wte.weight) == 384
+    trainer = make_trainer(tmp_path, text)
+    take_steps(trainer, 5)
+    assert trainer.model.wte.weight[257:].eq(0).all() and len(trainer.model.wte.weight) == 384
 
 
 def test_a_single_batch_is_overfitted(tmp_path, text):
-    session = make_session(tmp_path, text, "--max-steps", "150", "--warmup-steps", "10", "--width", "64")
-    batch = session.fetch_batch(0)
-    losses = [gpt2.training_step(session, step, batch)[0].item() for step in range(150)]
+    trainer = make_trainer(tmp_path, text, "--max-steps", "150", "--warmup-steps", "10", "--width", "64")
+    batch = trainer.fetch_batch(0)
+    losses = [gpt2.training_step(trainer, step, batch)[0].item() for step in range(150)]
     assert losses[0] > 5 and losses[-1] < 0.1
 
 
 def test_learning_rate_schedules():
     rate = lambda step, schedule: gpt2.learning_rate(
-        step, argparse.Namespace(lr=2.0, schedule=schedule, warmup_steps=10, max_steps=110)
+        step, gpt2.Settings(lr=2.0, schedule=schedule, warmup_steps=10, max_steps=110)
     )
     assert [rate(step, "cosine") for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert rate(60, "cosine") == pytest.approx(0.2 + 1.8 * 0.5)  # half-way between the peak and its tenth
@@ -158,7 +159,7 @@ def test_learning_rate_schedules():
 
 
 def test_flops_are_those_that_torch_counts():
-    config = gpt2.GPTConfig(256, context=64, layers=3, heads=2, width=32)
+    config = gpt2.GPTConfig(256, block_size=64, layers=3, heads=2, width=32)
     model = gpt2.GPT(config)
     tokens = torch.zeros(2, 64, dtype=torch.long)
     # The plain form of attention: torch does not count the fused one on a CPU.
@@ -168,7 +169,7 @@ def test_flops_are_those_that_torch_counts():
 
 
 def test_dropout_of_a_step_does_not_depend_on_the_steps_before(tmp_path, text):
-    straight, fresh = (make_session(tmp_path, text, "--dropout", "0.3") for _ in range(2))
+    straight, fresh = (make_trainer(tmp_path, text, "--dropout", "0.3") for _ in range(2))
     take_steps(straight, 2)
     torch.randn(17)
     fresh.model.load_state_dict(straight.model.state_dict())
@@ -178,24 +179,24 @@ def test_dropout_of_a_step_does_not_depend_on_the_steps_before(tmp_path, text):
 
 def test_training_and_evaluation_compile_to_one_graph_each(tmp_path, text):
     """Without a break, and without compiling anew when they take turns."""
-    session, graphs = make_session(tmp_path, text, "--dropout", "0.1"), []
+    trainer, graphs = make_trainer(tmp_path, text, "--dropout", "0.1"), []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    session.network = torch.compile(session.model, dynamic=False, fullgraph=True, backend=backend)
+    trainer.network = torch.compile(trainer.model, dynamic=False, fullgraph=True, backend=backend)
     for first in (0, 2):
-        take_steps(session, 2, first)
-        gpt2.evaluate(session)
+        take_steps(trainer, 2, first)
+        gpt2.evaluate(trainer)
     assert len(graphs) == 2
     torch.compiler.reset()
 
 
 def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
-    one, two = (make_session(tmp_path, text) for _ in range(2))
-    two.dtype = torch.bfloat16
+    one, two = (make_trainer(tmp_path, text) for _ in range(2))
+    two.machine = replace(two.machine, dtype=torch.bfloat16)
     padding = two.model.wte.weight[257:]
     a, b = take_steps(one, 3), take_steps(two, 3)
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-2)
@@ -207,46 +208,46 @@ def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
 
 def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
     """Short runs are not compiled; a resumed one keeps what was decided, however fast the device seems to be now."""
-    session = make_session(tmp_path, text, "--micro-batch", "2", max_steps=20)  # 8 windows per step: 80 passes
+    trainer = make_trainer(tmp_path, text, "--micro-batch-size", "2", max_steps=20)  # 8 sequences per step: 80 passes
     clock, seconds_per_pass = [0.0], 0.7
 
-    def run_once(*arguments):
+    def forward_backward(*arguments):
         clock[0] += seconds_per_pass
 
     monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(gpt2, "synchronise", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, **options: "compiled network")
-    monkeypatch.setattr(gpt2, "run_once", run_once)
-    assert gpt2.eager_seconds(session) == pytest.approx(56)
-    session.device = argparse.Namespace(type="cuda")  # nothing runs on it here
+    monkeypatch.setattr(gpt2, "forward_backward", forward_backward)
+    assert gpt2.eager_seconds(trainer) == pytest.approx(56)
+    on_gpu = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=1, micro_batch_size=2)
+    trainer.machine = on_gpu  # nothing runs on it here
     monkeypatch.setattr(torch, "tensor", lambda value, device: np.float64(value))
-    assert "short" in gpt2.compile_network(session)[1]
+    assert "short" in gpt2.compile_network(trainer, None)[1]
     seconds_per_pass = 100.0
-    assert "short" in gpt2.compile_network(session)[1]
-    session.settings.compile_pays = None
-    assert gpt2.compile_network(session) == ("compiled network", "compiled")
+    assert "short" in gpt2.compile_network(trainer, False)[1]
+    assert gpt2.compile_network(trainer, None) == ("compiled network", "compiled")
     seconds_per_pass = 0.0
-    assert gpt2.compile_network(session) == ("compiled network", "compiled")
+    assert gpt2.compile_network(trainer, True) == ("compiled network", "compiled")
 
 
 def test_compiling_pays_where_the_eager_model_does_not_fit_the_memory(tmp_path, text, monkeypatch):
-    session = make_session(tmp_path, text)
+    trainer = make_trainer(tmp_path, text)
 
-    def run_once(session, network, rows):
-        session.model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    def forward_backward(trainer, network, rows):
+        trainer.model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(gpt2, "run_once", run_once)
-    assert gpt2.eager_seconds(session) == math.inf
-    assert all(parameter.grad is None for parameter in session.model.parameters())
+    monkeypatch.setattr(gpt2, "forward_backward", forward_backward)
+    assert gpt2.eager_seconds(trainer) == math.inf
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 def test_speed_counts_all_tokens_of_a_step_and_all_processes(tmp_path, text):
-    session = make_session(tmp_path, text)
-    session.matmul_rate, session.world = 1e9, 2
-    speed = session.speed(10, 4.0)
+    trainer = make_trainer(tmp_path, text)
+    trainer.machine = replace(trainer.machine, matmul_rate=1e9, world=2)
+    speed = gpt2.speed(trainer, 10, 4.0)
     assert speed["tokens_per_second"] == 10 * 256 / 4
-    assert speed["mfu"] == pytest.approx(640 * gpt2.flops_per_token(session.model.config) / 2e9)
+    assert speed["mfu"] == pytest.approx(640 * gpt2.flops_per_token(trainer.model.config) / 2e9)
 
 
 # Evaluation
@@ -254,57 +255,57 @@ def test_speed_counts_all_tokens_of_a_step_and_all_processes(tmp_path, text):
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
 def test_evaluation_is_the_mean_over_every_validation_token(tmp_path, text, micro_batch):
-    session = make_session(tmp_path, text, "--micro-batch", str(micro_batch), "--dropout", "0.5")
-    tokens = torch.from_numpy(np.asarray(session.data.validation, np.int64))
+    trainer = make_trainer(tmp_path, text, "--micro-batch-size", str(micro_batch), "--dropout", "0.5")
+    tokens = torch.from_numpy(np.asarray(trainer.data.validation, np.int64))
     assert (len(tokens) - 1) % 32  # the last window is not full
-    total, model = 0.0, session.model.eval()
+    total, model = 0.0, trainer.model.eval()
     for first in range(0, len(tokens) - 1, 32):
         window = tokens[first : first + 33]
         logits = model(window[None, :-1])[0, :, :257]
         total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     model.train()
-    loss = gpt2.evaluate(session)
+    loss = gpt2.evaluate(trainer)
     assert loss == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
-    assert session.model.training
+    assert trainer.model.training
     # One token is one byte here.
-    assert gpt2.bits_per_byte(loss, session.data) == pytest.approx(loss / math.log(2), rel=1e-3)
+    assert gpt2.bits_per_byte(loss, len(tokens), trainer.data.facts["bytes"]["validation"]) == pytest.approx(loss / math.log(2), rel=1e-3)
 
 
 # Guard
 
 
-def poison(session: gpt2.Session, steps: set[int], factor: float) -> None:
+def poison(trainer: gpt2.Trainer, steps: set[int], factor: float) -> None:
     """Multiply loss and gradient by `factor` in these steps, counted from 0."""
-    network, calls = session.network, iter(range(10**6))
-    session.network = lambda *batch: network(*batch) * (factor if next(calls) in steps else 1.0)
+    network, calls = trainer.network, iter(range(10**6))
+    trainer.network = lambda *batch: network(*batch) * (factor if next(calls) in steps else 1.0)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
 def test_a_poisoned_step_is_skipped_and_changes_nothing(tmp_path, text, factor):
-    session = make_session(tmp_path, text, max_steps=60)
-    poison(session, {30}, factor)
-    before = take_steps(session, 30)
+    trainer = make_trainer(tmp_path, text, max_steps=60)
+    poison(trainer, {30}, factor)
+    before = take_steps(trainer, 30)
     assert not any(step["skip"] for step in before)
-    weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
-    moments = {p: session.optimiser.state[p]["exp_avg"].clone() for p in session.model.parameters()}
-    (bad,) = take_steps(session, 1, first=30)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    moments = {p: trainer.optimisers[0].state[p]["exp_avg"].clone() for p in trainer.model.parameters()}
+    (bad,) = take_steps(trainer, 1, first=30)
     assert bad["skip"] and bad["skipped"] == 1 and bad["mean_loss"] == before[-1]["mean_loss"]
-    assert all(torch.equal(weights[name], tensor) for name, tensor in session.model.state_dict().items())
-    assert all(torch.equal(moments[p], session.optimiser.state[p]["exp_avg"]) for p in moments)
-    after = take_steps(session, 5, first=31)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert all(torch.equal(moments[p], trainer.optimisers[0].state[p]["exp_avg"]) for p in moments)
+    after = take_steps(trainer, 5, first=31)
     assert not any(step["skip"] for step in after) and all(math.isfinite(step["loss"]) for step in after)
 
 
 def test_a_gradient_far_beyond_the_others_is_skipped_though_the_loss_is_as_always(tmp_path, text):
-    session = make_session(tmp_path, text, max_steps=60)
-    before = take_steps(session, 30)
-    network = session.network
-    session.network = lambda *batch: Steep.apply(network(*batch))
-    (bad,) = take_steps(session, 1, first=30)
+    trainer = make_trainer(tmp_path, text, max_steps=60)
+    before = take_steps(trainer, 30)
+    network = trainer.network
+    trainer.network = lambda *batch: Steep.apply(network(*batch))
+    (bad,) = take_steps(trainer, 1, first=30)
     assert bad["skip"] and bad["norm"] > 10 * before[-1]["mean_norm"]
     assert bad["loss"] < before[-1]["mean_loss"] + 0.5
-    session.network = network
-    assert not take_steps(session, 1, first=31)[0]["skip"]
+    trainer.network = network
+    assert not take_steps(trainer, 1, first=31)[0]["skip"]
 
 
 class Steep(torch.autograd.Function):
@@ -341,12 +342,12 @@ def test_a_slow_rise_of_the_loss_is_divergence():
 
 
 def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys):
-    original, poisoned = gpt2.open_session, []
+    original, poisoned = gpt2.make_trainer, []
 
     def open_and_poison(*arguments):
-        session = original(*arguments)
-        poison(session, {13}, math.nan)  # counted with the evaluation batches
-        poisoned_network = session.network
+        trainer = original(*arguments)
+        poison(trainer, {13}, math.nan)  # counted with the evaluation batches
+        poisoned_network = trainer.network
 
         def network(inputs, targets):
             loss = poisoned_network(inputs, targets)
@@ -354,16 +355,16 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
                 poisoned.append(torch.cat([inputs, targets[:, -1:]], dim=1).numpy())
             return loss
 
-        session.network = network
-        return session
+        trainer.network = network
+        return trainer
 
-    monkeypatch.setattr(gpt2, "open_session", open_and_poison)
+    monkeypatch.setattr(gpt2, "make_trainer", open_and_poison)
     assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 50, "--output-dir", "run") == 0
     said = capsys.readouterr().out
     assert "skipped: loss nan" in said
     lines = Path("run/metrics.jsonl").read_text().splitlines()
-    (line,) = [json.loads(line) for line in lines if "windows" in line]
-    starts = line["windows"].split()
+    (line,) = [json.loads(line) for line in lines if "sequences" in line]
+    starts = line["sequences"].split()
     assert ", ".join(starts) in said and len(starts) == 8
     train = np.fromfile(next(Path("cache").glob("tokens-*/train.bin")), np.uint16)
     read = np.stack([train[int(start) : int(start) + 33] for start in starts])
@@ -375,10 +376,10 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
 def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command, text, monkeypatch, capsys):
     original = gpt2.training_step
 
-    def bad_after_five(session, step, batch, stop=False):
+    def bad_after_five(trainer, step, batch, stop=False):
         if step == 5:
-            poison(session, set(range(10**6)), math.nan)
-        return original(session, step, batch, stop)
+            poison(trainer, set(range(10**6)), math.nan)
+        return original(trainer, step, batch, stop)
 
     monkeypatch.setattr(gpt2, "training_step", bad_after_five)
     assert command("--data", text, *SIZES, "--max-steps", 60, "--eval-every", 4, "--output-dir", "run") == 2
@@ -393,7 +394,7 @@ def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command,
 
 # A whole run, interrupted and resumed
 
-RECIPE = [*SIZES, "--dropout", "0.2", "--micro-batch", "4", "--max-steps", "14", "--eval-every", "4"]
+RECIPE = [*SIZES, "--dropout", "0.2", "--micro-batch-size", "4", "--max-steps", "14", "--eval-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -424,16 +425,16 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 
     events = EventAccumulator(str(uninterrupted)).Reload()
     assert {
-        "loss",
-        "validation_loss",
-        "bits_per_byte",
-        "learning_rate",
-        "gradient_norm",
-        "tokens_per_second",
-        "mfu",
-        "memory_gib",
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/samples_per_second",
+        "train/peak_memory_gib",
+        "validation/loss",
+        "validation/bits_per_byte",
     } <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("validation_loss")] == pytest.approx(
+    assert [event.value for event in events.Scalars("validation/loss")] == pytest.approx(
         [line["validation_loss"] for line in lines if "validation_loss" in line]
     )
 
@@ -462,10 +463,10 @@ class Killed(BaseException):
 def test_stopped_dead_at_any_step_and_resumed_equals_uninterrupted(command, text, uninterrupted, monkeypatch, step):
     original = gpt2.training_step
 
-    def die(session, number, batch, stop=False):
+    def die(trainer, number, batch, stop=False):
         if number == step:
             raise Killed
-        return original(session, number, batch, stop)
+        return original(trainer, number, batch, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "training_step", die)
@@ -482,10 +483,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
 ):
     original = gpt2.training_step
 
-    def send(session, step, batch, stop=False):
+    def send(trainer, step, batch, stop=False):
         if step == 5:
             os.kill(os.getpid(), number)
-        return original(session, step, batch, stop)
+        return original(trainer, step, batch, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "training_step", send)
@@ -493,7 +494,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert "--resume --output-dir run" in capsys.readouterr().out
     assert gpt2.find_checkpoints(Path("run"))[0].name == "step-00000006"  # the step in which it came was finished
     assert Path("run/training_loss.png").exists()
-    assert json.loads(Path("run/metrics.json").read_text())["status"] == "stopped"
+    assert json.loads(Path("run/metrics.json").read_text())["status"] == "interrupted"
     assert command("--resume", "--output-dir", "run") == 0
     assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
     assert losses_of(Path("run")) == losses_of(uninterrupted)
@@ -526,7 +527,7 @@ def test_kill_9_in_the_middle_of_a_save(command, text, uninterrupted, capsys, fi
     words = ["--data", str(text), *RECIPE, "--output-dir", "run"]
     died = subprocess.run([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert died.returncode == -signal.SIGKILL
-    assert any(".tmp-" in path.name for path in Path("run/checkpoints").iterdir())
+    assert any(path.name.endswith(".incomplete") for path in Path("run/checkpoints").iterdir())
     assert command("--resume", "--output-dir", "run") == 0
     out = capsys.readouterr().out
     assert "it was never finished" in out
@@ -549,7 +550,7 @@ def test_a_damaged_checkpoint_is_passed_over(command, text, uninterrupted, capsy
 
 def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_path, text, monkeypatch):
     """A clock that only the device moves: a step takes a second, and is queued; evaluating takes a hundred."""
-    session = make_session(tmp_path, text, max_steps=14, eval_every=4)
+    trainer = make_trainer(tmp_path, text, max_steps=14, eval_every=4)
     clock, ready = [0.0], [0.0]
     train, finish, evaluate = gpt2.training_step, gpt2.finish_reading, gpt2.evaluate
 
@@ -561,9 +562,9 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
         clock[0] = max(clock[0], reading[1])
         return finish((reading[0], None))
 
-    def wait_and_evaluate(session):
+    def wait_and_evaluate(trainer):
         clock[0] = max(clock[0], ready[-1]) + 100
-        return evaluate(session)
+        return evaluate(trainer)
 
     monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(gpt2, "training_step", queue)
@@ -571,7 +572,7 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
     monkeypatch.setattr(gpt2, "finish_reading", wait)
     monkeypatch.setattr(gpt2, "evaluate", wait_and_evaluate)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
-    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
+    assert gpt2.Run(trainer, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
     results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
     assert results["total_seconds"] == 14 + 5 * 100  # and five evaluations
     assert results["training_seconds"] == 14 and results["tokens_per_second"] == 256
@@ -579,7 +580,7 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
 
 def test_speed_in_the_log_is_that_of_the_steps_since_the_last_line(tmp_path, text, monkeypatch):
     """A clock that moves a second per step and a hundred per evaluation, on a device that works while Python waits."""
-    session = make_session(tmp_path, text, max_steps=40, eval_every=8)  # a line every second step
+    trainer = make_trainer(tmp_path, text, max_steps=40, eval_every=8)  # a line every second step
     clock, train, evaluate = [0.0], gpt2.training_step, gpt2.evaluate
 
     def wait_for(seconds, call):
@@ -588,20 +589,20 @@ def test_speed_in_the_log_is_that_of_the_steps_since_the_last_line(tmp_path, tex
 
     monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(gpt2, "training_step", lambda *arguments: wait_for(1, train)(*arguments))
-    monkeypatch.setattr(gpt2, "evaluate", lambda session: wait_for(100, evaluate)(session))
+    monkeypatch.setattr(gpt2, "evaluate", lambda trainer: wait_for(100, evaluate)(trainer))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
-    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
+    assert gpt2.Run(trainer, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
     speeds = [line["tokens_per_second"] for line in gpt2.read_log(tmp_path / "run") if "tokens_per_second" in line]
     assert speeds == [256] * 20
 
 
 @pytest.mark.parametrize("documents, prompt", [(1, "\n"), (99, "\n"), (100, "")])
 def test_samples_begin_with_a_document_only_if_the_model_has_seen_many(tmp_path, text, monkeypatch, documents, prompt):
-    session, prompts = make_session(tmp_path, text, max_steps=1), []
-    session.data.facts["documents"]["train"] = documents
+    trainer, prompts = make_trainer(tmp_path, text, max_steps=1), []
+    trainer.data.facts["documents"]["train"] = documents
     monkeypatch.setattr(gpt2, "sample_texts", lambda model, tokenizer, prompt, settings: prompts.append(prompt) or [""])
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
-    assert gpt2.Run(session, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
+    assert gpt2.Run(trainer, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
     assert prompts == [prompt] * 3  # before and after training, and at the end
 
 
@@ -627,12 +628,12 @@ def test_a_finished_run_has_nothing_left_to_resume(command, text, capsys):
 
 def test_a_micro_batch_that_no_longer_divides_can_be_chosen_anew(command, text, tmp_path):
     """As after resuming with more processes."""
-    session = make_session(tmp_path, text, "--micro-batch", "8")
-    with pytest.raises(gpt2.UserError, match=r"give --micro-batch auto$"):
-        gpt2.complete_settings(session.settings, session.order, 2)
-    assert command("--data", text, *SIZES, "--micro-batch", 2, "--max-steps", 4, "--output-dir", "run") == 0
-    assert command("--resume", "--output-dir", "run", "--micro-batch", "auto", "--max-steps", 6) == 0
-    assert json.loads(Path("run/metrics.json").read_text())["configuration"]["micro_batch"] == 8
+    trainer = make_trainer(tmp_path, text, "--micro-batch-size", "8")
+    with pytest.raises(gpt2.UserError, match=r"give --micro-batch-size auto$"):
+        gpt2.complete_settings(trainer.settings, trainer.order, 2)
+    assert command("--data", text, *SIZES, "--micro-batch-size", 2, "--max-steps", 4, "--output-dir", "run") == 0
+    assert command("--resume", "--output-dir", "run", "--micro-batch-size", "auto", "--max-steps", 6) == 0
+    assert json.loads(Path("run/metrics.json").read_text())["configuration"]["micro_batch_size"] == 8
 
 
 def test_weights_that_training_only_makes_worse_stay_the_best_checkpoint(command, text, uninterrupted):
@@ -694,9 +695,9 @@ def test_without_a_preset_init_trains_gently_for_an_epoch(uninterrupted, tmp_pat
     text = tmp_path / "long.txt"
     text.write_text("alpha beta gamma delta\n" * 10_000)
     words = ["--data", str(text), "--init", str(uninterrupted), "--cache-dir", str(tmp_path)]
-    settings = gpt2.resolve_settings(gpt2.parse_arguments([*words, "--context", "30"]))
+    settings = gpt2.resolve_settings(gpt2.parse_arguments([*words, "--block-size", "30"]))
     data = gpt2.prepare_tokens(settings)
-    gpt2.open_session(settings, (0, 1, CPU), data, gpt2.make_model(settings, data.tokenizer))
+    settings = gpt2.make_trainer(settings, (0, 1, CPU), data, gpt2.make_model(settings, data.tokenizer)).settings
     assert settings.lr == 1e-4
     assert settings.batch_tokens == 2**15 // 30 * 30  # whole contexts
     assert settings.max_steps == round(len(data.train) / settings.batch_tokens)
@@ -704,7 +705,7 @@ def test_without_a_preset_init_trains_gently_for_an_epoch(uninterrupted, tmp_pat
 
 def test_the_last_two_and_the_best_checkpoint_are_kept(command, text, monkeypatch):
     losses = iter([9, 5, 3, 4, 6, 7, 8])  # at steps 0, 2, 4, ...
-    monkeypatch.setattr(gpt2, "evaluate", lambda session: next(losses))
+    monkeypatch.setattr(gpt2, "evaluate", lambda trainer: next(losses))
     assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 2, "--output-dir", "run") == 0
     assert [path.name for path in gpt2.find_checkpoints(Path("run"))] == [f"step-{n:08d}" for n in (12, 10, 4)]
     settings = gpt2.resolve_settings(gpt2.parse_arguments(["--init", "run"]))
@@ -756,7 +757,7 @@ def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_two_processes_equal_one(command, text, tmp_path):
     """Same losses, weights and validation loss up to rounding; with accumulation, and with one writer."""
-    words = ["--data", str(text), *SIZES, "--max-steps", "6", "--eval-every", "3", "--micro-batch", "2"]
+    words = ["--data", str(text), *SIZES, "--max-steps", "6", "--eval-every", "3", "--micro-batch-size", "2"]
     done = torchrun(*words, "--output-dir", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best validation loss") == 1
@@ -781,10 +782,10 @@ SLOW_AND_FAST = """
 gpt2.PLAN_SECONDS = 1e-9 if os.environ["RANK"] == "0" else 1e9
 original_step = gpt2.training_step
 
-def step(session, number, batch):
-    with open(f"steps of {{session.rank}}", "a") as file:
+def step(trainer, number, batch):
+    with open(f"steps of {{trainer.machine.rank}}", "a") as file:
         file.write(str(number))
-    return original_step(session, number, batch)
+    return original_step(trainer, number, batch)
 
 gpt2.training_step = step
 """

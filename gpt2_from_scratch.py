@@ -1594,7 +1594,7 @@ def data_sheet_rate(name: str) -> float | None:
     """FLOP/s that a card's maker promises for bf16 products; None for a card that is not in the table."""
     words = re.findall(r"[A-Z0-9]+", name.upper())
     for card, tera in DATA_SHEET.items():
-        if set(card.upper().split()) <= set(words):
+        if set(card.upper().split()) <= set(words) and "LAPTOP" not in words:
             return tera * 1e12
     return None
 
@@ -2363,7 +2363,7 @@ class Run:
             few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
             text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
             bits = self.bits_per_byte(loss)
-            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {text[:70]!r}")
+            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {repr(text[:70])[:74]}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
     def bits_per_byte(self, loss: float) -> float:

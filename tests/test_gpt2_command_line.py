@@ -1,6 +1,7 @@
 """gpt2_from_scratch.py as its user meets it: flags, bad input, run folders, sampling, export, plan, and the Hub."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -597,3 +598,103 @@ def test_prompts_that_are_not_utf8_are_one_line(trained):
         )
         assert done.returncode == 2
         assert done.stderr == b"error: the prompt 'caf\\udce9' is not UTF-8 text\n"
+
+
+# Evaluation of any model on any text
+
+
+def figures_of(out: str) -> dict[str, float]:
+    rows = re.findall(r"\| ([\w ]+?) +\| +([\d.,]+) \|", out)
+    return {name: float(value.replace(",", "")) for name, value in rows}
+
+
+def test_evaluate_gives_the_loss_that_transformers_gives(command):
+    """On a text of its own, block by block, in nats; and from it perplexity and bits per byte."""
+    a_model()
+    Path("other.txt").write_text(TEXT[::2])
+    code, out, error = command("--init", "model", "--evaluate", "other.txt")
+    assert code == 0, error
+    theirs, tokenizer = GPT2LMHeadModel.from_pretrained("model").eval(), AutoTokenizer.from_pretrained("model")
+    tokens = [tokenizer.eos_token_id, *tokenizer(TEXT[::2])["input_ids"]]
+    total = 0.0
+    for first in range(0, len(tokens) - 1, 16):
+        window = torch.tensor(tokens[first : first + 17])
+        logits = theirs(window[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    loss = total / (len(tokens) - 1)
+    figures = figures_of(out)
+    assert figures["loss"] == pytest.approx(loss, abs=1e-4)
+    assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    assert figures["bits per byte"] == pytest.approx(total / math.log(2) / len(TEXT[::2].encode()), abs=1e-3)
+
+
+def test_evaluate_without_data_takes_the_run_s_validation_text(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert gpt2.main(gpt2.parse_arguments(["--evaluate"])) == 0
+    results = json.loads((next(Path("runs").iterdir()) / "metrics.json").read_text())["results"]
+    figures = figures_of(capsys.readouterr().out)
+    assert figures["loss"] == pytest.approx(results["best_validation_loss"], abs=1e-4)
+    assert figures["bits per byte"] == pytest.approx(results["bits_per_byte"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--init", "model", "--evaluate"], "belongs to no run and has no validation text: --evaluate DATA"),
+        (["--init", "model", "--evaluate", "nothing.txt"], "no such file"),
+        (["--init", "model", "--evaluate", "empty.txt"], "no text in it"),
+        (["--evaluate", "text.txt", "--resume"], "does not go together"),
+        (["--evaluate", "text.txt", "--plan"], "not allowed with"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(command, words, expected):
+    a_model()
+    Path("empty.txt").touch()
+    code, _, error = command(*words)
+    assert code == 2 and expected in error and error.count("\n") == 1, error
+
+
+def test_evaluate_reads_folders_and_leaves_nothing_behind(command):
+    a_model()
+    folder_of("d", {"a.txt": TEXT[:500], "b.jsonl": json.dumps({"text": TEXT[500:900]}), "c.bin": b"\0\1"})
+    before = set(Path().rglob("*"))
+    code, out, error = command("--init", "model", "--evaluate", "d")
+    assert code == 0 and "900 bytes" in out, error
+    assert set(Path().rglob("*")) == before
+
+
+def test_plan_says_how_many_tokens_a_parameter_gets(command):
+    _, out, _ = command("--data", "text.txt", *SIZES, "--plan")
+    parameters = 300 * 32 + 32 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+    assert f"tokens: 1,024, {1024 / parameters:.1f} per parameter (usual: 20)" in out
+
+
+def test_sampling_rounds_as_training_does(trained, monkeypatch):
+    """The same setting for products in float32, whatever the command; a GPU is not needed to see it made."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    gpt2.join_processes()
+    assert chosen == ["high"]
+
+
+def test_the_run_says_when_it_meets_end_of_text(command):
+    Path("stories.txt").write_text("<|endoftext|>\n".join(TEXT.splitlines(keepends=True)))
+    said = r"<\|endoftext\|> stands (\d+) times in the text and is text like any other"
+    _, out, _ = command("--data", "stories.txt", *SIZES)
+    assert int(re.search(said, " ".join(out.split()))[1]) in (398, 399)  # one may be cut where validation begins
+    code, out, error = command("--data", "stories.txt", *SIZES, "--split-on-eot", "--output-dir", "run")
+    assert code == 0 and "stands" not in out, error
+    code, _, error = command("--resume", "--output-dir", "run", "--max-steps", "5")
+    assert code == 0, error
+
+
+def test_a_run_of_another_version_is_refused(command):
+    assert command("--data", "text.txt", *SIZES, "--output-dir", "mine")[0] == 0
+    metrics = json.loads(Path("mine/metrics.json").read_text())
+    del metrics["configuration"]["optimizer"]
+    Path("mine/metrics.json").write_text(json.dumps(metrics))
+    code, _, error = command("--resume", "--output-dir", "mine")
+    assert code == 2 and "another version of this script" in error and error.count("\n") == 1

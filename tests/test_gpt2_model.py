@@ -292,3 +292,60 @@ def test_padding_rows_are_never_drawn():
     model = gpt2.GPT(gpt2.GPTConfig(3, block_size=8, layers=1, heads=1, width=8)).eval()
     steps = list(gpt2.generate(model, [0], 64, 8, end=-1, temperature=50.0, top_k=0))
     assert {token for step in steps for token in step} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("parts", [(5, 4), (1, 8), (3, 1, 5), (2, 2, 2, 3)])
+def test_several_tokens_at_once_into_a_filled_cache(reference, parts):
+    """Each sees what came before it, and nothing that comes after."""
+    theirs, folder = reference
+    ours, tokens = gpt2.load_pretrained(folder).eval(), tokens_like(theirs, rows=2, length=sum(parts))
+    cache, start = gpt2.KVCache(ours.config, 2, 12, torch.device("cpu")), 0
+    for length in parts:
+        logits = ours(tokens[:, start : start + length], cache=cache)
+        start += length
+        expected = theirs(tokens[:, :start]).logits[:, -1:]
+        torch.testing.assert_close(logits[..., : TINY["vocab_size"]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_what_is_kept(reference):
+    """Same loss and gradients, dropout included; far fewer tensors are kept for the backward pass."""
+    theirs, folder = reference
+    tokens, results = tokens_like(theirs), []
+    for checkpointing in (False, True):
+        model = gpt2.load_pretrained(folder, dropout=0.3).train()
+        model.gradient_checkpointing = checkpointing
+        kept = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        inner = sum(kept)
+        loss.backward()
+        results.append((loss, [parameter.grad for parameter in model.parameters()], inner))
+    (loss, gradients, all_of_it), (same, others, few) = results
+    assert torch.equal(loss, same) and few < 0.5 * all_of_it
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_a_temperature_near_zero_takes_the_likeliest(reference):
+    model = gpt2.load_pretrained(reference[1])
+    expected = greedy(model, [5, 17, 3], 10)[0]
+    for temperature in (1e-40, 1e-9, 1e-5):
+        steps = gpt2.generate(model, [5, 17, 3], 1, 10, -1, temperature=temperature, top_p=0.9)
+        assert [step[0] for step in steps] == expected
+
+
+def test_a_continuation_that_has_ended_stays_ended(reference):
+    """Of many different ones, some end early: from there on they are nothing but ends."""
+    model = gpt2.load_pretrained(reference[1])
+    end = 7
+    steps = gpt2.generate(model, [5], 64, 20, end, temperature=3.0, top_k=0, seed=1)
+    rows = list(zip(*steps, strict=True))
+    ended = [row for row in rows if end in row[:-1]]
+    assert ended and any(end not in row for row in rows)
+    assert all(set(row[row.index(end) :]) == {end} for row in ended)
+
+
+def test_the_seed_decides_what_is_drawn(reference):
+    model = gpt2.load_pretrained(reference[1])
+    draw = lambda seed: list(gpt2.generate(model, [5], 3, 10, -1, temperature=2.0, top_k=0, seed=seed))
+    assert draw(1) == draw(1) != draw(2)

@@ -794,3 +794,194 @@ gpt2.training_step = step
 def test_an_error_that_all_processes_meet_is_printed_once(text, tmp_path):
     done = torchrun("--data", text, *SIZES, "--batch-tokens", "32", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("error: --batch-tokens 32 is no multiple of") == 1, done.stderr
+
+
+# Longer runs, and what is kept
+
+
+def test_more_steps_say_what_becomes_of_the_rate(command, text, capsys):
+    """Of a cosine it jumps up again: the line says from where to where."""
+    assert command("--data", text, *SIZES, "--max-steps", 10, "--output-dir", "run") == 0
+    capsys.readouterr()
+    assert command("--resume", "--output-dir", "run", "--max-steps", 20) == 0
+    cosine = lambda step, last: 1e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / last)))  # no warm-up: 10 // 20
+    said = f"--max-steps: 10 -> 20; at step 10 the learning rate is {cosine(9, 20):.2e} in place of {cosine(9, 10):.2e}"
+    assert said in capsys.readouterr().out
+
+
+def test_wsd_goes_on_from_before_its_decay(command, text, capsys):
+    """The run of 20 steps decays from step 16 on. Made longer, it is what a run of 30 steps would have been."""
+    words = ["--data", text, *SIZES, "--schedule", "wsd", "--eval-every", 5, "--warmup-steps", 2]
+    assert command(*words, "--max-steps", 20, "--output-dir", "run") == 0
+    assert "step-00000016" in [path.name for path in gpt2.find_checkpoints(Path("run"))]
+    capsys.readouterr()
+    assert command("--resume", "--output-dir", "run", "--max-steps", 30) == 0
+    out = capsys.readouterr().out
+    assert "the decay that began at step 16 is undone" in out and "resumed from run/checkpoints/step-00000016" in out
+    assert Path("run/checkpoints/step-00000020.decayed").is_dir()
+    assert command(*words, "--max-steps", 30, "--output-dir", "straight") == 0
+    assert_bit_identical(weights_of(Path("run"), 30), weights_of(Path("straight"), 30))
+    assert losses_of(Path("run"))[-1] == losses_of(Path("straight"))[-1]
+
+
+def test_best_is_always_a_checkpoint(command, text, monkeypatch):
+    """Stopped before the second evaluation: the loss at step 0, of which there is no checkpoint, is not the best."""
+    original = gpt2.training_step
+
+    def send(trainer, step, batch, stop=False):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, step, batch, stop)
+
+    monkeypatch.setattr(gpt2, "training_step", send)
+    assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 6, "--output-dir", "run") == 130
+    results = json.loads(Path("run/metrics.json").read_text())["results"]
+    assert results["best_step"] is None and results["best_validation_loss"] is None
+    assert weights_in(Path("run").resolve()).name == "step-00000003"
+
+
+def test_a_run_says_when_it_ends_above_the_bigram_model(command, text, capsys):
+    assert command("--data", text, *SIZES, "--max-steps", 2, "--output-dir", "run") == 0
+    assert "worse than the bigram model" in capsys.readouterr().out
+    results = json.loads(Path("run/metrics.json").read_text())["results"]
+    assert results["best_validation_loss"] > results["bigram_validation_loss"]
+
+
+def test_a_run_says_when_the_text_is_too_little_for_the_model(command, text, capsys):
+    """41,889 tokens: few for 200,000 parameters, enough for 34,720."""
+    assert command("--data", text, *SIZES, "--width", 96, "--max-steps", 1, "--output-dir", "large") == 0
+    assert "the model will learn them by heart" in " ".join(capsys.readouterr().out.split())
+    assert command("--data", text, *SIZES, "--max-steps", 1, "--output-dir", "small") == 0
+    assert "by heart" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_run_prints_fits_80_columns(command, text, capsys):
+    assert command("--data", text, *RECIPE, "--output-dir", "run") == 0
+    before_sample, _, _ = capsys.readouterr().out.partition("\nsample:")
+    assert max(map(len, before_sample.splitlines())) <= 80
+
+
+def test_metrics_say_running_whatever_ends_the_run_later(command, text, monkeypatch):
+    seen, original = [], gpt2.training_step
+
+    def look(trainer, step, batch, stop=False):
+        seen.append(json.loads(Path("run/metrics.json").read_text())["status"])
+        return original(trainer, step, batch, stop)
+
+    monkeypatch.setattr(gpt2, "training_step", look)
+    assert command("--data", text, *SIZES, "--max-steps", 4, "--output-dir", "run") == 0
+    assert set(seen) == {"running"}
+
+
+def test_tensorboard_has_samples_and_hyperparameters(uninterrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(uninterrupted)).Reload()
+    assert "samples/text_summary" in tags.Tags()["tensors"]
+    assert any(tag.startswith("_hparams_") for tag in tags.summary_metadata)
+
+
+def test_nothing_takes_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Every file of a folder, and the folder, are synchronised before the rename; so is a single file."""
+    done = []
+    paths = {}
+    open_, fsync, rename, replace_ = os.open, os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "open", lambda path, *more: paths.setdefault(open_(path, *more), Path(path)) and max(paths))
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(("sync", paths.pop(number).name)) or fsync(number))
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append(("rename", Path(b).name)) or rename(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", Path(b).name)) or replace_(a, b))
+    with gpt2.new_folder(tmp_path / "step") as folder:
+        (folder / "one").write_text("1")
+        (folder / "two").write_text("2")
+    assert set(done[:3]) == {("sync", "one"), ("sync", "two"), ("sync", "step.incomplete")}
+    assert done[3] == ("rename", "step")
+    done.clear()
+    gpt2.write_json(tmp_path / "value.json", {})
+    assert done == [("sync", "value.json.incomplete"), ("rename", "value.json")]
+
+
+@pytest.mark.parametrize("suffix", [".incomplete", ".damaged", ".decayed", ".deleted.incomplete"])
+def test_what_is_no_checkpoint_is_never_used(command, text, uninterrupted, suffix):
+    """Neither by --sample nor by --export, which do not clean up first."""
+    shutil.copytree(uninterrupted, "run")
+    shutil.copytree("run/checkpoints/step-00000014", f"run/checkpoints/step-00000099{suffix}")
+    assert [path.name for path in gpt2.find_checkpoints(Path("run"))] == ["step-00000014", "step-00000012"]
+    assert weights_in(Path("run").resolve()).name in ("step-00000014", "step-00000012")
+
+
+def test_a_checkpoint_of_another_shape_is_passed_over(command, text, uninterrupted, capsys):
+    shutil.copytree(uninterrupted, "run")
+    other = gpt2.GPT(gpt2.GPTConfig(257, block_size=16, layers=1, heads=1, width=8))
+    folder = Path("run/checkpoints/step-00000014")
+    gpt2.save_pretrained(other, gpt2.load_tokenizer(folder), folder)
+    assert command("--resume", "--output-dir", "run") == 0
+    assert "of a model of another shape" in capsys.readouterr().out
+    assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
+
+
+# What a run costs
+
+
+def test_plan_counts_a_pass_for_each_micro_batch_and_the_rest_once(tmp_path, text, monkeypatch):
+    """A clock that a pass moves by 3 seconds, and a step by 5 more: 8 micro-batches take 29 seconds and not 64."""
+    trainer, clock = make_trainer(tmp_path, text, "--micro-batch-size", "1"), [0.0]
+
+    def step(trainer, number, batch):
+        clock[0] += 5 + 3 * len(batch)
+
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpt2, "training_step", step)
+    assert gpt2.seconds_per_step(trainer) == pytest.approx(8 * 3 + 5)
+
+
+def test_mfu_is_given_only_for_a_rate_that_nothing_disturbed(tmp_path, text, monkeypatch):
+    trainer = make_trainer(tmp_path, text)
+    flops = 640 * gpt2.flops_per_token(trainer.model.config)
+    for rate, expected in ((2 * flops, 0.5), (math.nan, None), (0.8 * flops, None)):  # the last would be 125%
+        trainer.machine = replace(trainer.machine, matmul_rate=rate)
+        assert gpt2.speed(trainer, 10, 4.0)["mfu"] == (expected and pytest.approx(expected))
+    clock, seconds = [0.0], iter([1, 1] * 4 + [1, 2, 1, 3, 2, 1, 4, 1, 2, 3] * 9)
+    monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=lambda: clock.append(clock[-1] + next(seconds)) or clock[-1]))
+    assert math.isnan(gpt2.measure_matmul_rate(CPU, torch.float32))
+
+
+@pytest.mark.parametrize(("name", "tera"), [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
+    ("Tesla T4", 65), ("NVIDIA A10G", None), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Tesla V100-SXM2-16GB", 125),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("CPU (x86_64, 2 threads)", None),
+])  # fmt: skip
+def test_the_rate_of_the_data_sheet(name, tera):
+    """NVIDIA's data sheets, dense bf16 (fp16 before Ampere). A card that is not named there has none."""
+    assert gpt2.data_sheet_rate(name) == (tera and tera * 1e12)
+
+
+def test_ddp_is_compiled_from_inside(tmp_path, text, monkeypatch):
+    """The first call of the compiled model comes through the wrapper, so that the graph can be split."""
+    trainer, calls = make_trainer(tmp_path, text), []
+
+    class Wrapped:
+        def __init__(self, network, **options):
+            self.network = network
+
+        def __call__(self, *batch):
+            calls.append("inside")
+            return self.network(*batch)
+
+    def compiled(*batch):
+        calls.append("compiled")
+        return trainer.model(*batch)
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
+    monkeypatch.setattr(gpt2, "forward_backward", lambda trainer, network, sequences: network(*[torch.zeros(1, 4, dtype=torch.long)] * 2))
+    trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=2, micro_batch_size=1)
+    network, mode = gpt2.compile_network(trainer, True)
+    assert mode == "compiled" and isinstance(network, Wrapped) and calls == ["inside", "compiled"]
+    assert torch._dynamo.config.optimize_ddp == gpt2.SPLIT_GRAPH
+
+
+def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_why(tmp_path, text, monkeypatch):
+    trainer = make_trainer(tmp_path, text)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=1, micro_batch_size=1)
+    assert gpt2.compile_network(trainer, True) == (trainer.model, "eager (torch.compile failed: no compiler)")

@@ -344,11 +344,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def finish_folder(part: Path, folder: Path) -> None:
+    """Give a folder that is complete its name."""
     for path in [*part.iterdir(), part]:
         sync(path)
     remove_folder(folder)
     os.rename(part, folder)
-    sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -364,20 +364,17 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
     None when another process has it (with `wait`, wait for that one), and -1 where the system has no such locks.
     """
+    descriptor = None
     try:
         import fcntl
-    except ImportError:  # Windows
-        return -1
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+
+        descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # some network file systems
-        os.close(descriptor)
-        return -1
-    return descriptor
+        return descriptor
+    except (ImportError, OSError) as error:  # Windows, some network file systems
+        if descriptor is not None:
+            os.close(descriptor)
+        return None if isinstance(error, BlockingIOError) else -1
 
 
 # ---------- 2. Model --------------------------------------------------------------------------------------------------
@@ -836,11 +833,6 @@ VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at mo
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
-def content_hash(text: str) -> int:
-    """64 bits."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-
-
 class FileSplit:
     """Of files, all of whose text is known before the first token is written.
 
@@ -925,13 +917,12 @@ class StreamSplit:
 
     def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
         for begins, text in parts:
-            value = content_hash(text)
-            if value < self.share * 2**64 and (self.room > 0 or value in self.held_out):
+            value = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+            is_held_out = value < self.share * 2**64 and (self.room > 0 or value in self.held_out)
+            if is_held_out and self.room < math.inf:
                 self.held_out.add(value)
                 self.room -= len(text)
-                yield "validation", begins, text
-            else:
-                yield "train", begins, text
+            yield "validation" if is_held_out else "train", begins, text
 
 
 # Token files: they lie in the cache under a fingerprint of everything they depend on, and a second run reads them
@@ -978,6 +969,9 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
                         f"longer in {cache}: start a new run")
     folder = make_folder(cache) / f"tokens-{fingerprint}"
     part = folder.with_name(f"{folder.name}.incomplete")
+    for stale in cache.glob("tokens-*.incomplete"):  # of processes that were killed, or of streams given up
+        if stale != part and time.time() - stale.stat().st_mtime > 7 * 86400:
+            shutil.rmtree(stale, ignore_errors=True)
     while not folder.exists():
         part.mkdir(exist_ok=True)
         descriptor = lock(part, wait=True)  # another run may be making the same files
@@ -1036,7 +1030,11 @@ def write_tokens(part: Path, source: Source, settings: Settings, tokenizer: Toke
         for shard in labelled_shards(source, split, settings, note.get("stream"), done):
             for name, tokens, begins, text in tokenise(shard, tokenizer):
                 outputs[name].write(np.array(tokens, dtype).tobytes())
-                count_part(facts, name, tokens, begins, text)
+                amounts = {"documents": int(begins), "tokens": len(tokens), "characters": len(text),
+                           "bytes": len(text.encode())}
+                for what, amount in amounts.items():
+                    facts[what][name] += amount
+                facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
                 bar.update(len(text))
             if not source.files:
                 for name, file in outputs.items():
@@ -1076,11 +1074,11 @@ def labelled_shards(source: Source, split: FileSplit | StreamSplit, settings: Se
 def training_text(labelled: Iterator[tuple[str, bool, str]]) -> Iterator[str]:
     """Text for the tokenizer: of the training documents only."""
     left = TOKENIZER_TEXT
-    for text in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
-        left -= len(text)
+    for piece in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
+        left -= len(piece)
         if left < 0:
             return
-        yield text
+        yield piece
 
 
 def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) -> Iterator[tuple]:
@@ -1092,13 +1090,6 @@ def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) ->
         encodings = tokenizer.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
         for (split, begins, text), encoding in zip(batch, encodings, strict=True):
             yield split, [end, *encoding.ids] if begins else encoding.ids, begins, text
-
-
-def count_part(facts: dict, split: str, tokens: list[int], begins: bool, text: str) -> None:
-    amounts = {"documents": int(begins), "tokens": len(tokens), "characters": len(text), "bytes": len(text.encode())}
-    for name, amount in amounts.items():
-        facts[name][split] += amount
-    facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
 
 
 class TrainingOrder:
@@ -1156,7 +1147,8 @@ def make_optimisers(model: GPT, settings: Settings, is_sharded: bool = False) ->
 
     groups, optimisers = parameter_groups(model, settings.weight_decay), []
     if settings.optimizer == "muon":
-        hidden = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in model.h.named_parameters() if p.dim() == 2}
+        hidden = {parameter: 3 if name.endswith("c_attn.weight") else 1
+                  for name, parameter in model.h.named_parameters() if parameter.dim() == 2}
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if parameter not in hidden]
         muon_groups = [{"params": [p for p, n in hidden.items() if n == matrices], "matrices": matrices,
@@ -1542,7 +1534,8 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settin
 
 # ---------- 8. Machine ------------------------------------------------------------------------------------------------
 
-COMPILE_SECONDS = 60  # a run that takes longer without torch.compile is compiled: that takes half a minute
+COMPILE_SECONDS = 60  # a run that would take longer without torch.compile is compiled: that takes half a minute
+EAGER_SHARE = 0.3  # of the matmul rate, that a run reaches without torch.compile, about
 SPLIT_GRAPH = True  # several processes: compile one graph per bucket of gradients, so that they are sent while others
 #                     are still computed; False: one graph for the whole model, which fuses more
 PATIENCE = timedelta(minutes=30)  # how long processes wait for one another in training before they give up
@@ -1573,7 +1566,7 @@ def join_processes() -> tuple[int, int, torch.device]:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Of matrix products: bf16 where the hardware really has it (older GPUs claim it too, but emulate it), else fp16."""
+    """Of matrix products: bf16 where the hardware really has it (older GPUs claim it, but emulate it), else fp16."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     least = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}  # Ampere, Volta: the first with tensor cores for it
     if wanted == "auto":
@@ -1648,12 +1641,6 @@ def speed(trainer: Trainer, steps: int, seconds: float) -> dict[str, float | Non
             "mfu": mfu if mfu <= 1 else None, "mfu_of_data_sheet": flops / sheet if sheet else None}
 
 
-def mfu_text(values: dict) -> str:
-    """MFU 53% (data sheet: 41%)."""
-    sheet = f" (data sheet: {values['mfu_of_data_sheet']:.0%})" if values["mfu_of_data_sheet"] else ""
-    return ("MFU n/a" if values["mfu"] is None else f"MFU {values['mfu']:.0%}") + sheet
-
-
 def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], data: TokenData, model: GPT,
                  compiled: bool | None = None) -> Trainer:
     """Put the model on the device and find out how it runs best there.
@@ -1696,7 +1683,8 @@ def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> S
                         "auto")
     steps = settings.max_steps or max(1, round(settings.epochs * order.per_epoch * block / batch))
     if settings.max_steps is None and steps < 200 and settings.model not in (None, "nano"):
-        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would teach it more")
+        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would teach it "
+                    "more")
     found = {"batch_tokens": batch, "max_steps": steps, "warmup_steps": min(2000, steps // 20),
              "eval_every": min(1000, max(1, steps // 5))}
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
@@ -1712,7 +1700,7 @@ def forward_backward(trainer: Trainer, network: Callable, sequences: int) -> Non
 
 
 def largest_micro_batch(trainer: Trainer) -> int:
-    """The largest divisor of a process's sequences that fits a GPU, tried from 2^16 tokens down; else of up to 2^13."""
+    """The largest divisor of a process's sequences that fits a GPU, from 2^16 tokens down; elsewhere of up to 2^13."""
     machine, block_size = trainer.machine, trainer.order.block_size
     share, is_cuda = trainer.sequences_per_step // machine.world, machine.device.type == "cuda"
     limit = 2**16 if is_cuda else 2**13
@@ -1762,7 +1750,9 @@ def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, 
     if machine.device.type != "cuda":
         return wrap(model), f"eager (compiling rarely pays on {machine.device.type.upper()})"
     if compiled is None:
-        compiled = eager_seconds(trainer) >= COMPILE_SECONDS
+        flops = settings.max_steps * settings.batch_tokens * flops_per_token(model.config)
+        seconds = agree(machine, flops / (EAGER_SHARE * machine.matmul_rate * machine.world), dist.ReduceOp.MAX)
+        compiled = not seconds < COMPILE_SECONDS  # nan: the rate is not known
     if not compiled:
         return wrap(model), "eager (so short a run is over before it is compiled)"
     try:
@@ -1774,26 +1764,6 @@ def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, 
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
         model.zero_grad(set_to_none=True)
         return wrap(model), f"eager (torch.compile failed: {first_line(error)[:100]})"
-
-
-def eager_seconds(trainer: Trainer) -> float:
-    """How long the passes of the whole run would take without torch.compile, from timing one.
-
-    Infinite when they do not fit the memory: compiled, they need less.
-    """
-    machine, passes = trainer.machine, trainer.sequences_per_step * trainer.settings.max_steps
-    try:
-        for _ in range(2):  # the first warms up
-            synchronise(machine.device)
-            started = time.perf_counter()
-            forward_backward(trainer, trainer.model, machine.micro_batch_size)
-            synchronise(machine.device)
-            seconds = time.perf_counter() - started
-    except torch.OutOfMemoryError:
-        seconds = math.inf
-        trainer.model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    return agree(machine, seconds * passes / (machine.micro_batch_size * machine.world), dist.ReduceOp.MAX)
 
 
 # ---------- 9. Hugging Face -------------------------------------------------------------------------------------------
@@ -1897,8 +1867,6 @@ def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
     except errors.RepositoryNotFoundError:
         what = {"model": "model", "dataset": "data set"}[kind]
         raise UserError(f"{flag} {name}: the Hub has no such {what} (or it is private: `hf auth login`)") from None
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"{flag} {name}: the Hub refuses it ({first_line(error)})") from None
     except Exception as error:  # whichever HTTP library the client uses, it has error classes of its own
         return None, first_line(error)
 
@@ -2105,7 +2073,8 @@ class StopRequest:
 def train(settings: Settings) -> int:
     """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
     folder = Path(settings.output_dir or "runs")
-    if settings.output_dir and not settings.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    is_new = settings.output_dir and not settings.resume
+    if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         way_out = "--resume continues the run in it; or " if is_run(folder) else ""
         raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -2172,7 +2141,7 @@ def short(value: float) -> str:
 
 
 def make_model(settings: Settings, tokenizer: Tokenizer, saved: dict | None = None) -> GPT:
-    """A fresh model, or that of --init. For a resumed run, a fresh one of the geometry that it had: resume() fills it."""
+    """A fresh model, or that of --init. For a resumed run, one of the geometry that it had: resume() fills it."""
     size = vocabulary_size(tokenizer)
     if saved:
         model = GPT(GPTConfig(**saved))
@@ -2196,7 +2165,8 @@ def describe(trainer: Trainer) -> None:
     dtype = str(machine.dtype).removeprefix("torch.")
     if machine.dtype is torch.float32 and machine.device.type == "cuda":
         dtype += " (TF32 products)"
-    reach = "could not be timed" if math.isnan(machine.matmul_rate) else f"reach {machine.matmul_rate / 1e12:.2f} TFLOP/s"
+    rate = machine.matmul_rate / 1e12
+    reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
     other = [f"{name.replace('_', '-')} {getattr(settings, name)}" for name in ("dropout", "weight_decay", "optimizer",
              "gradient_checkpointing", "shard_optimizer") if getattr(settings, name) != defaults[name]]
@@ -2204,14 +2174,15 @@ def describe(trainer: Trainer) -> None:
         f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
         f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
         f"{config.vocab_size:,})",
-        f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} validation "
-        f"tokens ({characters['train']:,} and {characters['validation']:,} characters: "
+        f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} "
+        f"validation tokens ({characters['train']:,} and {characters['validation']:,} characters: "
         f"{characters['validation'] / sum(characters.values()):.2%} for validation)",
         f"device: {machine.world} x {device_name(machine.device)}, {dtype}, {machine.mode}; matrix products {reach}",
         f"training: {plural(settings.max_steps, 'step')} of {trainer.sequences_per_step} x {config.block_size} tokens "
         f"({settings.max_steps * trainer.sequences_per_step / trainer.order.per_epoch:.2f} epochs), micro-batch "
         f"{machine.micro_batch_size}, learning rate {short(settings.lr)} ({settings.schedule}, "
-        f"{plural(settings.warmup_steps, 'step')} warm-up), seed {settings.seed}{''.join(', ' + text for text in other)}",
+        f"{plural(settings.warmup_steps, 'step')} warm-up), "
+        + ", ".join([f"seed {settings.seed}", *other]),
     ]
     if facts["left_out"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(facts["left_out"].values()).items())
@@ -2424,13 +2395,13 @@ class Run:
             say("note: that is worse than the bigram model, which looks at one token only: the\n"
                 "  model has learnt too little. More steps, more text or a smaller model help.")
         say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, self.settings)[0]}\n")
-        say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl and TensorBoard events.")
+        say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")
         else:
-            world = trainer.machine.world
+            world, steps = trainer.machine.world, plural(results["steps"], "step")
             python = "python" if world == 1 else f"torchrun --nproc_per_node={world}"
-            say(f"Stopped after {plural(results['steps'], 'step')}. Go on: {python} {script} --resume --output-dir {folder}")
+            say(f"Stopped after {steps}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
@@ -2461,10 +2432,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+TAGS = {"validation_loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte", "sample": "samples"}
+
+
 class RunLog:
     """The log of a run: metrics.jsonl, one JSON object per line, and the same in TensorBoard."""
-
-    TAGS = {"validation_loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte", "sample": "samples"}
 
     def __init__(self, run: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -2479,7 +2451,7 @@ class RunLog:
         values = finite(values)
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            tag = self.TAGS.get(name, f"train/{name}")
+            tag = TAGS.get(name, f"train/{name}")
             if on_board and isinstance(value, str):
                 self.board.add_text(tag, f"```\n{value}\n```", step)
             elif on_board and value is not None:
@@ -2624,7 +2596,7 @@ def evaluate_text(settings: Settings) -> int:
     _, world, device = join_processes()
     if world > 1:
         raise UserError("--evaluate runs in one process")
-    tokens, size = read_all_tokens(settings, tokenizer) if settings.evaluate else validation_tokens(folder)
+    tokens, size = tokens_of_text(settings, tokenizer) if settings.evaluate else tokens_of_run(folder)
     block_size = model.config.block_size
     machine = Machine(device=device, dtype=choose_dtype(settings.dtype, device), matmul_rate=math.nan,
                       micro_batch_size=max(1, 2**13 // block_size))
@@ -2639,7 +2611,7 @@ def evaluate_text(settings: Settings) -> int:
     return 0
 
 
-def read_all_tokens(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """All tokens of the data that --evaluate names, and how many bytes of text they are."""
     settings = replace(settings, data=settings.evaluate)
     source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
@@ -2652,16 +2624,16 @@ def read_all_tokens(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarra
     return np.concatenate(arrays), size
 
 
-def validation_tokens(folder: Path) -> tuple[np.ndarray, int]:
+def tokens_of_run(checkpoint: Path) -> tuple[np.ndarray, int]:
     """The validation tokens of the run that a checkpoint belongs to, and how many bytes of text they are."""
-    run = folder.parent.parent
-    saved = read_json(run / "metrics.json") if is_run(run) else {}
-    if not saved:
-        raise UserError(f"{folder} belongs to no run and has no validation text: --evaluate DATA")
-    tokens = Path(saved["configuration"]["cache_dir"]) / f"tokens-{saved['data']['fingerprint']}"
-    if not tokens.exists():
-        raise UserError(f"the validation text of {run} is no longer in {tokens}: --evaluate DATA")
-    data = open_tokens(tokens)
+    run = checkpoint.parent.parent
+    if not is_run(run):
+        raise UserError(f"{checkpoint} belongs to no run and has no validation text: --evaluate DATA")
+    saved = read_json(run / "metrics.json")
+    folder = Path(saved["configuration"]["cache_dir"]) / f"tokens-{saved['data']['fingerprint']}"
+    if not folder.exists():
+        raise UserError(f"the validation text of {run} is no longer in {folder}: --evaluate DATA")
+    data = open_tokens(folder)
     return data.validation, data.facts["bytes"]["validation"]
 
 
@@ -2689,14 +2661,15 @@ def plan(settings: Settings) -> int:
         f"{plural(len(data.validation), 'token')}")
     seconds = seconds_per_step(trainer)
     values, rest = speed(trainer, 1, seconds), timedelta(seconds=round(seconds * settings.max_steps))
-    say_wrapped(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, {mfu_text(values)}, "
-                f"peak memory {peak_memory(machine.device):.2f} GiB")
+    mfu, sheet = ("n/a" if value is None else f"{value:.0%}" for value in (values["mfu"], values["mfu_of_data_sheet"]))
+    say_wrapped(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, MFU {mfu} (of the "
+                f"data sheet: {sheet}), peak memory {peak_memory(machine.device):.2f} GiB")
     say(f"to the end: {rest} for {plural(settings.max_steps, 'step')}, without evaluations")
     return 0
 
 
 def seconds_per_step(trainer: Trainer) -> float:
-    """By trying steps of one and of two micro-batches: what they differ by is a pass, and the rest comes once a step."""
+    """By trying steps of one and of two micro-batches: they differ by a pass, and the rest comes once a step."""
     machine, times = trainer.machine, {1: [], 2: []}
     passes = trainer.sequences_per_step // (machine.micro_batch_size * machine.world)
     sizes, count, tried = ((1, 2) if passes > 1 else (1,)), 6, 0
@@ -2726,7 +2699,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         if given[name] == "" and name not in ("sample", "evaluate"):  # as a shell passes on a variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
     if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
-        raise UserError("--output-dir is for training: --sample, --evaluate and --export take the run that --init names")
+        raise UserError("--output-dir is for training: --sample, --evaluate, --export take the run that --init names")
     for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
         if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())

@@ -237,7 +237,10 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         lambda: ["--data", "text.txt", *SIZES, "--batch-tokens", "250"],
         "no multiple of 32",
     ),
-    "micro-batch does not divide": (lambda: ["--data", "text.txt", *SIZES, "--micro-batch-size", "3"], "--micro-batch-size 3"),
+    "micro-batch does not divide": (
+        lambda: ["--data", "text.txt", *SIZES, "--micro-batch-size", "3"],
+        "--micro-batch-size 3 does not divide",
+    ),
     "bf16 without hardware": (lambda: ["--data", "text.txt", *SIZES, "--dtype", "bf16"], "--dtype bf16 is for GPUs"),
     "no such weights": (lambda: ["--init", "nowhere", "--data", "text.txt"], "no such folder"),
     "weights of nothing": (lambda: [Path("m").mkdir(), "--init", "m", "--data", "text.txt"][1:], "neither tokenizer"),

@@ -498,7 +498,10 @@ def test_end_of_text_in_a_text_is_a_border_only_if_asked_for(tmp_path):
     assert data.facts["end_of_text_in_text"] == 0
 
 
-@given(text=st.lists(st.sampled_from(["<|endoftext|>", "a", "b ", "\n", "<|endof", "text|>"]), max_size=30).map("".join))
+FRAGMENTS = ["<|endoftext|>", "a", "b ", "\n", "<|endof", "text|>"]
+
+
+@given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
 @settings(max_examples=200, deadline=None)
 def test_documents_between_ends_of_text_are_those_that_a_plain_split_gives(text):
     former, gpt2.PIECE = gpt2.PIECE, 4
@@ -579,7 +582,7 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     broken = [Stream(texts), Stream(texts, fail_at=20), Stream(texts, fail_at=35), Stream(texts)]
     streams = iter(broken)
     for _ in range(2):
-        with pytest.raises(gpt2.UserError, match="the network is down.* the same command goes on"):
+        with pytest.raises(gpt2.UserError, match=r"the network is down.* the same command goes on"):
             gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
     data = gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
     assert "going on behind" in capsys.readouterr().out

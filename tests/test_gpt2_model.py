@@ -316,7 +316,8 @@ def test_gradient_checkpointing_changes_nothing_but_what_is_kept(reference):
         model.gradient_checkpointing = checkpointing
         kept = []
         torch.manual_seed(0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        keep = lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens[:, :-1], tokens[:, 1:])
         inner = sum(kept)
         loss.backward()

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_gpt2_training import CPU, assert_bit_identical, losses_of, make_trainer, take_steps, weights_of
-from test_gpt2_training import command, text  # noqa: F401 - fixtures
+from test_gpt2_training import CPU, assert_bit_identical, command, losses_of, make_trainer, take_steps, text, weights_of  # noqa: F401 - fixtures
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2

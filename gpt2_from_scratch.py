@@ -1018,30 +1018,9 @@ def write_tokens(part: Path, source: Source, settings: Settings, tokenizer: Toke
     tokenizer.save(str(part / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = note.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
-        name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "characters", "bytes")}
+        name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
     facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
-    bar = tqdm(total=split.characters, unit="char", unit_scale=True, desc="tokenising", disable=None, ncols=79)
-    with contextlib.ExitStack() as stack:
-        outputs = {name: stack.enter_context(open(part / f"{name}.bin", "ab")) for name in SPLITS}
-        for name, file in outputs.items():
-            file.truncate(facts["tokens"][name] * dtype.itemsize)
-        stack.enter_context(bar)
-        done = sum(facts["documents"].values())
-        for shard in labelled_shards(source, split, settings, note.get("stream"), done):
-            for name, tokens, begins, text in tokenise(shard, tokenizer):
-                outputs[name].write(np.array(tokens, dtype).tobytes())
-                amounts = {"documents": int(begins), "tokens": len(tokens), "characters": len(text),
-                           "bytes": len(text.encode())}
-                for what, amount in amounts.items():
-                    facts[what][name] += amount
-                facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
-                bar.update(len(text))
-            if not source.files:
-                for name, file in outputs.items():
-                    file.flush()
-                    sync(part / f"{name}.bin")
-                write_json(part / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
-                                                    "held_out": sorted(split.held_out)})
+    write_shards(part, source, split, settings, tokenizer, facts, note.get("stream"))
     for name in SPLITS:
         if facts["tokens"][name] < 2:  # one to read and one to predict
             raise UserError(f"too little text fell to {name} (--val-fraction says how much does)")
@@ -1054,6 +1033,31 @@ def write_tokens(part: Path, source: Source, settings: Settings, tokenizer: Toke
         f"{time.perf_counter() - started:.1f} s")
 
 
+def write_shards(part: Path, source: Source, split: FileSplit | StreamSplit, settings: Settings, tokenizer: Tokenizer,
+                 facts: dict, position: dict | None) -> None:
+    """Append the tokens of all documents to the files of `part`; count in `facts`; note how far a stream has come."""
+    done, dtype = sum(facts["documents"].values()), np.dtype(facts["dtype"])
+    bar = tqdm(total=split.characters, unit="char", unit_scale=True, desc="tokenising", disable=None, ncols=79)
+    with open(part / "train.bin", "ab") as train, open(part / "validation.bin", "ab") as validation, bar:
+        outputs = dict(zip(SPLITS, (train, validation), strict=True))
+        for name, file in outputs.items():
+            file.truncate(facts["tokens"][name] * dtype.itemsize)  # what a dead process wrote behind its last note
+        for shard in labelled_shards(source, split, settings, position, done):
+            for name, tokens, begins, text in tokenise(shard, tokenizer):
+                outputs[name].write(np.array(tokens, dtype).tobytes())
+                for what, amount in zip(COUNTED, (begins, len(tokens), len(text), len(text.encode())), strict=True):
+                    facts[what][name] += int(amount)
+                facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
+                bar.update(len(text))
+            if not source.files:
+                for name, file in outputs.items():
+                    file.flush()
+                    sync(part / f"{name}.bin")
+                write_json(part / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
+                                                    "held_out": sorted(split.held_out)})
+
+
+COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 

@@ -559,6 +559,7 @@ def flops_per_token(config: GPTConfig) -> float:
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 
 # Tokenizer: text <-> tokens
 
@@ -597,9 +598,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"the tokenizer in {folder} has no token {END_OF_TEXT}, which joins the documents")
     tokenizer.add_special_tokens([END_OF_TEXT])
     return as_plain_text(tokenizer)
-
-
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 
 
 def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:

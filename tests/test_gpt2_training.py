@@ -795,7 +795,7 @@ def test_more_steps_say_what_becomes_of_the_rate(command, text, capsys):
 
 def test_wsd_goes_on_from_before_its_decay(command, text, capsys):
     """The run of 20 steps decays from step 16 on. Made longer, it is what a run of 30 steps would have been."""
-    words = ["--data", text, *SIZES, "--schedule", "wsd", "--eval-every", 5, "--warmup-steps", 2]
+    words = ["--data", text, *SIZES, "--schedule", "wsd", "--eval-every", 2, "--warmup-steps", 2]
     assert command(*words, "--max-steps", 20, "--output-dir", "run") == 0
     assert "step-00000016" in [path.name for path in gpt2.find_checkpoints(Path("run"))]
     capsys.readouterr()

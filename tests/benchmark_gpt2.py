@@ -116,9 +116,9 @@ def main() -> None:
 
     logging.set_verbosity_error()
     trainer = make_trainer(arguments, "--no-compile")
-    config = trainer.model.config
-    print(f"{arguments.model}: {arguments.sequences} x {config.block_size} tokens, {gpt2.device_name(trainer.machine.device)}, "
-          f"{trainer.machine.dtype}, torch {torch.__version__}, matrix products {trainer.machine.matmul_rate / 1e12:.2f} TFLOP/s\n")
+    config, machine = trainer.model.config, trainer.machine
+    print(f"{arguments.model}: {arguments.sequences} x {config.block_size} tokens, {gpt2.device_name(machine.device)}, "
+          f"{machine.dtype}, torch {torch.__version__}, matrix products {machine.matmul_rate / 1e12:.2f} TFLOP/s\n")
     print("| training                           | ms / step  | tokens/s     | MFU   | GiB      |")
     print("|------------------------------------|-----------:|-------------:|------:|---------:|")
     if "eager" in arguments.only:

@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--only", choices=["train", "generate"])
     flags = parser.parse_args()
     words = ["--model", flags.model, "--batch-size", str(flags.batch_size), "--max-new-tokens", str(flags.new_tokens)]
-    args = flan.parse_arguments([*words, *["--int8"] * flags.int8, *["--int4"] * flags.int4])
+    args = flan.parse_settings([*words, *["--int8"] * flags.int8, *["--int4"] * flags.int4])
     device, precision = flan.get_device()
     flan.PartialState(cpu=device.type == "cpu")
     tokenizer = flan.AutoTokenizer.from_pretrained(flags.tokenizer)

@@ -60,7 +60,7 @@ def command(flan):
         sys.argv = [str(SCRIPT), *words]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments, words))
+                code = flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings, words))
         except SystemExit as exit:
             code = exit.code
         finally:

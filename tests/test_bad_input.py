@@ -135,7 +135,7 @@ FLAGS = {
     "--int8 --full": "not allowed with argument --int8", "--int8 --int4": "not allowed with argument --int8",
     "--summarize --evaluate": "not allowed with argument --summarize", "--split dev": "choose from",
     **{f"--resume {mode}": "goes on with a training" for mode in
-       ("--summarize", "--evaluate", "--merge m", "--plan", "--lr-find", "--plot p", "--compare a b")},
+       ("--summarize", "--evaluate", "--export m", "--plan", "--lr-find", "--plot p", "--compare a b")},
     "--adapter runs/a": "to train on, --resume", "--adapter runs/a --plan": "to train on, --resume",
     "--unknown": "unrecognized arguments: --unknown", "stray": "unrecognized arguments: stray",
 }  # fmt: skip
@@ -341,9 +341,9 @@ BAD = {
                                             Path(f.write("out/x", "x")).parent], ["out is not empty", "another"]),
     "a cache that is a file": (lambda f: ["--dataset", f.data, "--model", f.model_folder, "--cache-dir",
                                           f.write("cache", "x")], ["cache", "--cache-dir DIR"]),
-    "merging into something": (lambda f: ["--merge", Path(f.write("out/x", "x")).parent, "--adapter", f.trained.folder],
+    "merging into something": (lambda f: ["--export", Path(f.write("out/x", "x")).parent, "--adapter", f.trained.folder],
                                ["out exists and is not empty", "choose another folder"]),
-    "merging into a file": (lambda f: ["--merge", f.write("out", "x"), "--adapter", f.trained.folder],
+    "merging into a file": (lambda f: ["--export", f.write("out", "x"), "--adapter", f.trained.folder],
                             ["out", "choose another folder"]),
 }  # fmt: skip
 
@@ -438,7 +438,7 @@ def gpt2_command(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path / "home")
         capsys.readouterr()
         try:
-            code = gpt2.main(gpt2.parse_arguments([str(word) for word in words]))
+            code = gpt2.main(gpt2.parse_settings([str(word) for word in words]))
         except SystemExit as exit:
             code = exit.code
         return (code, *capsys.readouterr())

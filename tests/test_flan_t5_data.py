@@ -20,7 +20,7 @@ def load(flan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def load(name, *flags):
-        args = flan.parse_arguments(["--dataset", str(name), *flags])
+        args = flan.parse_settings(["--dataset", str(name), *flags])
         return {split: table.to_list() for split, table in flan.load_data(args).items()}
 
     return load
@@ -128,7 +128,7 @@ def tokenize(flan, data, tmp_path):
     """tokenize(tokenizer, flags..., change=function): the tokenised splits of the test data, cached in tmp_path."""
 
     def tokenize(tokenizer, *flags, change=None, cache=tmp_path):
-        args = flan.parse_arguments(["--dataset", str(data), "--cache-dir", str(cache), *flags])
+        args = flan.parse_settings(["--dataset", str(data), "--cache-dir", str(cache), *flags])
         tables = flan.load_data(args)
         if change:
             tables = flan.datasets.DatasetDict(
@@ -177,7 +177,7 @@ def test_long_rows_are_cut_counted_and_still_end(flan, tokenize, tokenizer):
         assert short["labels"] == (long["labels"] if len(long["labels"]) <= 9 else [*long["labels"][:8], 1])
     share = sum(len(ids) > limit for ids in whole["input_ids"]) / len(whole)
     assert 0 < share < 1
-    args = flan.parse_arguments(["--max-source-length", str(limit)])
+    args = flan.parse_settings(["--max-source-length", str(limit)])
     assert flan.protocol(args, {"train": cut})["truncated"]["train"] == pytest.approx(share, abs=1e-4)
 
 
@@ -246,7 +246,7 @@ def test_a_whole_second_run_tokenises_nothing(command, data, model_folder, token
 def test_the_cache_is_hugging_faces_own_by_default(flan, data, tokenizer):
     from conftest import CACHE
 
-    args = flan.parse_arguments(["--dataset", str(data), "--limit", "3"])
+    args = flan.parse_settings(["--dataset", str(data), "--limit", "3"])
     flan.tokenize(flan.load_data(args), tokenizer, args)
     files = list((flan.Path(CACHE.name) / "tokenized").iterdir())
     assert {path.name.split("-")[0] for path in files} == set(SPLITS)

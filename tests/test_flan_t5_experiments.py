@@ -27,7 +27,7 @@ def numbers(text):
 def test_the_geometry_of_the_presets_needs_no_network(flan, command, tmp_path, size):
     done = command("--model", size, "--plan", cwd=tmp_path)
     assert done.code == 0 and not list(tmp_path.iterdir()), done
-    model = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", size])))
+    model = flan.without_weights(flan.geometry(flan.parse_settings(["--model", size])))
     assert all(p.is_meta for p in model.parameters())
     assert model.num_parameters() == pytest.approx(PUBLISHED[size], rel=0.06)
     assert f"{model.num_parameters():,} parameters" in done.out
@@ -40,7 +40,7 @@ def test_the_small_preset_is_the_published_configuration(flan):
                                            "num_heads": 6, "num_layers": 8, "vocab_size": 32128}  # fmt: skip
     with flan.torch.device("meta"):
         expected = flan.transformers.T5ForConditionalGeneration(flan.transformers.T5Config(**published))
-    found = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", "small"])))
+    found = flan.without_weights(flan.geometry(flan.parse_settings(["--model", "small"])))
     shapes = [{name: p.shape for name, p in model.state_dict().items()} for model in (expected, found)]
     assert shapes[0] == shapes[1]
     # The head is a matrix of its own: 512 x 32128 more than transformers' own count of an unloaded model.
@@ -69,7 +69,7 @@ def test_weights_are_what_loading_really_takes(flan, model_folder, precision):
 # bf16 and INT8 of base, XL and XXL in GiB.
 @pytest.mark.parametrize("size, bf16, int8", [("base", 0.46, 0.31), ("xl", 5.31, 3.25), ("xxl", 20.7, 12.5)])
 def test_weights_of_the_real_sizes(flan, size, bf16, int8):
-    model = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", size])))
+    model = flan.without_weights(flan.geometry(flan.parse_settings(["--model", size])))
     found = [flan.weight_bytes(model, precision) / 2**30 for precision in ("bf16", "int8")]
     assert found == pytest.approx([bf16, int8], abs=0.006 * bf16 + 0.005)
 
@@ -119,7 +119,7 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     root = (2 / np.pi) ** 0.5
     monkeypatch.setattr(gelu, "forward", lambda self, x: 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * cube(x)))))
     model = flan.transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    args = flan.parse_arguments([])
+    args = flan.parse_settings([])
     model = flan.add_lora(model.to(torch.bfloat16), args).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -87,7 +87,7 @@ for line in sys.stdin:
         sys.argv = [script, *order["words"]]
         flan.plot_loss = flan.plot_rouge = lambda *_: None  # see no_plots
         exec(order["before"])
-        sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
+        sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
     print(child, flush=True)
     print(child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -217,7 +217,7 @@ flan.Collator.__call__ = interrupt
 """
     assert launch(tmp_path, twice).exit_code() == -number
     run = tmp_path / "runs" / NAME
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["checkpoints/step-00000006"]
     process = launch(tmp_path)
     assert process.exit_code() == 0, process
     assert_same_run(run, trained.folder)
@@ -251,7 +251,7 @@ def test_a_resumed_run_logs_the_same_means(command, data, model_folder, tmp_path
     assert command("--model", model_folder, "--dataset", data, *flags, cwd=tmp_path).code == 0
     whole = shutil.copytree(run, tmp_path / "whole")
     assert [entry["step"] for entry in metrics(whole)["curve"]][:6] == [2, 4, 5, 6, 8, 10]
-    shutil.rmtree(run / "checkpoint-40")
+    shutil.rmtree(run / "checkpoints/step-00000040")
     assert command("--resume", "--output-dir", run, cwd=tmp_path).code == 0
     assert_same_run(run, whole, last=40)
 
@@ -261,12 +261,12 @@ def test_a_checkpoint_without_all_its_files_is_passed_over(flan, command, traine
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
     for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors", "optimizer.pt"):
-        file = (run / "checkpoint-18" / name).rename(tmp_path / name)
-        assert flan.find_checkpoint(run) == run / "checkpoint-12"
+        file = (run / "checkpoints/step-00000018" / name).rename(tmp_path / name)
+        assert flan.find_checkpoint(run) == run / "checkpoints/step-00000012"
         passed_over, going_on = capsys.readouterr().out.splitlines()
-        assert "passed over" in passed_over and "checkpoint-18" in passed_over and "checkpoint-12" in going_on
+        assert "passed over" in passed_over and "checkpoints/step-00000018" in passed_over and "checkpoints/step-00000012" in going_on
         if name != "optimizer.pt":
-            file.rename(run / "checkpoint-18" / name)
+            file.rename(run / "checkpoints/step-00000018" / name)
     done = command("--resume", cwd=home)
     assert done.code == 0, done
     assert_same_run(run, trained.folder)
@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
         done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, "--output-dir", run,
                        cwd=disk.parent)  # fmt: skip
     assert_one_line(done, str(run), "MiB free", "make room", f"--resume --output-dir {run}")
-    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")]
+    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*")]
     assert steps == ([last] if last else [])
     assert not list(run.glob("*.incomplete/*"))
     (disk / "filler").unlink()
@@ -345,7 +345,7 @@ def test_no_room_for_the_tokens_or_the_merged_model(command, data, model_folder,
     flags = ("--model", model_folder, "--dataset", data, *RECIPE)
     done = command(*flags, "--cache-dir", disk / "cache", cwd=disk.parent)
     assert_one_line(done, str(disk / "cache"), "No space left on device", "--cache-dir DIR")
-    done = command("--merge", disk / "merged", "--adapter", trained.folder, cwd=disk.parent)
+    done = command("--export", disk / "merged", "--adapter", trained.folder, cwd=disk.parent)
     assert_one_line(done, str(disk), "MiB free", "another folder")
     done = command(*flags, "--output-dir", disk / "run", cwd=disk.parent)
     assert_one_line(done, str(disk / "run"), "No space left on device")
@@ -364,7 +364,7 @@ def locked(tmp_path, request):
             request.getfixturevalue("disk")
         if content:
             shutil.copytree(content, folder / "run")
-            shutil.rmtree(folder / "run" / "checkpoint-18")
+            shutil.rmtree(folder / "run" / "checkpoints/step-00000018")
         if os.geteuid():
             folder.chmod(0o500)
             request.addfinalizer(lambda: folder.chmod(0o700))
@@ -382,7 +382,7 @@ def test_folders_that_may_not_be_written_to(command, data, model_folder, trained
     for words, expected in (
         ((*flags, "--output-dir", folder / "new"), [str(folder / "new")]),
         ((*flags, "--cache-dir", folder / "cache"), [str(folder / "cache"), "--cache-dir DIR"]),
-        (("--merge", folder / "merged", "--adapter", trained.folder), [str(folder)]),
+        (("--export", folder / "merged", "--adapter", trained.folder), [str(folder)]),
         (("--resume", "--output-dir", folder / "run"), [str(folder / "run")]),
     ):
         assert_one_line(command(*words, cwd=folder.parent), *expected)
@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     assert_one_line(done, word, f"step {named},", f"rows {guilty}:", "--lr")
     assert metrics(run)["status"] == "failed"
     curve = metrics(run)["curve"]
-    assert [entry["step"] for entry in curve] == [2, 4, 6] and not list(run.glob("checkpoint-*"))
+    assert [entry["step"] for entry in curve] == [2, 4, 6] and not list(run.glob("checkpoints/step-*"))
 
 
 def test_rows_that_end_a_run_are_named_in_later_epochs_too(flan, command, data, model_folder, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ def test_rows_that_end_a_run_are_named_in_later_epochs_too(flan, command, data, 
     assert_one_line(done, "step 8,")
     named = re.search("rows (.*?):", done.err)[1]
     assert len(guilty) == 4 and set(named.split(", ")) == guilty
-    assert [path.name for path in (tmp_path / "runs" / NAME).glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in (tmp_path / "runs" / NAME).glob("checkpoints/step-*")] == ["checkpoints/step-00000006"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -488,10 +488,10 @@ def mark(tmp_path):
 def test_a_bomb_in_a_checkpoint_is_refused(command, trained, mark, tmp_path, name):
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
-    shutil.rmtree(run / "checkpoint-18")
-    torch.save({"state": Bomb(mark)}, run / "checkpoint-12" / name)
+    shutil.rmtree(run / "checkpoints/step-00000018")
+    torch.save({"state": Bomb(mark)}, run / "checkpoints/step-00000012" / name)
     before = files_of(run / "adapter")
-    assert_one_line(command("--resume", cwd=home), "checkpoint-12", "code", "not run", "delete this folder")
+    assert_one_line(command("--resume", cwd=home), "checkpoints/step-00000012", "code", "not run", "delete this folder")
     assert files_of(run / "adapter") == before
 
 
@@ -499,9 +499,9 @@ def test_bombs_that_are_not_needed_are_not_opened(command, trained, mark, tmp_pa
     """The Trainer writes training_args.bin, a pickle of its own class, but nothing reads it."""
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
-    shutil.rmtree(run / "checkpoint-18")
+    shutil.rmtree(run / "checkpoints/step-00000018")
     for name in ("training_args.bin", "adapter_model.bin", "optimizer.bin"):
-        torch.save(Bomb(mark), run / "checkpoint-12" / name)
+        torch.save(Bomb(mark), run / "checkpoints/step-00000012" / name)
     done = command("--resume", cwd=home)
     assert done.code == 0, done
     assert_same_run(run, trained.folder)
@@ -511,15 +511,15 @@ def test_bombs_that_are_not_needed_are_not_opened(command, trained, mark, tmp_pa
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
 def test_a_damaged_checkpoint_is_refused(command, trained, tmp_path, name, damage):
     home = shutil.copytree(trained.home, tmp_path / "home")
-    file = home / "runs" / NAME / "checkpoint-18" / name
+    file = home / "runs" / NAME / "checkpoints/step-00000018" / name
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"nonsense" * 99)
     if name == "rng_state.pth":  # read only if there is something left to train
-        shutil.rmtree(file.parents[1] / "checkpoint-12")
-        file.parent.rename(file.parents[1] / "checkpoint-12")
-        state = file.parents[1] / "checkpoint-12" / "trainer_state.json"
+        shutil.rmtree(file.parents[1] / "checkpoints/step-00000012")
+        file.parent.rename(file.parents[1] / "checkpoints/step-00000012")
+        state = file.parents[1] / "checkpoints/step-00000012" / "trainer_state.json"
         state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 12, "epoch": 2.0}))
-    assert_one_line(command("--resume", cwd=home), "checkpoint-1", "damaged", "delete this folder")
+    assert_one_line(command("--resume", cwd=home), "checkpoints/step-00000001", "damaged", "delete this folder")
 
 
 def test_a_bomb_as_an_adapter_is_refused(command, trained, data, mark, tmp_path):
@@ -528,7 +528,7 @@ def test_a_bomb_as_an_adapter_is_refused(command, trained, data, mark, tmp_path)
     torch.save({"lora": Bomb(mark)}, adapter / "adapter_model.bin")
     chat = tmp_path / "chat.txt"
     chat.write_text("Ada: hi")
-    for words in (("--summarize", chat), ("--evaluate", "--dataset", data), ("--merge", tmp_path / "merged")):
+    for words in (("--summarize", chat), ("--evaluate", "--dataset", data), ("--export", tmp_path / "merged")):
         assert_one_line(command(*words, "--adapter", adapter, cwd=tmp_path), str(adapter))
     assert not (tmp_path / "merged").exists()
 
@@ -670,7 +670,7 @@ def watched_save(trainer, *more):
     assert (trainer.run / f"checkpoint-{trainer.state.global_step}").is_dir(), "not all waited for the checkpoint"
 flan.SummarizationTrainer._save_checkpoint, flan.replace_folder = watched_save, slow_replace
 sys.argv.pop(0)
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 
 
@@ -696,7 +696,7 @@ def test_a_rank_that_dies_takes_the_run_down(torchrun, tmp_path):
     assert done.code not in (0, 2) and (tmp_path / "step-8-1").exists(), done
     assert "Signal 9 (SIGKILL)" in done.err and re.search(r"rank\s*: 1 ", done.err)
     run = tmp_path / "runs" / NAME
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["checkpoints/step-00000006"]
     assert (tmp_path / "encoded-0").read_text().split() == ["24", "24", "7", "7", "5", "5"]
     assert not (tmp_path / "encoded-1").exists()
 
@@ -721,7 +721,7 @@ def test_two_processes_interrupted_and_resumed_are_the_same_run(torchrun, tmp_pa
     done = wait(process, 120)
     assert done.code != 0, done
     run = tmp_path / "runs" / NAME
-    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*"))
     assert steps == ([6] if "SIGKILL" in how else [6, 8]), done
     done = wait(torchrun("--resume", "--output-dir", run), 240)
     assert done.code == 0, done

@@ -30,7 +30,7 @@ def adapted(flan, load):
 
     def adapted(*flags, **options):
         flan.torch.manual_seed(0)
-        model = flan.add_lora(load(**options), flan.parse_arguments(list(flags)))
+        model = flan.add_lora(load(**options), flan.parse_settings(list(flags)))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 flan.torch.nn.init.normal_(parameter, std=0.05)
@@ -196,7 +196,7 @@ def test_an_evaluation_does_not_change_the_gradient(flan, model_folder, tmp_path
     config = json.loads((folder / "config.json").read_text()) | {"dropout_rate": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
     base = flan.load_base(folder, torch.device("cpu"), torch.float32, quantization)
-    model = flan.add_lora(base, flan.parse_arguments(["--lora-dropout", "0"]))
+    model = flan.add_lora(base, flan.parse_settings(["--lora-dropout", "0"]))
     tokens = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "labels": tokens[:, :9].contiguous()}
 
@@ -223,7 +223,7 @@ def test_an_evaluation_does_not_change_the_gradient(flan, model_folder, tmp_path
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_lora_on_exactly_q_k_v_o(flan, load, quantization):
-    model = flan.add_lora(load(quantization=quantization), flan.parse_arguments([]))
+    model = flan.add_lora(load(quantization=quantization), flan.parse_settings([]))
     found = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
     assert found == ATTENTION
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -239,7 +239,7 @@ def test_lora_on_exactly_q_k_v_o(flan, load, quantization):
 
 def test_lora_flags(flan, load):
     flags = ["--lora-targets", "wi_0", "v", "--lora-r", "3", "--lora-alpha", "6", "--lora-dropout", "0"]
-    model = flan.add_lora(load(), flan.parse_arguments(flags))
+    model = flan.add_lora(load(), flan.parse_settings(flags))
     layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
     wi_0 = {f"{block}.DenseReluDense.wi_0" for i in (0, 1) for block in (f"encoder.block.{i}.layer.1",
                                                                           f"decoder.block.{i}.layer.2")}  # fmt: skip
@@ -317,7 +317,7 @@ def test_a_bare_model_has_nothing_to_merge(flan, load):
 
 def test_saving_is_whole_or_absent_and_names_the_base(flan, adapted, model_folder, tmp_path, monkeypatch):
     model, tokenizer = adapted(), flan.load_tokenizer_and_config(model_folder)[0]
-    folder, args = tmp_path / "adapter", flan.parse_arguments(["--model", "small"])
+    folder, args = tmp_path / "adapter", flan.parse_settings(["--model", "small"])
     flan.save_result(model, tokenizer, folder, args)
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert names <= {path.name for path in folder.iterdir()}
@@ -340,7 +340,7 @@ def test_saving_is_whole_or_absent_and_names_the_base(flan, adapted, model_folde
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_an_adapter_loads_as_it_was_saved(flan, load, adapted, logits, model_folder, tmp_path, quantization):
     model = adapted(quantization=quantization)
-    args = flan.parse_arguments(["--model", str(model_folder)])
+    args = flan.parse_settings(["--model", str(model_folder)])
     flan.save_result(model, flan.load_tokenizer_and_config(model_folder)[0], tmp_path / "adapter", args)
     again = flan.load_adapter(load(quantization=quantization), tmp_path / "adapter")
     assert logits(again).equal(logits(model))

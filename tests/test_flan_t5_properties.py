@@ -92,7 +92,7 @@ def test_dialogues_are_the_runs_of_lines_between_blank_ones(flan, tmp_path, dial
 def test_a_dialogue_is_the_same_text_in_training_and_in_use(flan, tmp_path, text):
     """From JSONL: whatever its line breaks are."""
     path = write_jsonl(tmp_path / "d" / "rows.jsonl", [{"dialogue": text, "summary": "x"}] * 10)
-    args = flan.parse_arguments(["--dataset", str(path)])
+    args = flan.parse_settings(["--dataset", str(path)])
     trained_on = flan.load_data(args)["train"]["dialogue"][0]
     assert list(flan.read_dialogues(str(path))) == [trained_on] * 10
 
@@ -135,7 +135,7 @@ def test_summaries_keep_the_order_of_the_rows(flan, tokenizer, sources, batch_si
         return input_ids
 
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, generate=generate)
-    args = flan.parse_arguments([])
+    args = flan.parse_settings([])
     summaries = flan.generate_summaries(model, tokenizer, sources, args, torch.float32, batch_size=batch_size)
     assert summaries == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in sources]
     assert seen == sorted(map(len, sources), reverse=True)

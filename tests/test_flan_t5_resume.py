@@ -78,13 +78,13 @@ def train_until(flan, command, data, model_folder, tmp_path, monkeypatch):
 def test_interrupted_in_any_step(command, trained, train_until, tmp_path, step):
     """Six steps make an epoch: the first and the last step of the run, the last of an epoch and the first."""
     run = train_until("step", step)
-    last = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    last = max(int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*"))
     assert last in (step, step - 1, step - 2)  # batches are fetched ahead
     assert (run / "training_loss.png").exists() == bool(metrics(run)["curve"])
     done = command("--resume", cwd=tmp_path)
     assert done.code == 0, done
     assert_same_end(run, trained.folder, 18)
-    assert len(list(run.glob("checkpoint-*"))) == 2
+    assert len(list(run.glob("checkpoints/step-*"))) == 2
 
 
 @pytest.mark.parametrize("evaluation", [2, 3, 7])
@@ -92,7 +92,7 @@ def test_interrupted_in_an_evaluation(command, trained, train_until, tmp_path, e
     """Two splits after each of the epochs 0 to 3: one before training, in the first epoch, and in the last one."""
     run = train_until("summary", evaluation)
     steps = {2: [], 3: [6], 7: [12, 18]}[evaluation]
-    assert sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")) == steps
+    assert sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*")) == steps
     done = command("--resume", "--output-dir", run, cwd=tmp_path)
     assert done.code == 0, done
     assert_same_end(run, trained.folder, 18)
@@ -126,12 +126,12 @@ def test_interrupted_twice(command, trained, train_until, tmp_path, flan, monkey
 
 def test_a_half_written_checkpoint_is_passed_over(command, trained, train_until, tmp_path):
     run = train_until("step", 8)
-    partial = run / "checkpoint.incomplete" / "checkpoint-9"
+    partial = run / "checkpoint.incomplete" / "checkpoints/step-00000009"
     partial.mkdir(parents=True)
     (partial / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     done = command("--resume", cwd=tmp_path)
     assert done.code == 0, done
-    line = next(line for line in done.out.splitlines() if "checkpoint-9" in line)
+    line = next(line for line in done.out.splitlines() if "checkpoints/step-00000009" in line)
     assert "passed over" in line
     assert_same_end(run, trained.folder, 18)
 
@@ -167,7 +167,7 @@ def test_resume_takes_the_newest_run_that_has_a_checkpoint(command, train_until,
     run = train_until("step", 8)
     other = tmp_path / "runs" / "newer"
     shutil.copytree(run, other)
-    for checkpoint in other.glob("checkpoint-*"):
+    for checkpoint in other.glob("checkpoints/step-*"):
         shutil.rmtree(checkpoint)
     os.utime(other / "metrics.json", (time.time() + 60,) * 2)
     done = command("--resume", cwd=tmp_path)
@@ -210,7 +210,7 @@ def test_sigterm_in_the_middle_of_an_epoch(command, killed):
     assert done["term"].code == 128 + signal.SIGTERM, done
     assert "Traceback" not in done["term"].err
     run = home / "term"
-    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*"))
     assert len(steps) == 2 and STEPS == steps[0] < steps[1] < 2 * STEPS
     again = command("--resume", "--output-dir", run, cwd=home)
     assert again.code == 0, again
@@ -221,7 +221,7 @@ def test_kill_9_after_a_checkpoint(command, killed):
     home, done = killed
     assert done["kill"].code == -signal.SIGKILL, done
     run = home / "kill"
-    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == [f"checkpoint-{STEPS}"]
     again = command("--resume", "--output-dir", run, cwd=home)
     assert again.code == 0, again
     assert_same_end(run, home / "uninterrupted", 2 * STEPS)

@@ -34,7 +34,7 @@ def test_the_folder_has_what_was_promised_and_nothing_half_written(trained):
     names = {path.name for path in trained.folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert events and names - events == {"metrics.json", "training_loss.png", "rouge.png", "predictions", "adapter",
-                                         "checkpoint-12", "checkpoint-18"}  # fmt: skip
+                                         "checkpoints/step-00000012", "checkpoints/step-00000018"}  # fmt: skip
     files = {f"{split}-epoch-{epoch}.jsonl" for split in SPLITS for epoch in range(4)}
     assert {path.name for path in (trained.folder / "predictions").iterdir()} == files
 
@@ -142,7 +142,7 @@ def test_the_best_adapter_is_kept_when_its_checkpoint_is_gone(flan, command, dat
     done = command("--model", model_folder, "--dataset", data, "--epochs", "4", *RECIPE, "--limit", "4", cwd=tmp_path)
     assert done.code == 0, done
     (run,) = (tmp_path / "runs").iterdir()
-    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    assert {path.name for path in run.glob("checkpoints/step-*")} == {"checkpoints/step-00000003", "checkpoints/step-00000004"}
     for name, value in load_file(run / "adapter/adapter_model.safetensors").items():
         assert value.equal(first[0][name.replace(".weight", ".default.weight")]), name
 
@@ -266,7 +266,7 @@ def test_the_table_grows_while_the_run_goes(trained):
 
 
 def test_the_protocol_is_one_line(trained):
-    (line,) = [line for line in trained.done.out.splitlines() if line.startswith("Protocol:")]
+    (line,) = [line for line in trained.done.out.splitlines() if line.startswith("Scores:")]
     for word in ("greedy", "at most 24 new tokens", "stemmer", "sentences", "7 validation", "5 test", "0.0% truncated",
                  "512 tokens", "95%", "bootstrap"):  # fmt: skip
         assert word in line
@@ -326,7 +326,7 @@ def test_max_steps_ends_in_mid_epoch_with_everything(command, data, model_folder
     assert [entry["step"] for entry in metrics["epochs"]] == [0, 6, 8]
     # The rate falls to 0 over the eight steps, not over the epochs.
     assert metrics["curve"][-1]["learning_rate"] == pytest.approx(1e-2 / 7)
-    assert (run / "checkpoint-8").is_dir() and (run / "adapter").is_dir()
+    assert (run / "checkpoints/step-00000008").is_dir() and (run / "adapter").is_dir()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(command, data, model_folder, tmp_path):
@@ -361,7 +361,7 @@ def new_run_folder(flan, args):
 def test_default_names(flan, tmp_path, monkeypatch, flags, name):
     monkeypatch.chdir(tmp_path)
     for expected in (name, f"{name}-2", f"{name}-3"):
-        assert new_run_folder(flan, flan.parse_arguments(flags)) == flan.Path("runs") / expected
+        assert new_run_folder(flan, flan.parse_settings(flags)) == flan.Path("runs") / expected
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [name, f"{name}-2", f"{name}-3"]
 
 
@@ -387,7 +387,7 @@ def test_an_explicit_folder_that_holds_a_run_is_refused(command, trained, data, 
 def test_an_explicit_folder_may_be_new_or_empty(flan, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/and/deep"):
-        args = flan.parse_arguments(["--output-dir", str(tmp_path / name)])
+        args = flan.parse_settings(["--output-dir", str(tmp_path / name)])
         assert new_run_folder(flan, args) == tmp_path / name and (tmp_path / name).is_dir()
 
 

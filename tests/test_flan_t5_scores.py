@@ -30,7 +30,7 @@ def sources(tokenizer):
 @pytest.fixture(scope="module")
 def summarise(flan, model, tokenizer, sources):
     def summarise(*flags, sources=sources, model=model, **options):
-        args = flan.parse_arguments(["--max-new-tokens", "24", *flags])
+        args = flan.parse_settings(["--max-new-tokens", "24", *flags])
         return flan.generate_summaries(model, tokenizer, sources, args, flan.torch.float32, **options)
 
     return summarise
@@ -189,7 +189,7 @@ def test_bootstrap_leaves_the_global_generators_alone(flan):
 
 def test_score_compares_whole_references_row_by_row(flan, model, tokenizer, data, tmp_path, monkeypatch):
     """Labels cut to 4 tokens are for training: a perfect summary still scores 100."""
-    args = flan.parse_arguments(["--dataset", str(data), "--max-target-length", "4", "--cache-dir", str(tmp_path)])
+    args = flan.parse_settings(["--dataset", str(data), "--max-target-length", "4", "--cache-dir", str(tmp_path)])
     rows = flan.tokenize(flan.load_data(args), tokenizer, args)["validation"]
     assert max(map(len, rows["labels"])) == 4
     predictions = list(rows["summary"])

@@ -165,7 +165,7 @@ def test_learning_rate_warms_up_over_5_percent_and_falls_linearly(trained):
 
 def test_learning_rate_of_many_steps(flan):
     """100 steps: five of warm-up. The schedule is built as the Trainer builds it, from the script's arguments."""
-    args = flan.parse_arguments(["--lr", "2e-3"])
+    args = flan.parse_settings(["--lr", "2e-3"])
     arguments = flan.training_arguments(args, flan.Path("run"), flan.torch.device("cpu"), flan.torch.float32, 100)
     optimizer = flan.torch.optim.SGD([flan.torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
     schedule = flan.transformers.get_scheduler(arguments.lr_scheduler_type, optimizer,
@@ -345,5 +345,5 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
             lines = (tmp_path / f"two/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
             expected = (tmp_path / f"one/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
             assert len(lines) == count and lines == expected
-    assert two.out.count("Protocol:") == 1 and two.out.count("parameters:") == 1
+    assert two.out.count("Scores:") == 1 and two.out.count("parameters:") == 1
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*.0"))) == 1

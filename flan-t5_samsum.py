@@ -657,11 +657,11 @@ class Collator(DataCollatorForSeq2Seq):
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
 
-def training_arguments(settings: Settings, steps: int, device: torch.device, precision: torch.dtype,
+def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
                        **changes: Any) -> Seq2SeqTrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     arguments = {
-        "output_dir": "unused",  # SummarizationTrainer saves by itself
+        "output_dir": str(folder),  # only has to exist: SummarizationTrainer saves by itself
         "max_steps": steps, "seed": settings.seed, "learning_rate": settings.lr, "max_grad_norm": MAX_GRAD_NORM,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * processes),
@@ -701,7 +701,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
             rows = datasets.concatenate_datasets([rows, empty])
         super().__init__(
             model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"],
-            args=training_arguments(self.settings, steps, device, precision, **changes), callbacks=[run, self.sampler],
+            args=training_arguments(self.settings, run.folder, steps, device, precision, **changes),
+            callbacks=[run, self.sampler],
             data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
             compute_loss_func=token_mean_loss)
         self.remove_callback(transformers.PrinterCallback)
@@ -992,13 +993,13 @@ def remove_incomplete(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path, kinds: tuple = (OSError, RuntimeError, SafetensorError)) -> Iterator[None]:
     """Makes a UserError of a failure to write. torch.save and safetensors report a full disk in errors of their own."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         advice = "make room, or choose another folder"
         if (folder / "metrics.json").is_file():
@@ -1017,6 +1018,12 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The whole tensor in main memory; None but in the first process, which is the one that writes."""
+    tensor = whole(tensor.detach())
+    return tensor.cpu().contiguous() if is_main_process() else None
+
+
 def sharded_like(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     if not isinstance(parameter, DTensor) or not tensor.dim():
         return tensor
@@ -1024,13 +1031,8 @@ def sharded_like(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.T
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, in main memory (of the first process)."""
-    weights = {}
-    for name, parameter in trained_parameters(model).items():
-        tensor = whole(parameter.detach())
-        if is_main_process():
-            weights[name] = tensor.cpu().contiguous()
-    return weights
+    """What training changes, whole and in main memory (of the first process)."""
+    return {name: on_host(parameter) for name, parameter in trained_parameters(model).items()}
 
 
 def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
@@ -1040,10 +1042,8 @@ def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     kept. Sharded tensors are put together, so that a checkpoint is the same under any launcher.
     """
     weights, moments = trained_weights(model), optimizer.state_dict()
-    for values in moments["state"].values():
-        for name in values:
-            tensor = whole(values[name])
-            values[name] = tensor.cpu() if is_main_process() else None
+    moments["state"] = {i: {name: on_host(tensor) for name, tensor in values.items()}
+                        for i, values in moments["state"].items()}
     folder = run / "checkpoints" / f"step-{state.global_step:08d}"
     temporary = folder.with_name(folder.name + ".incomplete")
     if is_main_process():
@@ -1600,7 +1600,7 @@ def train(settings: Settings) -> int:
             run.begin(checkpoint)
         status = "failed"
         try:
-            with contextlib.suppress(Interrupted), writing_to(folder):
+            with contextlib.suppress(Interrupted), writing_to(folder, OSError):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 status = "finished"
             if run.stop.number:

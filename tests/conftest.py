@@ -20,7 +20,8 @@ import pytest
 
 # Before any Hugging Face library is imported, as they read these once. With one thread all sums have one order.
 CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
-os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", OMP_NUM_THREADS="1")
+os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", OMP_NUM_THREADS="1",
+                  COLUMNS="160")  # wide tables
 
 import fake_hub  # noqa: E402
 

@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import write_jsonl
 
@@ -39,8 +41,7 @@ def test_line_breaks_and_rows_without_text(load, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["train: dropped 3 row(s) without dialogue or summary"]
 
 
-def test_all_file_types_give_the_same_rows(flan, load, tmp_path):
-    pyarrow = flan.pyarrow
+def test_all_file_types_give_the_same_rows(load, tmp_path):
     # What breaks a reader that splits at lines or commas: quotes, commas, line breaks, and a BOM as Excel writes it.
     content = [*rows(11), {"id": "q", "dialogue": 'A: "so, what?"\nB: \u2028 ok', "summary": "A, asks."}]
     write_jsonl(tmp_path / "d.jsonl", content)
@@ -178,7 +179,7 @@ def test_long_rows_are_cut_counted_and_still_end(flan, tokenize, tokenizer):
     share = sum(len(ids) > limit for ids in whole["input_ids"]) / len(whole)
     assert 0 < share < 1
     args = flan.parse_settings(["--max-source-length", str(limit)])
-    assert flan.protocol(args, {"train": cut})["truncated"]["train"] == pytest.approx(share, abs=1e-4)
+    assert flan.describe_scoring(args, {"train": cut})["truncated"]["train"] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_second_run_tokenises_nothing(tokenize, tokenizer, tokenised):

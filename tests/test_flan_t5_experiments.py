@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 
 import fake_hub
 import numpy as np
@@ -315,22 +317,21 @@ def test_the_command_that_lr_find_prints_trains_with_the_suggestion(range_test, 
     shutil.rmtree(run)
 
 
-def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, tmp_path, monkeypatch):
-    """And what it warns of on a CPU is at most its own hundred steps, not those of the training."""
-    steps, collate, calls = [], flan.Collator.__call__, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, tmp_path, monkeypatch, number):
+    """By SIGTERM as well as by Ctrl-C: neither a folder nor a checkpoint, and not even the folder of the runs."""
+    collate, calls = flan.Collator.__call__, []
 
     def interrupt(*rest):
         calls.append(1)
         if len(calls) == 9:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return collate(*rest)
 
     monkeypatch.setattr(flan.Collator, "__call__", interrupt)
-    monkeypatch.setattr(flan, "warn_about_slow_hardware", lambda *given: steps.append(given[3]))
-    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--epochs", "50", *RECIPE[2:], cwd=tmp_path)
-    assert done.code == 130 and "interrupted" in done.err.splitlines()[-1] and len(calls) == 9, done
-    assert not [*(tmp_path / "runs").iterdir()]
-    assert steps == [100]  # of 300
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", *RECIPE[2:], cwd=tmp_path)
+    assert done.code == 128 + number and "interrupted" in done.err.splitlines()[-1] and len(calls) < 13, done
+    assert not [*tmp_path.iterdir()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,13 +354,15 @@ def write_logs(folder, losses, rates=None, tag="train/loss", totals=()):
 
 @pytest.fixture
 def figures(flan, monkeypatch):
-    """All figures that were drawn and closed."""
-    kept = []
-    monkeypatch.setattr(flan.plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    for figure in kept:
-        flan.plt.close(figure)
+    """All figures that were drawn."""
+    kept, figure = [], flan.Figure
+
+    def new(*args, **options):
+        kept.append(figure(*args, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(flan, "Figure", new)
+    return kept
 
 
 def test_plot_finds_the_smallest_loss_with_its_step_and_rate(command, figures, tmp_path):
@@ -523,7 +526,8 @@ def test_compare_shows_what_the_runs_recorded(command, trained, other, tmp_path,
         assert float(values[7]) == pytest.approx(minutes, abs=0.06)
     assert {"flan-t5-small-chats-lr=1e-2: lr 0.01, epochs 3", "other: lr 0.02, epochs 2"} <= {*lines}
     first = next(i for i, line in enumerate(lines) if line.startswith("| A | B |"))
-    a, b, difference, interval, p = cells(lines[first + 2])
+    a, b, difference, interval, p, corrected = cells(lines[first + 2])
+    assert corrected == p  # a single pair
     scores = [run["epochs"][run["best_epoch"]]["test"]["rouge1"] for run in runs]
     assert (a, b) == (trained.folder.name, "other")
     assert float(difference) == pytest.approx(scores[1] - scores[0], abs=0.02)
@@ -543,10 +547,10 @@ def test_compare_puts_its_picture_beside_the_runs(command, trained, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (("protocol", "max_new_tokens", 128), "max_new_tokens is 24 in one, 128 in the other"),
-    (("protocol", "prefix", ""), "prefix is 'summarize: ' in one, '' in the other"),
-    (("protocol", "decoding", "beam search with 4 beams"), "decoding"),
-    (("protocol", "max_source_length", 256), "max_source_length"),
+    (("scoring", "max_new_tokens", 128), "max_new_tokens is 24 in one, 128 in the other"),
+    (("scoring", "prefix", ""), "prefix is 'summarize: ' in one, '' in the other"),
+    (("scoring", "decoding", "beam search with 4 beams"), "decoding"),
+    (("scoring", "max_source_length", 256), "max_source_length"),
     (("rows", "test", slice(0, 4)), "their test rows differ (5 and 4 rows)"),
     (("rows", "validation", slice(6, None, -1)), "their validation rows differ"),
     (("reference", "test", "another summary"), "their test rows differ (5 and 5 rows)"),
@@ -555,8 +559,8 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     kind, name, value = change
     other = shutil.copytree(trained.folder, tmp_path / "other")
     metrics = json.loads((other / "metrics.json").read_text())
-    if kind == "protocol":
-        metrics["protocol"][name] = value
+    if kind == "scoring":
+        metrics["scoring"][name] = value
         (other / "metrics.json").write_text(json.dumps(metrics))
     else:
         path = other / f"predictions/{name}-epoch-{metrics['best_epoch']}.jsonl"

@@ -130,5 +130,5 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
     monkeypatch.setattr(flan.AutoModelForSeq2SeqLM, "from_pretrained", wrapped)  # as when it quantises
     done = command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
-    with pytest.raises(flan.torch.OutOfMemoryError), flan.loading_checkpoint(tmp_path):
+    with pytest.raises(flan.torch.OutOfMemoryError), flan.writing_to(tmp_path):
         no_room()

@@ -295,6 +295,7 @@ if "LOCAL_RANK" not in os.environ:
 
 import contextlib
 import csv
+import errno
 import functools
 import gc
 import hashlib
@@ -357,6 +358,7 @@ transformers.logging.disable_progress_bar()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it refuses is explained here, in one line
 datasets.disable_progress_bars()
 
+Row = dict[str, Any]  # of a data set, by the names of its columns
 Tokens = list[int]  # the ids of one text, the end token last
 Scores = dict[str, Any]  # {"rouge1": mean, "rouge1_interval": [low, high], ...} in percent
 
@@ -376,10 +378,10 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
     """
     splits = read_splits(settings.dataset, settings.cache_dir)
-    if not len(splits["train"]):
+    if not splits["train"]:
         raise UserError(f"the train split of {settings.dataset} is empty")
-    source = find_column(splits["train"].column_names, "source", settings.source_column)
-    target = find_column(splits["train"].column_names, "target", settings.target_column)
+    source = find_column(list(splits["train"][0]), "source", settings.source_column)
+    target = find_column(list(splits["train"][0]), "target", settings.target_column)
     result = {}
     for split in SPLITS:
         rows, dropped = {"id": [], "dialogue": [], "summary": []}, 0
@@ -413,7 +415,7 @@ def find_column(present: list[str], kind: str, chosen: str | None) -> str:
     return known[0]
 
 
-def text_of(row: dict[str, Any], column: str, place: str) -> str:
+def text_of(row: Row, column: str, place: str) -> str:
     if column not in row:
         raise UserError(f"{place} has no column {column}")
     if row[column] is not None and not isinstance(row[column], str):
@@ -1175,36 +1177,13 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
                "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
 
 
-@functools.cache
-def hub_out_of_reach() -> str | None:
-    """Why the Hub cannot be asked, or None. A look-up of its name can hang: in a thread, it can be left behind."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    host, found = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, []
-
-    def look_up() -> None:
-        with contextlib.suppress(OSError):
-            found.append(socket.getaddrinfo(host, 443))
-
-    if not urllib.request.getproxies():  # a proxy looks names up by itself
-        thread = threading.Thread(target=look_up, daemon=True)
-        thread.start()
-        thread.join(3)
-        if not found:
-            return f"the name {host} cannot be looked up: no network?"
-    return None
-
-
 def fetch(repo_id: str, repo_type: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
     """Downloads what is needed of a Hub repository, or finds it in the cache; returns its local folder.
 
     Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
-    connection) the cached copy is used; without one a UserError names the way out. The Hub's own functions try again
-    for minutes where a server is silent: one question with a time limit comes first, in its thread for the same reason.
+    connection) the cached copy is used; without one a UserError names the way out.
     """
-    reason, files = hub_out_of_reach(), []
-    if reason is None:
-        reason, files = ask_hub(repo_id, repo_type)
+    reason, files = ask_hub(repo_id, repo_type)
     patterns = [f"*{suffix}" for suffix in SUFFIXES]
     if repo_type == "model":  # the weights only once: a repository may hold them in five formats
         # A .bin that is not in the cache would count as a gap, so .bin is asked for only where the Hub has no other.
@@ -1221,30 +1200,49 @@ def fetch(repo_id: str, repo_type: str, cache_dir: Path | None = None, weights: 
                         f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
 
 
-def ask_hub(repo_id: str, repo_type: str, seconds: float = 8) -> tuple[str | None, list[str]]:
-    """None or the reason why the Hub does not answer, and the names of the files in a repository."""
-    answer: list = []
+hub_is_silent = threading.Event()  # then it is not waited for a second time
+
+
+def ask_hub(repo_id: str, repo_type: str) -> tuple[str | None, list[str]]:
+    """None or the reason why the Hub does not answer, and the names of the files in a repository.
+
+    Its own functions try again for minutes, or wait without end where a server is silent or a name cannot be looked up.
+    So they are called once, in a thread that is left behind after 8 seconds (3, if the name is not known by then).
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE or hub_is_silent.is_set():
+        return "no answer within 8 seconds" if hub_is_silent.is_set() else "HF_HUB_OFFLINE is set", []
+    host, is_known, answer = huggingface_hub.constants.ENDPOINT.split("//")[-1].split(":")[0], threading.Event(), []
 
     def ask() -> None:
         try:
+            if not urllib.request.getproxies():  # a proxy looks names up by itself
+                socket.getaddrinfo(host, None)
+            is_known.set()
             answer.append(huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type))
         except Exception as error:
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds)
-    error = answer[0] if answer else TimeoutError(f"no answer within {seconds} seconds")
-    if isinstance(error, (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
+    thread.join(3)
+    if is_known.is_set():
+        thread.join(5)
+    if not answer:
+        hub_is_silent.set()
+        return "no answer within 8 seconds" if is_known.is_set() else f"the name {host} cannot be looked up", []
+    if isinstance(answer[0], (huggingface_hub.errors.RepositoryNotFoundError,
+                              huggingface_hub.errors.HFValidationError)):
         raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
-    return (first_line(error), []) if isinstance(error, Exception) else (None, [f.rfilename for f in error.siblings])
+    if isinstance(answer[0], Exception):
+        return first_line(answer[0]), []
+    return None, [file.rfilename for file in answer[0].siblings]
 
 
 def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(tuple(SUFFIXES)) or name.count("/") > 1
 
 
-def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, datasets.Dataset]:
+def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
     """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
     path = Path(DATASETS.get(name, name))
     if path.is_file():
@@ -1255,8 +1253,7 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, datasets.
         if not tenth:
             raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
-        ends = np.cumsum([0, len(rows) - 2 * tenth, tenth, tenth])
-        return {split: rows.select(range(*ends[i : i + 2])) for i, split in enumerate(SPLITS)}
+        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
     if not path.is_dir():
         if looks_like_path(name) or "/" not in str(path):
             raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
@@ -1285,7 +1282,7 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def read_files(paths: list[Path], cache_dir: Path | None) -> datasets.Dataset:
+def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
     """The rows of files of one kind, by `datasets.load_dataset`; UserError with file and line if it refuses."""
     kind, options = SUFFIXES[paths[0].suffix], {}
     try:
@@ -1300,17 +1297,19 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> datasets.Dataset:
         with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder), split="train",
-                                         **options) if files else datasets.Dataset.from_dict({})
+                                         **options).to_list() if files else []
     except UserError:
         raise
     except Exception as error:
         for path in paths:
             explain(path)
         if "no data" in str(error):  # nothing but a header
-            return datasets.Dataset.from_dict({name: [] for name in options["features"]})
-        reason = first_line(error.__cause__ or error)
+            return []
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            raise UserError(f"cannot write to {folder}: {cause.strerror}; another folder: --cache-dir DIR") from None
         what = "not a readable Parquet file" if kind == "parquet" else "not readable"
-        raise UserError(f"{', '.join(map(str, paths))}: {what} ({reason})") from None
+        raise UserError(f"{', '.join(map(str, paths))}: {what} ({first_line(cause)})") from None
 
 
 def csv_header(path: Path) -> list[str]:
@@ -1336,11 +1335,14 @@ def explain(path: Path) -> None:
     if path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        widths, line = [], 1
         try:
-            width, longest = len(next(reader)), max((len(row) for row in reader), default=0)
-        except csv.Error as error:  # the line numbers of the reader are those of the last good row
-            raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({error})") from None
-        if longest > width:
+            for row in reader:
+                widths.append(len(row))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: broken CSV ({error})") from None
+        if max(widths) > widths[0]:
             raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
     elif path.suffix == ".json":
         rows = parse_json(path, 1, text)
@@ -1775,18 +1777,18 @@ class Run(TrainerCallback):
             return
         remove_incomplete(self.folder)
         log = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["log_history"] if checkpoint else []
-        try:
-            self.write(log, "running")
-        except OSError:
-            if not self.settings.resume:
-                shutil.rmtree(self.folder)
-            raise
-        write_jsonl(self.folder / "metrics.jsonl", log)
         # Its thread prints a traceback when the disk is full; the same error is then raised in ours as well.
         is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
         threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
         first_step = step_of(checkpoint) + 1 if checkpoint else 0
-        self.board = SummaryWriter(self.folder, purge_step=first_step if self.settings.resume else None)
+        try:
+            self.write(log, "running")
+            write_jsonl(self.folder / "metrics.jsonl", log)
+            self.board = SummaryWriter(self.folder, purge_step=first_step if self.settings.resume else None)
+        except OSError:
+            if not self.settings.resume:
+                shutil.rmtree(self.folder)
+            raise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if is_main_process():
@@ -2009,6 +2011,7 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     replace_file(path, picture.getvalue())
+    gc.collect()  # figures hold one another; left alone they would pile up, megabytes an epoch
 
 
 def smallest_loss(curve: list[dict[str, Any]], name: str) -> int:
@@ -2663,7 +2666,7 @@ def check_sharding(settings: Settings) -> None:
     if is_sharded():
         state, name = PartialState(), settings.mode
         if str(state.distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
-            raise UserError("FSDP shards over several GPUs only: start this with python, or with torchrun")
+            raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
         if os.environ.get("FSDP_VERSION") != "2":
             raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
         if settings.quantization or name not in ("train", "lr_find"):

@@ -113,7 +113,7 @@ def test_rows_are_read_alike_from_every_kind_of_file(flan, tmp_path, rows):
         writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert flan.read_files([folder / f"d.{kind}"], tmp_path / "cache").to_list() == rows, kind
+        assert flan.read_files([folder / f"d.{kind}"], tmp_path / "cache") == rows, kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------

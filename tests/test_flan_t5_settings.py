@@ -51,7 +51,8 @@ def test_a_folder_named_like_a_preset_does_not_take_its_place(settings, tmp_path
 @pytest.mark.parametrize("flag", ["--evaluate", "--summarize", "--export"])
 def test_use_takes_the_settings_of_the_run(settings, tmp_path, flag):
     run = run_with(tmp_path / "run")
-    args = settings(flag, *(["out"] if flag == "--export" else ["-"] if flag == "--summarize" else []), "--adapter", run)
+    value = {"--export": ["out"], "--summarize": ["-"]}.get(flag, [])
+    args = settings(flag, *value, "--adapter", run)
     assert (args.model, args.dataset, args.max_new_tokens) == ("small", "samsum", 64)
     # However many processes share the work: the batch of the training is no concern of theirs.
     assert settings("--evaluate", "--adapter", run, processes=3).max_new_tokens == 64

@@ -4,8 +4,7 @@
     python flan-t5_samsum.py --lr 1e-4 --model xl         # Flan-T5-XL on SAMSum, on a GPU
     python flan-t5_samsum.py --model xxl --int8           # the largest one with INT8 weights
     torchrun --nproc-per-node=4 flan-t5_samsum.py --model xl                # the same run on four GPUs
-    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 \\
-        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP flan-t5_samsum.py --model xl --full      # sharded over them
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 flan-t5_samsum.py --model xl --full   # sharded
     tensorboard --logdir runs                             # watch it
     python flan-t5_samsum.py --resume                     # go on after an interruption
     python flan-t5_samsum.py --summarize chat.txt         # use what came out
@@ -505,19 +504,6 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     return model.eval()
 
 
-def forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """Forward hook of an INT8 layer, whose weights are frozen.
-
-    bitsandbytes 0.50 keeps the input for a gradient of the weights all the same, and out of sight of gradient
-    checkpointing: for XXL, 2 GiB, with checkpointing 3.
-    """
-    function = output.grad_fn
-    if hasattr(function, "tensors"):  # CUDA
-        function.tensors = (None, None, None)
-    elif hasattr(function, "A"):  # CPU
-        function.A = None
-
-
 def add_lora(model: transformers.PreTrainedModel, settings: Settings) -> PeftModel:
     """Wraps `model` with a new adapter (Hu et al. 2021): W x + (alpha / r) B A x, with A random and B zero.
 
@@ -536,9 +522,12 @@ def load_for_training(settings: Settings, device: torch.device, precision: torch
     """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
     transformers.set_seed(settings.seed)
     folder = find_model(settings.model, settings.cache_dir)
-    tokenizer, config = load_tokenizer_and_config(folder)
+    tokenizer, _ = load_tokenizer_and_config(folder)
     data = tokenize(load_data(settings), tokenizer, settings)
-    warn_before_training(settings, config, data, device)
+    cut = np.mean(data["train"]["labels_truncated"])
+    if cut:
+        say(f"{cut:.1%} of the training references are cut to {settings.max_target_length} tokens "
+            "(--max-target-length)")
     dtype = torch.float32 if settings.full else precision  # all weights trained: in fp32, autocast computes in bf16
     # Sharded, a model may be larger than one GPU: it is put together in main memory.
     model = load_base(folder, torch.device("cpu") if is_sharded() else device, dtype, settings.quantization)
@@ -1446,6 +1435,19 @@ def read_weights(folder: Path, **options: Any) -> transformers.PreTrainedModel:
     return model
 
 
+def forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    """Forward hook of an INT8 layer, whose weights are frozen.
+
+    bitsandbytes 0.50 keeps the input for a gradient of the weights all the same, and out of sight of gradient
+    checkpointing: for XXL, 2 GiB, with checkpointing 3.
+    """
+    function = output.grad_fn
+    if hasattr(function, "tensors"):  # CUDA
+        function.tensors = (None, None, None)
+    elif hasattr(function, "A"):  # CPU
+        function.A = None
+
+
 def load_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
     """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
     misfit = f"the adapter {folder} does not fit {model.config.name_or_path}"
@@ -1733,31 +1735,6 @@ def check_resumable(run: Path, description: dict[str, Any], settings: Settings, 
             raise UserError(f"--max-steps {steps}: {run} has already taken {step}")
         rates = [as_power_of_ten(float(f"{settings.lr * learning_rate_factor(step, n):.3g}")) for n in (before, steps)]
         say(f"{steps} steps in place of {before}: the learning rate at step {step} is {rates[1]}, not {rates[0]}")
-
-
-def warn_before_training(settings: Settings, config: Any, data: datasets.DatasetDict, device: torch.device) -> None:
-    """Says which share of the references is cut, and whether a training on the CPU would take more than an hour."""
-    cut = np.mean(data["train"]["labels_truncated"])
-    if cut:
-        say(f"{cut:.1%} of the training references are cut to {settings.max_target_length} tokens "
-            "(--max-target-length)")
-    if device.type != "cpu":
-        return
-    steps = len(RANGE_TEST) if settings.lr_find else number_of_steps(settings, len(data["train"]))
-    parameters = without_weights(config).num_parameters()
-    tokens = sum(len(row) for column in ("input_ids", "labels") for row in data["train"][column]) / len(data["train"])
-    matrix = torch.randn(1024, 1024)
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(4):
-        matrix @ matrix
-    flops = 4 * 2 * 1024**3 / (time.perf_counter() - start)
-    # Forward and backward through frozen weights: 2 x 2 operations per parameter and token, and encoder and decoder
-    # each hold about half of the parameters. Real models reach about half the speed of a large matrix product.
-    hours = steps * settings.batch_size * tokens * 4 * parameters / 2 / (flops / 2) / 3600
-    if hours > 1:
-        say(f"warning: no GPU: {steps} steps with {parameters / 1e6:,.0f} million parameters will take about "
-            f"{hours:,.0f} hours on this CPU; --model tiny, --limit or --max-steps make it shorter", file=sys.stderr)
 
 
 class Run(TrainerCallback):
@@ -2414,15 +2391,19 @@ def lr_find(settings: Settings) -> int:
         plot_range_test(rates, test.losses, best, settings.lr, folder / "lr_find.png", folder.name)
         write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
                                              "learning_rates": rates, "losses": test.losses})
-    words = [word for word in sys.argv[1:] if word != "--lr-find"]  # the user's own, but for the rate
-    for i in [i for i, word in enumerate(words) if word == "--lr" or word.startswith("--lr=")]:
-        del words[i : i + 1 + (words[i] == "--lr")]
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {test.losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {test.losses[-1]:.3f})",
         f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss "
         f"(without it: {as_power_of_ten(settings.lr)})", f"plot:  {folder / 'lr_find.png'}",
-        f"train: {launcher()} flan-t5_samsum.py {shlex.join([*words, '--lr', as_power_of_ten(best)])}")
+        f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
     return 0
+
+
+def with_rate(words: list[str], rate: float) -> list[str]:
+    """The user's own command line, as a training with this learning rate."""
+    kept = [word for i, word in enumerate(words) if word not in ("--lr-find", "--lr") and not word.startswith("--lr=")
+            and (not i or words[i - 1] != "--lr")]
+    return [*kept, "--lr", as_power_of_ten(rate)]
 
 
 def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
@@ -2663,14 +2644,16 @@ def out_of_memory_advice(settings: Settings) -> str:
 
 
 def check_sharding(settings: Settings) -> None:
-    if is_sharded():
-        state, name = PartialState(), settings.mode
-        if str(state.distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
-            raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
-        if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
-        if settings.quantization or name not in ("train", "lr_find"):
-            raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
+    """UserError where FSDP could not do what is asked for; and each T5 block is to be gathered by itself."""
+    if not is_sharded():
+        return
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if str(PartialState().distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
+        raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
+    if settings.quantization or settings.mode not in ("train", "lr_find"):
+        raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
 
 
 def main(settings: Settings) -> int:

@@ -99,8 +99,10 @@ class KeptByTheFusedKernel:
 
 @pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 2), (64, 8, 16, 96, 2, 3)])
 @pytest.mark.parametrize("batch, source, target", [(2, 96, 32), (3, 40, 72), (2, 256, 64)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch, source, target, checkpointing):
+@pytest.mark.parametrize("checkpointing, feed_forward", [(False, "gated-gelu"), (True, "gated-gelu"), (False, "relu")])
+def test_activations_are_what_autograd_keeps(
+    flan, monkeypatch, geometry, batch, source, target, checkpointing, feed_forward
+):
     """Every tensor that a real forward pass of transformers and PEFT under bf16 autocast hands to autograd, in bytes.
 
     With checkpointing, what the layers keep while they are computed for the first time is not handed on.
@@ -111,7 +113,7 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     width, heads, d_kv, d_ff, layers, decoder_layers = geometry
     config = flan.transformers.T5Config(
         vocab_size=512, d_model=width, num_heads=heads, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
-        num_decoder_layers=decoder_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        num_decoder_layers=decoder_layers, feed_forward_proj=feed_forward, tie_word_embeddings=False,
         decoder_start_token_id=0)  # fmt: skip
     kept = KeptByTheFusedKernel(torch)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", kept.attention)
@@ -178,6 +180,23 @@ def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):
     longest = 64 * -(-limit // 64), 64 * -(-max(map(len, targets)) // 64)
     assert f"5 rows of {longest[0]} + {longest[1]} tokens" in done.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_says_what_it_does_not_know(command, data, model_folder, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"feed_forward_proj": "gated-silu"}
+    (model / "config.json").write_text(json.dumps(config))
+    done = command("--model", model, "--dataset", data, "--plan", cwd=tmp_path)
+    assert done.code == 0 and "not known for gated-silu" in done.out and "peak memory in GiB" not in done.out, done
+
+
+def test_a_trained_number_costs_16_bytes(flan):
+    """Itself, its gradient and AdamW's two moments, in fp32: the difference between two plans."""
+    settings = flan.parse_settings(["--model", "small"])
+    config = flan.geometry(settings)
+    weights = dict.fromkeys(flan.PRECISION_NAMES, 0)
+    few, many = (flan.plan_memory(settings, config, weights, n, 64, 64)[0][2]["bf16"] for n in (0, 10**9))
+    assert (many - few) * 2**30 == pytest.approx(16e9)
 
 
 def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, flan):

@@ -3,18 +3,20 @@
     python flan-t5_samsum.py                              # tiny model, sample data: minutes on a CPU, no network
     python flan-t5_samsum.py --lr 1e-4 --model xl         # Flan-T5-XL on SAMSum, on a GPU
     python flan-t5_samsum.py --model xxl --int8           # the largest one with INT8 weights
-    torchrun --nproc_per_node=4 flan-t5_samsum.py --model xl                # the same run on four GPUs
+    torchrun --nproc-per-node=4 flan-t5_samsum.py --model xl                # the same run on four GPUs
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 flan-t5_samsum.py --model xl --full   # sharded
     tensorboard --logdir runs                             # watch it
     python flan-t5_samsum.py --resume                     # go on after an interruption
     python flan-t5_samsum.py --summarize chat.txt         # use what came out
     python flan-t5_samsum.py --evaluate                   # score it again
-    python flan-t5_samsum.py --merge DIR                  # write a plain model without an adapter
+    python flan-t5_samsum.py --export DIR                 # write a plain model without an adapter
     python flan-t5_samsum.py --model xl --plan            # before paying: memory, steps, what fits
     python flan-t5_samsum.py --model xl --lr-find         # before guessing: a learning-rate range test
-    python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and is that chance?
+    python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and by how much?
 
-The file reads in the order in which the data flows:
-command line -> files -> data -> model -> scores -> training -> report -> one run -> use -> experiments -> main.
+How to read it: sections 2 to 6 are the method, in the order in which a row goes from a file to a score, and all that
+one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 13 make it safe and
+comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped.
 """
 
 import argparse
@@ -22,14 +24,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+# ---------- 1. Settings: the command line, before torch is imported, so that --help answers at once -------------------
 
 HERE = Path(__file__).resolve().parent
-
-# ------------------------------------------------------------------------------------------------------------------
-# Command line. It stands first, before torch is imported, so that --help and a wrong flag are answered at once.
-# ------------------------------------------------------------------------------------------------------------------
-
 MODELS = {
     "tiny": str(HERE / "resource" / "flan-t5-tiny"),
     "small": "google/flan-t5-small",
@@ -39,9 +41,8 @@ MODELS = {
     "xxl": "philschmid/flan-t5-xxl-sharded-fp16",
 }
 DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
-# The recipe of the original experiments; a preset may differ from it.
-RECIPE = {"dataset": "samsum", "lr": 1e-4, "epochs": 10}
-PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 2}}
+RECIPE = {"model": "tiny", "dataset": "samsum", "lr": 1e-4, "epochs": 10}  # that of the original experiments
+PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 2}}  # what a model changes of it
 PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
 
 
@@ -49,23 +50,10 @@ class UserError(Exception):
     """Something the user can mend. It is printed as one line, and the script ends with exit code 2."""
 
 
-class NotFinite(UserError):
-    """The loss or its gradient is infinite or not a number."""
-
-
-class Interrupted(Exception):
-    """Raised inside a long computation after SIGINT or SIGTERM."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
-
-
-def number(kind, low, high=float("inf"), low_included=True):
+def number(kind: type, low: float, high: float = float("inf"), low_included: bool = True) -> Callable[[str], Any]:
     """An argparse type: a number of `kind` between `low` and `high`."""
 
-    def parse(text):
+    def parse(text: str) -> float:
         value = kind(text)
         if not (low <= value <= high) or value == float("inf") or (value == low and not low_included):
             limits = f"{'at least' if low_included else 'above'} {low}" + (f", at most {high}" if high < 2**64 else "")
@@ -76,141 +64,167 @@ def number(kind, low, high=float("inf"), low_included=True):
     return parse
 
 
-def build_parser():
-    parser = Parser(
-        prog="flan-t5_samsum.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    count = number(int, 1)
+def flag(default: Any, help: str, metavar: str | None = None, **options: Any) -> Any:
+    """A field of Settings, with what argparse needs to know of it. `options` may hold `group`, which begins a group of
+    --help, and `excludes`, the name of a set of flags of which only one may be given."""
+    return field(metadata={"default": default, "help": help, "metavar": metavar, **options})
 
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model", metavar="NAME",
-                       help=f"{', '.join(MODELS)}, a Hub id or a folder (default: tiny)")
-    group.add_argument("--dataset", metavar="NAME",
-                       help="samsum, sample, a Hub id, or a file or folder of .jsonl, .json, .csv or .parquet "
-                            "(default: sample with --model tiny, else samsum)")
-    group.add_argument("--source-column", metavar="NAME", help="column of the dialogues (default: known by its name)")
-    group.add_argument("--target-column", metavar="NAME", help="column of the summaries (default: known by its name)")
-    group.add_argument("--limit", type=count, metavar="N", help="use only the first N rows of each split")
-    group.add_argument("--max-source-length", type=number(int, 8), default=512, metavar="N",
-                       help="tokens of a dialogue; longer ones are cut (default: %(default)s)")
-    group.add_argument("--max-target-length", type=number(int, 2), default=128, metavar="N",
-                       help="tokens of a reference summary in training (default: %(default)s)")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=number(float, 0, 1, low_included=False), metavar="X",
-                       help="peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)")
-    group.add_argument("--epochs", type=count, metavar="N", help="passes over the data (default: 10; tiny: 2)")
-    group.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimiser steps (default: no limit)")
-    group.add_argument("--batch-size", type=count, default=8, metavar="N",
-                       help="examples per optimiser step, over all GPUs (default: %(default)s)")
-    group.add_argument("--micro-batch-size", type=count, metavar="N",
-                       help="examples per GPU at a time; the rest is accumulated (default: the whole batch)")
-    group.add_argument("--gradient-checkpointing", action="store_true",
-                       help="compute activations twice instead of keeping them: less memory, a third slower")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default: %(default)s")
-    group.add_argument("--lora-r", type=number(int, 1, 2**16), default=16, metavar="N",
-                       help="LoRA rank (default: %(default)s)")
-    group.add_argument("--lora-alpha", type=number(float, 0, low_included=False), default=32, metavar="X",
-                       help="LoRA's update is scaled by alpha / rank (default: %(default)s)")
-    group.add_argument("--lora-dropout", type=number(float, 0, 0.99), default=0.05, metavar="X",
-                       help="default: %(default)s")
-    group.add_argument("--lora-targets", nargs="+", default=["q", "k", "v", "o"], metavar="NAME",
-                       help="layers that get an adapter (default: q k v o, all attention projections)")
-    precision = group.add_mutually_exclusive_group()
-    precision.add_argument("--int8", action="store_true", help="frozen weights in INT8 (bitsandbytes LLM.int8())")
-    precision.add_argument("--int4", action="store_true", help="frozen weights in 4-bit NormalFloat (QLoRA)")
-    precision.add_argument("--full", action="store_true", help="train all weights, without LoRA")
+COUNT = number(int, 1)
 
-    group = parser.add_argument_group("summaries (in the evaluation after each epoch, and in use)")
-    group.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="default: %(default)s")
-    group.add_argument("--num-beams", type=count, default=1, metavar="N", help="1 is greedy (default: %(default)s)")
 
-    group = parser.add_argument_group("files")
-    group.add_argument("--output-dir", type=Path, metavar="DIR",
-                       help="folder of this run (default: runs/<model>-<dataset>-lr=<lr>, never an existing one)")
-    group.add_argument("--cache-dir", type=Path, metavar="DIR",
-                       help="downloads and tokenised data (default: Hugging Face's own cache)")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the last checkpoint of --output-dir (default: of the newest run)")
+@dataclass(frozen=True)
+class Settings:
+    """The command line. Each field is the flag of its name: `lora_r` is --lora-r. Made by `parse_settings` only."""
 
-    group = parser.add_argument_group("instead of training")
-    mode = group.add_mutually_exclusive_group()
-    mode.add_argument("--summarize", nargs="?", const="-", metavar="FILE",
-                      help="summarise dialogues: text separated by blank lines, or JSONL; without FILE standard input")
-    mode.add_argument("--evaluate", action="store_true", help="score an adapter, or a bare model, on --split")
-    mode.add_argument("--merge", type=Path, metavar="DIR", help="write base + adapter as one plain bf16 model to DIR")
-    mode.add_argument("--plan", action="store_true", help="print memory, steps and what fits; downloads no weights")
-    mode.add_argument("--lr-find", action="store_true",
-                      help="learning-rate range test: try rates from 1e-6 to 1 on this model and data")
-    mode.add_argument("--plot", nargs="+", type=Path, metavar="LOGDIR",
-                      help="draw the training loss of any Trainer's TensorBoard logs (into LOGDIR, or --output-dir)")
-    mode.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
-                      help="table and plot of finished runs, with a paired bootstrap test for every two of them")
-    group.add_argument("--adapter", metavar="DIR",
-                       help="run or adapter to use (default: the newest run; 'none': the bare --model)")
-    group.add_argument("--split", choices=["train", "validation", "test"], default="test",
-                       help="for --evaluate (default: %(default)s)")
+    model: str = flag(None, f"{', '.join(MODELS)}, a Hub id or a folder (default: tiny)", "NAME",
+                      group="model and data")
+    dataset: str = flag(None, "samsum, sample, a Hub id, or a file or folder of .jsonl, .json, .csv or .parquet "
+                              "(default: sample with --model tiny, else samsum)", "NAME")
+    source_column: str | None = flag(None, "column of the dialogues (default: known by its name)", "NAME")
+    target_column: str | None = flag(None, "column of the summaries (default: known by its name)", "NAME")
+    limit: int | None = flag(None, "use only the first N rows of each split", "N", type=COUNT)
+    max_source_length: int = flag(512, "tokens of a dialogue; longer ones are cut", "N", type=number(int, 8))
+    max_target_length: int = flag(128, "tokens of a reference summary in training", "N", type=number(int, 2))
+
+    lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)", "X",
+                     type=number(float, 0, 1, low_included=False), group="training")
+    epochs: int = flag(None, "passes over the data (default: 10; tiny: 2)", "N", type=COUNT)
+    max_steps: int | None = flag(None, "stop after N optimiser steps, if the epochs have more", "N", type=COUNT)
+    batch_size: int = flag(8, "examples per optimiser step, over all GPUs", "N", type=COUNT)
+    micro_batch_size: int = flag(None, "examples per GPU at a time; the rest is accumulated (default: the whole batch)",
+                                 "N", type=COUNT)
+    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them: less memory, a "
+                                               "third slower")
+    seed: int = flag(42, "of everything random", "N", type=number(int, 0, 2**32 - 1))
+    lora_r: int = flag(16, "LoRA rank", "N", type=number(int, 1, 2**16))
+    lora_alpha: float = flag(32, "LoRA's update is scaled by alpha / rank", "X",
+                             type=number(float, 0, low_included=False))
+    lora_dropout: float = flag(0.05, "dropout in front of LoRA's matrices", "X", type=number(float, 0, 0.99))
+    lora_targets: list[str] = flag(["q", "k", "v", "o"], "layers that get an adapter (default: q k v o, all attention "
+                                                         "projections)", "NAME", nargs="+")
+    int8: bool = flag(False, "frozen weights in INT8 (bitsandbytes LLM.int8())", excludes="precision")
+    int4: bool = flag(False, "frozen weights in 4-bit NormalFloat (QLoRA)", excludes="precision")
+    full: bool = flag(False, "train all weights, without LoRA", excludes="precision")
+
+    max_new_tokens: int = flag(128, "most tokens of a summary", "N", type=COUNT,
+                               group="summaries (in the evaluation after each epoch, and in use)")
+    num_beams: int = flag(1, "1 is greedy", "N", type=COUNT)
+
+    output_dir: Path | None = flag(None, "folder of this run (default: runs/<model>-<dataset>-lr=<lr>, never an "
+                                         "existing one)", "DIR", type=Path, group="files")
+    cache_dir: Path | None = flag(None, "downloads and tokenised data (default: Hugging Face's own cache)", "DIR",
+                                  type=Path)
+    resume: bool = flag(False, "go on from the last checkpoint of --output-dir (default: of the newest run)")
+
+    summarize: str | None = flag(None, "summarise dialogues: text separated by blank lines, or JSONL; without FILE "
+                                       "standard input", "FILE", nargs="?", const="-", excludes="mode",
+                                 group="instead of training")
+    evaluate: bool = flag(False, "score an adapter, or a bare model, on --split", excludes="mode")
+    export: Path | None = flag(None, "write base + adapter as one plain bf16 model to DIR", "DIR", type=Path,
+                               excludes="mode")
+    plan: bool = flag(False, "print memory, steps and what fits; downloads no weights", excludes="mode")
+    lr_find: bool = flag(False, "learning-rate range test: try rates from 1e-6 to 1 on this model and data",
+                         excludes="mode")
+    plot: list[Path] | None = flag(None, "draw the training loss of any Trainer's TensorBoard logs (into LOGDIR, or "
+                                         "--output-dir)", "LOGDIR", type=Path, nargs="+", excludes="mode")
+    compare: list[Path] | None = flag(None, "table and plot of runs, with a paired bootstrap test for every two of "
+                                            "them", "RUN", type=Path, nargs="+", excludes="mode")
+    adapter: str | None = flag(None, "run or adapter to use (default: the newest run; 'none': the bare --model)", "DIR")
+    split: str = flag("test", "for --evaluate", choices=["train", "validation", "test"])
+
+    @property
+    def quantization(self) -> str | None:
+        return "int8" if self.int8 else "int4" if self.int4 else None
+
+    @property
+    def mode(self) -> str:
+        """What is to be done: "train", or the name of the flag that says something else."""
+        return next((name for name in MODES if getattr(self, name) not in (None, False)), "train")
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The settings that decide about a result, for metrics.json: not what is to be done, and where."""
+        names = [item.name for item in fields(self)]
+        return {name: getattr(self, name) for name in names[: names.index("output_dir")]}
+
+
+PRECISIONS, MODES = ([item.name for item in fields(Settings) if item.metadata.get("excludes") == kind]
+                     for kind in ("precision", "mode"))
+USES = ("summarize", "evaluate", "export")  # the modes that use a result
+# They change memory, speed and the end of a run; the result else only by rounding and by other masks of dropout.
+FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="flan-t5_samsum.py", description=__doc__, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    exclusive = {}
+    for item in fields(Settings):
+        options = {key: value for key, value in item.metadata.items() if value is not None}
+        if "group" in options:
+            group = parser.add_argument_group(options.pop("group"))
+        default, excludes = options.pop("default", None), options.pop("excludes", None)
+        if default is False:
+            options["action"] = "store_true"
+        elif default is not None and "default:" not in options["help"]:
+            options["help"] += f" (default: {default})"
+        if excludes and excludes not in exclusive:
+            exclusive[excludes] = group.add_mutually_exclusive_group()
+        place = exclusive[excludes] if excludes else group
+        place.add_argument("--" + item.name.replace("_", "-"), **options)
     return parser
 
 
-# What to do and where: no part of a configuration.
-NOT_CONFIGURATION = ("resume", "summarize", "evaluate", "merge", "plan", "lr_find", "plot", "compare", "adapter",
-                     "split", "output_dir", "cache_dir")
-# They change memory and speed; the result only by rounding and by other masks of dropout.
-FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing")
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """The command line with all defaults filled in; UserError or exit code 2 where it makes no sense.
 
-
-def parse_arguments(argv=None):
-    """The command line with all defaults filled in.
-
-    --resume, --summarize, --evaluate and --merge take their defaults from the configuration of the run that they
+    --resume, --summarize, --evaluate and --export take their defaults from the configuration of the run that they
     continue or use (its metrics.json), so that nothing has to be typed twice and no score is taken with other settings.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    is_used = args.summarize is not None or args.evaluate or args.merge is not None
-    is_training = not (is_used or args.plan or args.lr_find or args.plot or args.compare)
-    if args.resume and not is_training:
+    given = vars(parser.parse_args(argv))
+    is_use = any(name in given for name in USES)
+    if "resume" in given and any(name in given for name in MODES):
         parser.error("argument --resume: it goes on with a training, and nothing else can be done with it")
-    if args.adapter is not None and not is_used:
-        parser.error("argument --adapter: only with --summarize, --evaluate or --merge; to train on, "
+    if "adapter" in given and not is_use:
+        parser.error("argument --adapter: only with --summarize, --evaluate or --export; to train on, "
                      "--resume --output-dir RUN")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # it would tie T5's head to the embedding, or do nothing
-        raise UserError("FSDP does not work with T5's untied head: use torchrun, and --int8 or --int4 for less memory")
-    run = find_run(args)
-    if run is not None:
-        chosen = [name for name in ("int8", "int4", "full") if getattr(args, name)]
-        saved = read_metrics(run)["configuration"]
-        parser.set_defaults(**saved | (dict.fromkeys(("int8", "int4", "full"), False) if chosen else {}))
-        args = parser.parse_args(argv)
-        changed = [name for name, value in saved.items() if getattr(args, name) != value and name not in FREE_ON_RESUME]
-        if args.resume and changed:
-            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-            raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
-                            "leave it out, or start a new run")
-        if args.resume:
-            args.output_dir = run
-        elif args.adapter is None:
-            args.adapter = str(run)
-    if args.model is None:
-        args.model = "tiny" if args.adapter in (None, "none") else base_of_adapter(Path(args.adapter))
-    for name, value in {**RECIPE, **PRESETS.get(args.model, {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     for name, presets in (("dataset", DATASETS), ("model", MODELS)):  # a run can be continued from another folder
-        if getattr(args, name) not in presets and Path(getattr(args, name)).exists():
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+        if name in given and given[name] not in presets and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    run = find_run(given, is_use)
+    defaults = {item.name: item.metadata["default"] for item in fields(Settings)}
+    saved = {name: value for name, value in (read_metrics(run)["configuration"] if run else {}).items()
+             if name in defaults}
+    changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
+    if "resume" in given and changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
+                        "leave it out, or start a new run")
+    if any(name in given for name in PRECISIONS):  # one that is given replaces that of the run
+        saved |= dict.fromkeys(PRECISIONS, False)
+    if run:
+        given["output_dir" if "resume" in given else "adapter"] = run if "resume" in given else given.get(
+            "adapter", str(run))
+    elif given.get("adapter", "none") != "none" and "model" not in given:
+        given["model"] = base_of_adapter(Path(given["adapter"]))
+    recipe = RECIPE | PRESETS.get(given.get("model", saved.get("model", RECIPE["model"])), {})
+    values = defaults | recipe | saved | given
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.micro_batch_size is None:
-        args.micro_batch_size = max(1, args.batch_size // processes)
-    if args.batch_size % (args.micro_batch_size * processes) and not is_used:
-        raise UserError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
-                        f"{args.micro_batch_size} x {processes} process(es)")
-    return args
+    values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
+    if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:
+        raise UserError(f"--batch-size {values['batch_size']} is not a multiple of --micro-batch-size "
+                        f"{values['micro_batch_size']} x {processes} process(es)")
+    return Settings(**values)
 
 
-def base_of_adapter(folder):
+def base_of_adapter(folder: Path) -> str:
     """The --model that an adapter without a run around it was trained on, as PEFT noted it; "tiny" if it is none."""
     path = next((path for path in (folder / "adapter", folder) if (path / "adapter_config.json").is_file()), None)
     if path is None:
@@ -223,20 +237,19 @@ def base_of_adapter(folder):
     return next((preset for preset, value in MODELS.items() if value == name), name)
 
 
-def find_run(args):
-    """The folder of the run that --resume, --summarize, --evaluate or --merge is about; None for a new run."""
-    if args.resume:
-        return args.output_dir or newest_run("checkpoint-*")
-    if (args.summarize is None and not args.evaluate and args.merge is None) or args.adapter == "none":
+def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
+    """The folder of the run that --resume or a mode of use is about; None for a new run or a bare adapter."""
+    if "resume" in given:
+        return given.get("output_dir") or newest_run("checkpoints/step-*")
+    if not is_use or given.get("adapter") == "none":
         return None
-    if args.adapter is None:
+    if "adapter" not in given:
         return newest_run("adapter", "model")
-    folder = Path(args.adapter)
-    candidates = [run for run in (folder, folder.parent) if (run / "metrics.json").is_file()]
-    return candidates[0] if candidates else None
+    folder = Path(given["adapter"])
+    return next((run for run in (folder, folder.parent) if (run / "metrics.json").is_file()), None)
 
 
-def newest_run(*contents):
+def newest_run(*contents: str) -> Path:
     runs = [run for run in Path("runs").glob("*") for name in contents if any(run.glob(name))]
     runs = [run for run in runs if (run / "metrics.json").is_file()]
     if not runs:
@@ -245,7 +258,7 @@ def newest_run(*contents):
     return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
 
 
-def read_metrics(run):
+def read_metrics(run: Path) -> dict[str, Any]:
     try:
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         return metrics | {"configuration": dict(metrics["configuration"])}
@@ -255,17 +268,14 @@ def read_metrics(run):
         raise UserError(f"{run / 'metrics.json'} is damaged ({error!r})") from None
 
 
-def exit_on_user_error(work, *arguments):
+def exit_on_user_error(work: Callable, *arguments: Any) -> Any:
     """Calls `work`; a mistake of the user's becomes one line and exit code 2 instead of a traceback."""
     try:
         return work(*arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # who read the output has gone (`| head`); nothing more may be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as if ended by SIGPIPE
-    except OSError as error:  # a full disk, a file without permission: the text says which and why
+    except (UserError, OSError) as error:  # OSError: a full disk, a file without permission; it says which and why
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -273,37 +283,35 @@ def exit_on_user_error(work, *arguments):
 
 
 if __name__ == "__main__":
-    ARGUMENTS = exit_on_user_error(parse_arguments)
+    SETTINGS = exit_on_user_error(parse_settings)
 
-# ------------------------------------------------------------------------------------------------------------------
-# The slow imports, and what must be set before them.
-# ------------------------------------------------------------------------------------------------------------------
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forked tokenizers
-# Threads that wait should sleep: where other programs share the cores, spinning makes a CPU many times slower.
+# The slow imports, and what must be set before them. Threads that wait should sleep: where other programs share the
+# cores, spinning makes a CPU many times slower. Without torchrun one GPU is used: the Trainer would take all, by the
+# slow DataParallel.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: the Trainer would take all, by slow DataParallel
+if "LOCAL_RANK" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
-import logging
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every 8-bit matmul
 
 import contextlib
 import csv
+import errno
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import io
+import logging
 import math
 import pickle
 import platform
 import re
 import shlex
 import shutil
+import socket
 import textwrap
 import threading
 import time
+import urllib.request
 import warnings
 from datetime import timedelta
 
@@ -311,16 +319,18 @@ import bitsandbytes
 import datasets
 import evaluate
 import huggingface_hub
-import matplotlib
 import numpy as np
+import pandas
 import peft
-import pyarrow.parquet
 import torch
 import transformers
 from accelerate import PartialState
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rouge_score import rouge_scorer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import (
@@ -335,280 +345,65 @@ from transformers import (
     TrainerCallback,
 )
 
-matplotlib.use("Agg")  # plots go to files: no screen is needed
-from matplotlib import pyplot as plt
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on a run's folder
+    fcntl = None
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every 8-bit matmul
 warnings.filterwarnings("ignore", category=FutureWarning)  # notes between the libraries, not for users
 transformers.logging.set_verbosity_error()
-if not sys.stderr.isatty():
-    transformers.logging.disable_progress_bar()
-datasets.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it refuses is explained here, in one line
 datasets.disable_progress_bars()
 
+Row = dict[str, Any]  # of a data set, by the names of its columns
+Tokens = list[int]  # the ids of one text, the end token last
+Scores = dict[str, Any]  # {"rouge1": mean, "rouge1_interval": [low, high], ...} in percent
 
-def is_main_process():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(*lines, file=None):
-    """Prints, once, however many processes there are."""
-    if is_main_process():
-        print(*lines, sep="\n", file=file or sys.stdout, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Files: complete or absent, whatever happens while they are written.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def write_json(path, content):
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def replace_folder(written, folder):
-    """Renames a written folder once it is on disk, so that after a crash or power cut `folder` is whole or absent."""
-    for path in [*written.rglob("*"), written] if os.name == "posix" else ():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = folder.with_name(folder.name + ".old.incomplete")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    written.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def cannot_write(folder, error):
-    """A UserError for a failure to write. torch.save and safetensors report a full disk in errors of their own."""
-    reason = getattr(error, "strerror", None) or first_line(error)
-    way = "make room, or choose another folder"
-    if (folder / "metrics.json").is_file():
-        way = f"make room, then go on with --resume --output-dir {folder}"
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return UserError(f"cannot write to {folder}: {reason} ({shutil.disk_usage(disk).free >> 20:,} MiB free); {way}")
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def checkpoints(run):
-    """The whole checkpoints of a run, the oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def is_complete(checkpoint):
-    """Whether all files of a checkpoint are there: the Trainer itself would go on without some of them."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    files = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-    return all(any(checkpoint.glob(name)) for name in files)
-
-
-def find_checkpoint(run):
-    """The newest whole checkpoint of a run, or None; one that was being written when the run died is passed over."""
-    found = checkpoints(run)
-    partial = [path for path in found if not is_complete(path)] + sorted(run.glob("checkpoint.incomplete/checkpoint-*"))
-    for path in partial:
-        say(f"passed over {path}: it was not written to its end")
-    found = [path for path in found if path not in partial]
-    say(f"going on from {found[-1]}" if found else f"{run} has no checkpoint yet: it starts with the first step")
-    return found[-1] if found else None
-
-
-@contextlib.contextmanager
-def loading_checkpoint(checkpoint):
-    way = "delete this folder to go on from the checkpoint before it"
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{checkpoint} is damaged or has code in it, which is not run: {way}") from None
-    except Exception as error:
-        raise UserError(f"{checkpoint} is damaged ({first_line(error)}): {way}") from None
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Data: from the Hub, a file or a folder, to rows of id, dialogue and summary, to tokens.
-# ------------------------------------------------------------------------------------------------------------------
+# ---------- 2. Data: from a file, a folder or the Hub to rows of id, dialogue and summary, to tokens ------------------
 
 COLUMNS = {  # known names of the two columns, in lower case; anything else must be named by a flag
     "source": ("dialogue", "dialog", "conversation", "transcript", "document", "article"),
     "target": ("summary", "highlights", "abstract"),
 }
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
-               "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+SPLITS = ("train", "validation", "test")
 
 
-def fetch(repo_id, repo_type, cache_dir=None, weights=True):
-    """Downloads what is needed of a Hub repository, or finds it in the cache; returns its local folder (a Path).
+def load_data(settings: Settings) -> datasets.DatasetDict:
+    """train, validation and test of --dataset, each with the text columns id, dialogue and summary.
 
-    Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
-    connection) the cached copy is used; without one a UserError names the way out.
+    Line breaks become "\\n" (most of SAMSum's test rows have "\\r\\n", its train rows do not). Rows without a dialogue
+    or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
     """
-    files, obstacle = ask_hub(repo_id, repo_type)
-    patterns = [f"*{suffix}" for suffix in FILE_TYPES]
-    if repo_type == "model":  # the weights only once: a repository may hold them in five formats
-        # A .bin that is not in the cache would count as a gap, so .bin is asked for only where the Hub has no other.
-        only_bin = files and not any(name.endswith(".safetensors") for name in files)
-        patterns = ["*.json", "*.model", *(["*.bin" if only_bin else "*.safetensors"] if weights else [])]
-    try:
-        with PartialState().main_process_first():
-            return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
-                                                          cache_dir=cache_dir, local_files_only=obstacle is not None))
-    except huggingface_hub.errors.GatedRepoError:  # the names of its files are shown to everybody
-        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`") from None
-    except Exception as error:  # a broken connection, in classes of the Hub client's HTTP library; a full disk
-        raise UserError(f"cannot get {repo_type} {repo_id} from the Hub ({obstacle or first_line(error)}), and it is "
-                        f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
+    splits = read_splits(settings.dataset, settings.cache_dir)
+    if not splits["train"]:
+        raise UserError(f"the train split of {settings.dataset} is empty")
+    source = find_column(list(splits["train"][0]), "source", settings.source_column)
+    target = find_column(list(splits["train"][0]), "target", settings.target_column)
+    result = {}
+    for split in SPLITS:
+        rows, dropped = {"id": [], "dialogue": [], "summary": []}, 0
+        for i, row in enumerate(splits[split], 1):
+            texts = [text_of(row, column, f"row {i} of {split}") for column in (source, target)]
+            if not all(texts):
+                dropped += 1
+                continue
+            rows["id"].append(str(row["id"]) if row.get("id") is not None else f"{split}-{i}")
+            rows["dialogue"].append(texts[0])
+            rows["summary"].append(texts[1])
+            if len(rows["id"]) == settings.limit:
+                break
+        if dropped:
+            say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
+        if not rows["id"]:
+            raise UserError(f"the {split} split of {settings.dataset} is empty")
+        result[split] = datasets.Dataset.from_dict(rows)
+    return datasets.DatasetDict(result)
 
 
-hub_is_silent = threading.Event()  # then it is not waited for a second time
-
-
-def ask_hub(repo_id, repo_type, seconds=8):
-    """The file names of a repository, and None or the reason why the Hub does not answer.
-
-    The Hub's own functions try again for minutes, or wait without end when a server is silent or a name cannot be
-    looked up. One attempt, in a thread that can be left behind, tells within `seconds`.
-    """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return [], "HF_HUB_OFFLINE is set"
-    answer = [[], f"no answer within {seconds} seconds"]
-
-    def ask():
-        try:
-            info = huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type)
-            answer[:] = [file.rfilename for file in info.siblings], None
-        except Exception as error:
-            answer[:] = [], error
-
-    if not hub_is_silent.is_set():
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(seconds)
-    files, obstacle = answer
-    if isinstance(obstacle, str):
-        hub_is_silent.set()
-    if isinstance(obstacle, (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
-        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
-    return files, first_line(obstacle) if isinstance(obstacle, Exception) else obstacle
-
-
-def read_file(path):
-    """Rows (dictionaries) of a .jsonl, .json, .csv or .parquet file; UserError with file and line if it is broken."""
-    try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}): convert it") from None
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if path.suffix == ".csv":
-        return read_csv(path, text)
-    if path.suffix == ".json":
-        rows = [(1, parse_json(path, 1, text))]
-        if isinstance(rows[0][1], list):
-            rows = [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)]
-    else:
-        rows = [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for place, row in rows:
-        if not isinstance(row, dict) or (path.suffix == ".json" and place == 1):
-            raise UserError(f"{path}:{place}: expected rows such as {{\"dialogue\": ..., \"summary\": ...}} "
-                            f"({'a list of them' if path.suffix == '.json' else 'one a line'}), found "
-                            f"{'an object' if isinstance(row, dict) else type(row).__name__}")
-    return [row for _, row in rows]
-
-
-def read_csv(path, text):
-    csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:  # the line numbers of the reader are those of the last good row
-        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({error})") from None
-    twice = {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}
-    if twice:
-        raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
-    if any(None in row for row in rows):
-        raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
-    return rows
-
-
-def parse_json(path, line_number, text):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        line_number += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
-    except RecursionError:
-        raise UserError(f"{path}:{line_number}: not usable JSON (nested too deeply)") from None
-
-
-def find_files(folder):
-    """{split: [files]} of a folder such as SAMSum's: the split is a word in the name of the file or of its folder."""
-    splits = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in FILE_TYPES and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            words = re.findall("[a-z]+", path.stem.lower()) or re.findall("[a-z]+", path.parent.name.lower())
-            names = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-            if len(names) == 1:
-                splits.setdefault(names.pop(), []).append(path)
-    for split, paths in splits.items():
-        folders = sorted({str(path.parent) for path in paths})
-        if len(folders) > 1:  # several configurations of a Hub data set, for example
-            raise UserError(f"{folder} has {split} files in several folders: give one of them, {' or '.join(folders)}")
-    return splits
-
-
-def load_splits(name, cache_dir=None):
-    """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
-    path = Path(DATASETS.get(name, name))
-    if path.is_file():
-        if path.suffix not in FILE_TYPES:
-            raise UserError(f"{path}: only {', '.join(FILE_TYPES)} files can be read")
-        rows = read_file(path)
-        tenth = len(rows) // 10
-        if not tenth:
-            raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
-        say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
-        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
-    if not path.is_dir():
-        if looks_like_path(name) or "/" not in str(path):
-            raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
-        path = fetch(str(path), "dataset", cache_dir)
-    files = find_files(path)
-    missing = [split for split in ("train", "validation", "test") if split not in files]
-    if missing:
-        raise UserError(f"{name} lacks {' and '.join(missing)}: expected train, validation and test (.jsonl, ...) "
-                        f"in {path}, found {', '.join(files) or 'none'} (one file alone is split for you)")
-    return {split: [row for file in paths for row in read_file(file)] for split, paths in files.items()}
-
-
-def looks_like_path(name):
-    return name.startswith((".", "/", "~")) or name.endswith(FILE_TYPES) or name.count("/") > 1
-
-
-def find_column(rows, kind, chosen):
+def find_column(present: list[str], kind: str, chosen: str | None) -> str:
     """The column of dialogues (`kind` "source") or summaries ("target"): as chosen, else by its name, never guessed."""
-    present = list(dict.fromkeys(column for row in rows[:1000] for column in row))
     if chosen is not None:
         if chosen not in present:
             raise UserError(f"there is no column {chosen} (--{kind}-column); there are: {', '.join(map(str, present))}")
@@ -619,95 +414,52 @@ def find_column(rows, kind, chosen):
     return known[0]
 
 
-def normalize_newlines(text):
+def text_of(row: Row, column: str, place: str) -> str:
+    if column not in row:
+        raise UserError(f"{place} has no column {column}")
+    if row[column] is not None and not isinstance(row[column], str):
+        raise UserError(f"{place}: {column} is {type(row[column]).__name__}, not text")
+    return normalize_newlines(row[column] or "")
+
+
+def normalize_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def load_data(args):
-    """A DatasetDict with train, validation and test, each with the text columns id, dialogue and summary.
-
-    Line breaks become "\\n" (most of SAMSum's test rows have "\\r\\n", its train rows do not). Rows without a dialogue
-    or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
-    """
-    splits = load_splits(args.dataset, args.cache_dir)
-    if not splits["train"]:
-        raise UserError(f"the train split of {args.dataset} is empty")
-    source = find_column(splits["train"], "source", args.source_column)
-    target = find_column(splits["train"], "target", args.target_column)
-    tables = {}
-    for split in ("train", "validation", "test"):
-        rows = splits[split]
-        table, dropped = {"id": [], "dialogue": [], "summary": []}, 0
-        for i, row in enumerate(rows, 1):
-            texts = []
-            for column in (source, target):
-                if column not in row:
-                    raise UserError(f"row {i} of {split} has no column {column}")
-                if row[column] is not None and not isinstance(row[column], str):
-                    raise UserError(f"row {i} of {split}: {column} is {type(row[column]).__name__}, not text")
-                texts.append(normalize_newlines(row[column] or ""))
-            if not all(texts):
-                dropped += 1
-                continue
-            table["id"].append(str(row["id"]) if row.get("id") is not None else f"{split}-{i}")
-            table["dialogue"].append(texts[0])
-            table["summary"].append(texts[1])
-            if len(table["id"]) == args.limit:
-                break
-        if dropped:
-            say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
-        if not table["id"]:
-            raise UserError(f"the {split} split of {args.dataset} is empty")
-        tables[split] = datasets.Dataset.from_dict(table)
-    return datasets.DatasetDict(tables)
-
-
-def fingerprint(*parts):
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def encode(tokenizer, texts, limit):
+def encode(tokenizer: Any, texts: list[str], limit: int) -> tuple[list[Tokens], list[bool]]:
     """Token ids of `texts`, each cut to `limit` tokens with the end token last, and for each whether it was cut."""
     rows = tokenizer(texts).input_ids
     cut = [row if len(row) <= limit else [*row[: limit - 1], tokenizer.eos_token_id] for row in rows]
     return cut, [len(row) > limit for row in rows]
 
 
-def tokenize(data, tokenizer, args):
-    """Adds input_ids and labels (lists of token ids, the end token last) to each split, and whether they were cut:
-    `truncated` and `labels_truncated` (bool).
+def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> datasets.DatasetDict:
+    """Adds input_ids and labels (Tokens) to each split, and whether they were cut: truncated, labels_truncated (bool).
 
     `Dataset.map` reuses an explicitly named cache file whatever is in it, so everything that the tokens depend on is in
     the name: the rows, the tokenizer, the prefix and both lengths. And the new columns.
     """
     columns = ("input_ids", "truncated", "labels", "labels_truncated")
 
-    def preprocess(batch):
-        sources = encode(tokenizer, [PREFIX + text for text in batch["dialogue"]], args.max_source_length)
-        labels = encode(tokenizer, batch["summary"], args.max_target_length)
+    def add_tokens(batch: dict[str, list]) -> dict[str, list]:
+        sources = encode(tokenizer, [PREFIX + text for text in batch["dialogue"]], settings.max_source_length)
+        labels = encode(tokenizer, batch["summary"], settings.max_target_length)
         return dict(zip(columns, (*sources, *labels), strict=True))
 
-    folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME) / "tokenized"
-    settings = [tokenizer.backend_tokenizer.to_str(), PREFIX, args.max_source_length, args.max_target_length,
-                columns]
+    depends_on = [tokenizer.backend_tokenizer.to_str(), PREFIX, settings.max_source_length, settings.max_target_length,
+                  columns]
     result = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with PartialState().main_process_first():
-            for split, rows in data.items():
-                name = f"{split}-{fingerprint(rows.to_dict(), *settings)}.arrow"
-                result[split] = rows.map(preprocess, batched=True, cache_file_name=str(folder / name))
-    except OSError as error:
-        raise UserError(f"cannot write tokens to {folder}: {error.strerror}; another folder: --cache-dir DIR") from None
+    with cache_folder(settings.cache_dir, "tokenized") as folder:
+        for split, rows in data.items():
+            name = f"{split}-{fingerprint(rows.to_dict(), *depends_on)}.arrow"
+            result[split] = rows.map(add_tokens, batched=True, cache_file_name=str(folder / name))
     return datasets.DatasetDict(result)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Model: a base from the Hub or a folder, in bf16, INT8 or NF4, and its LoRA adapter.
-# ------------------------------------------------------------------------------------------------------------------
+# ---------- 3. Model: a base in bf16, INT8 or NF4, and its LoRA adapter -----------------------------------------------
 
 
-def get_device():
+def get_device() -> tuple[torch.device, torch.dtype]:
     """The device of this process, and the precision of its matrix products: bf16 where the hardware has it, else fp32.
 
     Never fp16: activations of T5 overflow in it. A T4 or V100 only emulates bf16, hence the look at the capability.
@@ -719,82 +471,28 @@ def get_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu"), torch.float32
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
-
-
-def find_model(name, cache_dir=None, weights=True):
-    """The local folder of --model: a preset, a folder or a Hub id (downloaded, with or without its weights)."""
-    path = Path(MODELS.get(name, name))
-    if not path.is_dir():
-        if name not in MODELS and (looks_like_path(name) or "/" not in name):
-            raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
-        path = fetch(str(path), "model", cache_dir, weights)
-    return path
-
-
-def load_tokenizer_and_config(folder):
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError,
-            huggingface_hub.errors.StrictDataclassError) as error:
-        raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # it would be an empty one
-        raise UserError(f"{folder} holds no tokenizer: it needs a tokenizer.json or spiece.model")
-    if config.model_type not in ("t5", "mt5"):
-        raise UserError(f"{folder} is a {config.model_type} model, not T5")
-    if None in (tokenizer.eos_token_id, tokenizer.pad_token_id, config.decoder_start_token_id):
-        raise UserError(f"{folder}: a T5 needs an end and a padding token and, in config.json, decoder_start_token_id")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size} rows")
-    tokenizer.model_max_length = sys.maxsize  # lengths are cut in one place, tokenize(), which also counts them
-    return tokenizer, config
-
-
-def without_weights(config):
-    """The model of a T5Config on the meta device: shapes, and no memory."""
-    with torch.device("meta"):
-        model = transformers.T5ForConditionalGeneration(config)
-    # transformers 5.23 calls every T5 tied and keeps what the config said in another place.
-    if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
-    return model
-
-
-def load_base(folder, device, dtype, quantization=None):
+def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None
+              ) -> transformers.PreTrainedModel:
     """The pretrained model on `device`, in `dtype`, its linear layers in "int8" or "int4" (NF4) if asked for.
 
     These are the first two of the three steps of bitsandbytes (configure, load, prepare). The third is left out:
     `prepare_model_for_kbit_training` would keep `wo` and the embeddings in fp32, which takes back much of the memory
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
-    checkpointing, the non-re-entrant kind (chosen in `train`). So training and inference load alike.
+    checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    quantizers = {
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "int4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }
     options = {}
-    if quantization:
-        options["quantization_config"] = quantizers[quantization]()
-    try:
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
-        )
-    except pickle.UnpicklingError:
-        raise UserError(f"{folder} has weights with code in them, which is not run: use .safetensors") from None
-    except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
-        if "out of memory" in str(error):  # while quantising, transformers wraps it in an error of its own
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
-    missing = sorted(report["missing_keys"])
-    untied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings") is False
-    if untied and model.lm_head.weight is model.shared.weight:  # which transformers takes in place of a lost head
-        missing.append("lm_head.weight")
-    if missing:
-        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: copy it again")
+    if quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "int4":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                            bnb_4bit_compute_dtype=dtype)
+    model = read_weights(folder, dtype=dtype, device_map={"": device}, **options)
+    # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
+    # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
+    if model.lm_head.weight is not model.shared.weight:
+        model._tied_weights_keys = {name: tied for name, tied in model._tied_weights_keys.items()
+                                    if name != "lm_head.weight"}
+    model.set_input_embeddings(model.shared)  # one module instead of three that share a weight: FSDP2 shards modules
     # `generate` would fill what its settings leave open from the checkpoint's own (no_repeat_ngram_size, max_length).
     tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in tokens})
@@ -806,67 +504,54 @@ def load_base(folder, device, dtype, quantization=None):
     return model.eval()
 
 
-def forget_input(module, inputs, output):
-    """Forward hook of an INT8 layer, whose weights are frozen.
-
-    bitsandbytes 0.50 keeps the input for a gradient of the weights all the same, and out of sight of gradient
-    checkpointing: for XXL, 2 GiB, with checkpointing 3.
-    """
-    function = output.grad_fn
-    if hasattr(function, "tensors"):  # CUDA
-        function.tensors = (None, None, None)
-    elif hasattr(function, "A"):  # CPU
-        function.A = None
-
-
-def quantization_of(args):
-    return "int8" if args.int8 else "int4" if args.int4 else None
-
-
-def add_lora(model, args):
+def add_lora(model: transformers.PreTrainedModel, settings: Settings) -> PeftModel:
     """Wraps `model` with a new adapter (Hu et al. 2021): W x + (alpha / r) B A x, with A random and B zero.
 
     The base is frozen. The adapter is kept in fp32 whatever the dtype of the base (PEFT's default).
     """
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
-                        target_modules=args.lora_targets, task_type=TaskType.SEQ_2_SEQ_LM)
+    config = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+                        target_modules=settings.lora_targets, bias="none", task_type=TaskType.SEQ_2_SEQ_LM)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora-targets {' '.join(args.lora_targets)}: {first_line(error)}") from None
+        raise UserError(f"--lora-targets {' '.join(settings.lora_targets)}: {first_line(error)}") from None
 
 
-def load_adapter(model, folder):
-    """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
-    try:
-        with warnings.catch_warnings():  # it would leave what is missing at its random start
-            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-    except torch.OutOfMemoryError:
-        raise
-    except UserWarning:
-        raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: it lacks weights") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"the adapter {folder} has code in it, which is not run: use .safetensors") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        detail = lines[1] if "size mismatch" in str(error) and len(lines) > 1 else lines[0]
-        raise UserError(f"the adapter {folder} does not fit {model.config.name_or_path}: {detail[:200]}") from None
+def load_for_training(settings: Settings, device: torch.device, precision: torch.dtype
+                      ) -> tuple[torch.nn.Module, Any, datasets.DatasetDict]:
+    """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
+    transformers.set_seed(settings.seed)
+    folder = find_model(settings.model, settings.cache_dir)
+    tokenizer, _ = load_tokenizer_and_config(folder)
+    data = tokenize(load_data(settings), tokenizer, settings)
+    cut = np.mean(data["train"]["labels_truncated"])
+    if cut:
+        say(f"{cut:.1%} of the training references are cut to {settings.max_target_length} tokens "
+            "(--max-target-length)")
+    dtype = torch.float32 if settings.full else precision  # all weights trained: in fp32, autocast computes in bf16
+    # Sharded, a model may be larger than one GPU: it is put together in main memory.
+    model = load_base(folder, torch.device("cpu") if is_sharded() else device, dtype, settings.quantization)
+    model = model.requires_grad_(True) if settings.full else add_lora(model, settings)
+    if settings.gradient_checkpointing:  # the re-entrant kind would need gradients at the frozen embeddings' output
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer, data
 
 
 @contextlib.contextmanager
-def merged_adapter(model):
-    """Merges the adapter into the base weights for a while: the same function, and faster to generate with.
+def merged_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Merges the adapter into fp32 base weights for a while: the same function, and faster to generate with.
 
-    Subtracting the adapter again would not give back the same bits, so the original matrices are kept and put back.
-    Price: a copy of the adapted matrices in main memory. Quantised weights are left alone, as merging would round them.
+    Only fp32 ones: bf16 would round the update away in part, INT8 and NF4 even more, and their scores would be those of
+    another model. There, and where the weights are sharded, the adapter stays beside the base. Subtracting it again
+    would not give back the same bits, so the original matrices are kept and put back: a copy of them is the price.
     """
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
-    if not isinstance(model, PeftModel) or not layers or getattr(model, "is_quantized", False):
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if not layers or is_sharded() or any(weight.dtype != torch.float32 for weight in weights) or getattr(
+            model, "is_quantized", False):
         yield model
         return
-    weights = [layer.get_base_layer().weight for layer in layers]
-    originals = [weight.detach().to("cpu", copy=True) for weight in weights]  # on the host: the GPU may have no room
+    originals = [weight.detach().clone() for weight in weights]
     model.merge_adapter()
     try:
         yield model
@@ -876,192 +561,37 @@ def merged_adapter(model):
             weight.data.copy_(original)
 
 
-def save_model(model, tokenizer, folder, args):
-    """Writes a whole model that every version of transformers reads alike and that summarises as long as it did here.
+# ---------- 4. Loss, order of the rows, learning rate -----------------------------------------------------------------
 
-    transformers 5.23 writes `tie_word_embeddings: true` for every T5, also for Flan-T5, whose head is a matrix of its
-    own; another version would then tie the two and drop the head.
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+MAX_GRAD_NORM = 1.0  # the gradient of all trained weights together is clipped to it
+WARMUP = 0.05  # share of the steps
+
+
+def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """Cross-entropy in nats per target token: `logits` [batch, target, vocabulary], `labels` [batch, target].
+
+    Divided by the tokens of the whole optimiser step, not of this micro-batch: a mean of means would weigh the tokens
+    of short micro-batches more. (The Trainer leaves the division to T5, which ignores it: transformers issue 47688.)
     """
-    model.generation_config.update(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams)  # else 20 tokens
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        path = folder / "config.json"
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False})
+    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(),
+                                             ignore_index=-100, reduction="sum")
+    return loss / num_items_in_batch
 
 
-def save_result(model, tokenizer, folder, args):
-    """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
-    temporary = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(temporary, save_embedding_layers=False)
-        # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub
-        # whenever the Trainer saves a checkpoint.
-        path, base = temporary / "adapter_config.json", {"base_model_name_or_path": MODELS.get(args.model, args.model)}
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        tokenizer.save_pretrained(temporary)
-    else:
-        save_model(model, tokenizer, temporary, args)
-    replace_folder(temporary, folder)
+def learning_rate_factor(step: int, steps: int) -> float:
+    """What the peak learning rate is multiplied with in `step` (from 0) of `steps`: up from 0, then linearly to 0."""
+    warmup = math.ceil(WARMUP * steps)
+    return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Scores: generation, and ROUGE with its bootstrap interval.
-# ------------------------------------------------------------------------------------------------------------------
-
-ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-
-
-@torch.inference_mode()
-def generate_summaries(model, tokenizer, sources, args, precision, batch_size=None, stop=lambda: False):
-    """Summaries (strings) of `sources` (lists of token ids), in the order of `sources`.
-
-    All text of this script is generated here. Batches hold rows of similar length, the longest first, so that little is
-    padded and memory that does not suffice shows at once: then the batch is halved. Several processes share the rows.
-    Without `max_new_tokens` a summary would end after 20 tokens.
-    """
-    device = model.device
-    settings = GenerationConfig(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, do_sample=False)
-    state = PartialState()
-    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-    mine = order[state.process_index :: state.num_processes]
-    batch_size = batch_size or max(1, (256 if device.type == "cuda" else 32) // args.num_beams)
-    autocast = torch.autocast(device.type, precision, enabled=precision != model.dtype)
-    summaries, start = {}, 0
-    bar = tqdm(total=len(mine), desc="summaries", unit="row", leave=False, dynamic_ncols=True, disable=None)
-    while start < len(mine):
-        if stop():
-            raise Interrupted
-        rows = mine[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, pad_to_multiple_of=64 if device.type == "cuda"
-                              else 8, return_tensors="pt").to(device)
-        try:
-            with autocast:
-                output = model.generate(**batch, generation_config=settings)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            output = None
-        if output is None:  # out here, as the exception holds on to what it had computed
-            batch_size = len(rows) // 2
-            torch.cuda.empty_cache()
-            continue
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        summaries.update(zip(rows, (text.strip() for text in texts), strict=True))
-        start += len(rows)
-        bar.update(len(rows))
-    bar.close()
-    if state.num_processes > 1:
-        parts = [None] * state.num_processes
-        torch.distributed.all_gather_object(parts, summaries)
-        summaries = {i: text for part in parts for i, text in part.items()}
-    return [summaries[i] for i in range(len(sources))]
+def number_of_steps(settings: Settings, rows: int) -> int:
+    """Optimiser steps of a run with `rows` training rows: those of its epochs, or --max-steps if these are fewer."""
+    steps = math.ceil(rows / settings.batch_size) * settings.epochs
+    return min(steps, settings.max_steps or steps)
 
 
-class Rouge(evaluate.Metric):
-    """ROUGE F1 in percent for each row, by rouge_score with the Porter stemmer, as Hugging Face's example reports it.
-
-    A local metric, because `evaluate.load("rouge")` needs the Hub. ROUGE-Lsum compares sentence by sentence, and
-    sentences are taken to end at white space after . ! or ? (Lin 2004 leaves the splitting open).
-    """
-
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(description="ROUGE per row", citation="Lin 2004", inputs_description=__doc__,
-                                   features=datasets.Features({"predictions": text, "references": text}))
-
-    def _compute(self, predictions, references):
-        scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-        rows = [scorer.score(one_sentence_a_line(reference), one_sentence_a_line(prediction))
-                for prediction, reference in zip(predictions, references, strict=True)]
-        return {kind: [100 * row[kind].fmeasure for row in rows] for kind in ROUGE_TYPES}
-
-
-def one_sentence_a_line(text):
-    return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
-
-
-def bootstrap_interval(scores, samples=1000, seed=0):
-    """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: (low, high)."""
-    scores, rng = np.asarray(scores), np.random.default_rng(seed)
-    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def score(model, tokenizer, rows, args, precision, stop=lambda: False):
-    """Summarises `rows` (a tokenised split) and compares with the references.
-
-    Returns the scores, {"rouge1": mean, "rouge1_interval": [low, high], ...}, and the rows with their predictions.
-    The raw references are compared, not the labels, which may be truncated.
-    """
-    predictions = generate_summaries(model, tokenizer, rows["input_ids"], args, precision, stop=stop)
-    metric = Rouge(keep_in_memory=True)
-    per_row = metric.compute(predictions=predictions, references=list(rows["summary"]))
-    scores = {}
-    for kind, values in per_row.items():
-        scores[kind] = float(np.mean(values))
-        scores[kind + "_interval"] = bootstrap_interval(values)
-    examples = [
-        {"id": i, "dialogue": dialogue, "reference": reference, "prediction": prediction, "rouge1": round(rouge1, 2)}
-        for i, dialogue, reference, prediction, rouge1 in zip(
-            rows["id"], rows["dialogue"], rows["summary"], predictions, per_row["rouge1"], strict=True)
-    ]
-    return scores, examples
-
-
-def protocol(args, data):
-    """How the scores were taken. Only scores of one and the same protocol can be compared."""
-    return {
-        "decoding": "greedy" if args.num_beams == 1 else f"beam search with {args.num_beams} beams",
-        "max_new_tokens": args.max_new_tokens, "prefix": PREFIX, "rouge": "rouge_score F1", "stemmer": True,
-        "sentences": "split at white space after . ! ?", "interval": "95% percentile bootstrap over rows, 1000 samples",
-        "max_source_length": args.max_source_length,
-        "rows": {split: len(rows) for split, rows in data.items()},
-        "truncated": {split: round(float(np.mean(rows["truncated"])), 4) for split, rows in data.items()},
-    }
-
-
-def describe(protocol):
-    rows = ", ".join(f"{count} {split} ({protocol['truncated'][split]:.1%} truncated)"
-                     for split, count in protocol["rows"].items() if split != "train" or len(protocol["rows"]) == 1)
-    return (f"Protocol: {protocol['decoding']}, at most {protocol['max_new_tokens']} new tokens; {protocol['rouge']} "
-            f"with stemmer, sentences {protocol['sentences']}; rows: {rows} to {protocol['max_source_length']} tokens; "
-            f"in brackets the {protocol['interval']}.")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Training: Seq2SeqTrainer, with an exact loss, resumable order, scores after each epoch and whole checkpoints.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class StopSignal:
-    """Remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one stops at once.
-
-    The same signal within a second is taken for the first: torchrun passes on what a scheduler, or Ctrl-C, has already
-    sent to each process.
-    """
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if not self.number:
-            self.number, self.received = number, time.monotonic()
-            say("\nstopping after this step and saving (once more: stop at once)", file=sys.stderr)
-        elif number != self.number or time.monotonic() - self.received > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def __call__(self):
-        return bool(self.number)
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler):
+class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     """A new permutation of the rows for each epoch, in which the rows of one optimiser step have similar lengths.
 
     The rows are shuffled, cut into chunks of 50 batches, sorted by length within each chunk and shuffled again batch by
@@ -1072,20 +602,23 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.
     """
 
-    def __init__(self, lengths, batch_size, seed, multiple_of=1):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, multiple_of: int = 1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.multiple_of = multiple_of
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths) + -len(self.lengths) % self.multiple_of
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.set_epoch(int(state.epoch or 0))  # the Trainer's own message is lost when several processes resume in one
+
+    def __iter__(self) -> Iterator[int]:
         return iter(self.order(self.epoch))
 
-    def order(self, epoch):
+    def order(self, epoch: int) -> list[int]:
         rng = np.random.default_rng([self.seed, epoch])
         order, chunk = rng.permutation(len(self.lengths)), 50 * self.batch_size
         batches = []
@@ -1106,178 +639,929 @@ class Collator(DataCollatorForSeq2Seq):
 
     tokens = 0
 
-    def __call__(self, rows):
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         self.tokens += sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
         return super().__call__(rows)
 
 
-def token_mean_loss(outputs, labels, num_items_in_batch):
-    """Cross-entropy in nats per target token: `logits` [batch, target, vocabulary], `labels` [batch, target].
-
-    Divided by the tokens of the whole optimiser step, not of this micro-batch: a mean of means would weigh the tokens
-    of short micro-batches more. (The Trainer leaves the division to T5, which ignores it: transformers issue 47688.)
-    """
-    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(),
-                                             ignore_index=-100, reduction="sum")
-    return loss / num_items_in_batch
+# ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
 
-class EpochForSampler(TrainerCallback):
-    """Tells the sampler which epoch it is: the Trainer's own message is lost when several processes resume in one."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.set_epoch(int(state.epoch or 0))
+def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
+                       **changes: Any) -> Seq2SeqTrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = {
+        "output_dir": str(folder),  # only has to exist: SummarizationTrainer saves by itself
+        "max_steps": steps, "seed": settings.seed, "learning_rate": settings.lr, "max_grad_norm": MAX_GRAD_NORM,
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * processes),
+        "bf16": precision == torch.bfloat16, "use_cpu": device.type == "cpu",
+        "eval_strategy": "epoch", "eval_on_start": True, "save_strategy": "no",
+        "logging_steps": max(1, min(10, steps // 20)),
+        "logging_nan_inf_filter": False,  # the filter would wait for the GPU
+        "report_to": [], "disable_tqdm": True, "ddp_find_unused_parameters": False, "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    return Seq2SeqTrainingArguments(**arguments | changes)
 
 
 class SummarizationTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer, and where it differs:
+    """Seq2SeqTrainer, which runs the loop: batches, accumulation, autocast, processes. Where it differs:
 
-    - `evaluate` scores validation and test by generation (`score`), and keeps the adapter of the best epoch;
-    - the order of the rows comes from `LengthGroupedSampler`;
-    - a checkpoint is complete or absent: it is written aside and renamed;
-    - the log has samples/s, tokens/s and memory.
+    - `training_step` is the one place where a (micro-)step is run, with dropout that depends on seed, step and rank;
+    - a step whose loss or gradient is not finite changes nothing (`_clip_grad_norm`) and is counted (`log`);
+    - the order of the rows comes from `LengthGroupedSampler`, the learning rate from `schedule`;
+    - `evaluate` saves a checkpoint, scores validation and test by generation, and keeps the best epoch's adapter;
+    - a checkpoint is whole or absent (section 7).
     """
 
-    def __init__(self, *, run, data, settings, precision, stop, **kwargs):
-        self.run, self.data, self.settings, self.precision, self.stop = run, data, settings, precision, stop
+    def __init__(self, run: "Run", model: torch.nn.Module, tokenizer: Any, data: datasets.DatasetDict, steps: int,
+                 device: torch.device, precision: torch.dtype, schedule: Callable[[int], float] | None = None,
+                 **changes: Any):
+        self.run, self.settings, self.data = run, run.settings, data
+        self.schedule = schedule or functools.partial(learning_rate_factor, steps=steps)
+        self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, run.stop)
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
         processes = PartialState().num_processes
-        together = settings.micro_batch_size * processes if processes > 1 else 1
-        self.sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed, multiple_of=together)
+        together = self.settings.micro_batch_size * processes if processes > 1 else 1
+        self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed, together)
         rows = data["train"].select_columns(["input_ids", "labels"])
         if len(self.sampler) > len(rows):
             empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
             rows = datasets.concatenate_datasets([rows, empty])
-        super().__init__(train_dataset=rows, eval_dataset=data["validation"], compute_loss_func=token_mean_loss,
-                         **kwargs)
+        super().__init__(
+            model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"],
+            args=training_arguments(self.settings, run.folder, steps, device, precision, **changes),
+            callbacks=[run, self.sampler],
+            data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
+            compute_loss_func=token_mean_loss)
+        self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
-        self.since, self.tokens_since, self.step_since = time.perf_counter(), 0, 0
-        self.recent = []  # step and loss of each micro-batch since the last log
-        self.add_callback(EpochForSampler(self.sampler))
+        self.recent: list[list] = []  # of each step since the last log: [step, loss, gradient norm], on the device
+        self.skipped_in_a_row, self.saved_step = 0, 0
+        self.restart_clock()
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self.sampler
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=self.args.learning_rate, fused=True, **ADAMW)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.schedule)
+        return self.lr_scheduler
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, on the device."""
+        step = self.state.global_step
+        if not self.recent or self.recent[-1][0] != step:  # the first micro-batch of a step
+            # The Trainer seeds all ranks alike, which would give them equal masks of dropout, and once: a resumed run
+            # would have to bring back the generators' states.
+            seeds = np.random.SeedSequence([self.settings.seed, step, PartialState().process_index])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+            self.recent.append([step, torch.zeros((), device=self.args.device), None])
         loss = super().training_step(*args, **kwargs)
-        self.recent.append((self.state.global_step, loss))  # stays on its device: nothing has to wait for it
-        return loss
+        self.recent[-1][1] += loss
+        return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 
-    def stop_at_bad_loss(self):
-        """Ends the run with a UserError that names the first step whose loss is not finite, and its rows."""
-        losses = self.accelerator.reduce(torch.stack([loss for _, loss in self.recent]), "sum")
-        bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
-        step, loss = (self.recent[bad[0]][0], f"loss is {losses[bad[0]]}") if bad else (
-            self.recent[-1][0], "gradient is not finite")
-        epoch, place = divmod(step, math.ceil(len(self.data["train"]) / self.settings.batch_size))
-        size = self.settings.batch_size
-        rows = [self.data["train"]["id"][i] for i in self.sampler.order(epoch)[place * size : (place + 1) * size]
-                if i < len(self.data["train"])]
-        raise NotFinite(f"the {loss} in step {step + 1}, with the rows {', '.join(rows)}: look at these, "
-                        "or try a lower --lr")
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clips, and tells AdamW to leave weights and moments alone if loss or gradient norm is not finite.
 
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            now = time.perf_counter()
-            seconds, steps = now - self.since, self.state.global_step - self.step_since
-            tokens = (self.data_collator.tokens - self.tokens_since) * self.args.world_size
-            logs["seconds"] = round(seconds, 3)
-            logs["samples_per_second"] = round(steps * self.settings.batch_size / seconds, 2)
-            logs["tokens_per_second"] = round(tokens / seconds, 1)
-            logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
-            self.restart_clock()
-            if not math.isfinite(logs["loss"] + logs["grad_norm"]):
-                self.stop_at_bad_loss()
-            self.recent.clear()
+        `found_inf` is what GradScaler uses for this: the GPU decides, and nothing waits for it.
+        """
+        norm = super()._clip_grad_norm(model)
+        self.recent[-1][2] = norm = whole(norm)
+        skip = (~(self.recent[-1][1] + norm).isfinite()).float()
+        if self.args.world_size > 1:  # the norm is that of all ranks, the loss is not
+            torch.distributed.all_reduce(skip, op=torch.distributed.ReduceOp.MAX)
+        self.optimizer.optimizer.found_inf = skip
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed and memory to the loss of the last steps; names the steps that were skipped, and ends the run
+        after `MAX_SKIPPED` of them in a row."""
+        if "train_loss" in logs:  # the Trainer's last word, about the sum that training_step does not keep
+            return
+        if "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        # A rank's share of the loss is scaled so that the mean over ranks is the mean over all tokens.
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _ in self.recent]), "mean").tolist()
+        steps = [(step, loss, float(norm)) for (step, _, norm), loss in zip(self.recent, losses, strict=True)]
+        self.recent.clear()
+        good = [(loss, norm) for _, loss, norm in steps if math.isfinite(loss + norm)]
+        seconds, tokens = time.perf_counter() - self.since, self.data_collator.tokens - self.tokens_since
+        logs |= {
+            "seconds": round(seconds, 3), "skipped_steps": len(steps) - len(good),
+            "samples_per_second": round(len(steps) * self.settings.batch_size / seconds, 2),
+            "tokens_per_second": round(tokens * self.args.world_size / seconds, 1),
+            "peak_memory_gib": peak_memory_gib(self.args.device),
+        }
+        del logs["loss"]
+        if good:
+            logs |= {"loss": sum(loss for loss, _ in good) / len(good), "grad_norm": good[-1][1]}
+        else:
+            del logs["grad_norm"]
+        self.restart_clock()
         super().log(logs, start_time)
+        for step, loss, norm in steps:
+            self.skipped_in_a_row = 0 if math.isfinite(loss + norm) else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row:
+                self.run.report_skipped(self, step, loss, self.skipped_in_a_row)
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         """So that speed and memory in the log are those of training alone, without evaluations and checkpoints."""
-        self.since, self.tokens_since = time.perf_counter(), self.data_collator.tokens
-        self.step_since = self.state.global_step
-        if self.args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.args.device)
+        self.since, self.tokens_since = time.perf_counter(), getattr(self, "data_collator", Collator).tokens
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores validation and test, logs them, and keeps the adapter if validation ROUGE-1 is the best so far.
 
-        Called by the Trainer before the first step (a resumed run may have been scored there) and after each epoch.
+        Called by the Trainer before the first step (where a resumed run may have been scored) and after each epoch.
         """
-        done = evaluations(self.state.log_history)
-        at_start_of_resumed_epoch = self.state.global_step and not float(self.state.epoch).is_integer()
-        if any(e["step"] == self.state.global_step for e in done) or (
-            at_start_of_resumed_epoch and self.state.global_step < self.state.max_steps
-        ):
+        step, scored = self.state.global_step, evaluations(self.state.log_history)
+        is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
+        if self.run.is_stopping or is_mid_epoch or any(entry["step"] == step for entry in scored):
             return {}
+        if step:
+            self._save_checkpoint()
         start, entry, examples = time.perf_counter(), {}, {}
-        stop = self.stop if self.args.world_size == 1 else lambda: False  # ranks must not part company
         self.model.eval()
-        try:
-            with merged_adapter(self.model):
-                for split in ("validation", "test"):
-                    entry[split], examples[split] = score(self.model, self.processing_class, self.data[split],
-                                                          self.settings, self.precision, stop=stop)
-        except Interrupted:
-            if self.state.global_step == 0 or (self.run / f"checkpoint-{self.state.global_step}").is_dir():
-                raise  # nothing has been trained since the last checkpoint
-            self.control.should_training_stop = True  # the Trainer saves next; scored when the run goes on
-            return {}
-        entry["seconds"] = round(time.perf_counter() - start, 2)
-        epoch = epoch_number(self.state.epoch)
-        if self.is_world_process_zero():
-            try:
-                for split, rows in examples.items():
-                    write_jsonl(self.run / "predictions" / f"{split}-epoch-{epoch}.jsonl", rows)
-                if all(entry["validation"]["rouge1"] > e["validation"]["rouge1"] for e in done):
-                    save_result(self.model, self.processing_class, self.run / result_name(self.settings), self.settings)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise cannot_write(self.run, error) from None
-        self.log(entry)
-        self.callback_handler.call_event("on_evaluate", self.args, self.state, self.control, examples=examples)
+        with merged_adapter(self.model):
+            for split in ("validation", "test"):
+                entry[split], examples[split] = score(self.summarizer, self.data[split])
         self.model.train()
+        entry["seconds"] = round(time.perf_counter() - start, 2)
+        self.log(entry)
+        if all(entry["validation"]["rouge1"] > other["validation"]["rouge1"] for other in scored):
+            save_result(self.run.folder, self.model, self.processing_class, self.settings)
+        self.run.on_scored(self.state, examples)
         self.restart_clock()
         return {}
 
-    def _save_checkpoint(self, model, trial):
-        try:
-            super()._save_checkpoint(model, trial)  # into args.output_dir, which is a folder aside
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise cannot_write(self.run, error) from None
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            name = f"checkpoint-{self.state.global_step}"
-            replace_folder(Path(self.args.output_dir) / name, self.run / name)
-            for old in checkpoints(self.run)[:-2]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()  # at its end the Trainer of each process looks at what is being renamed
+    def _save_checkpoint(self, *_: Any) -> None:
+        if self.saved_step != self.state.global_step:
+            save_checkpoint(self.run.folder, self.model, self.optimizer, self.state)
+            self.saved_step, self.run.saved_at = self.state.global_step, time.monotonic()
         self.restart_clock()
 
-    # The Trainer reads a checkpoint in three places, all without running code that it may hold (weights_only=True).
-    def _load_from_checkpoint(self, checkpoint, *args):
-        with loading_checkpoint(checkpoint):
-            super()._load_from_checkpoint(checkpoint, *args)
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(checkpoint))
+        self.saved_step = step_of(Path(checkpoint))
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with loading_checkpoint(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
 
-    def _load_rng_state(self, checkpoint):
-        with loading_checkpoint(checkpoint):
-            super()._load_rng_state(checkpoint)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass  # nothing random is left in the generators: see training_step
 
 
-def result_name(args):
-    return "model" if args.full else "adapter"
+# ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
+
+ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 
 
-def peak_memory_gib(device):
+class Summarizer:
+    """Summaries of token ids. All text of this script is generated here, in `generate`.
+
+    Batches hold rows of similar length, the longest first, so that little is padded and memory that does not suffice
+    shows at once: then the batch is halved, for good. Several processes share the rows and go from batch to batch
+    together, so that all of them halve it, or end because of a signal, in the same place.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
+                 precision: torch.dtype, stop: "StopSignal | None" = None):
+        self.model, self.tokenizer, self.device, self.precision, self.stop = model, tokenizer, device, precision, stop
+        # Without max_new_tokens a summary would end after 20 tokens.
+        self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
+                                       do_sample=False)
+        self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
+
+    def __call__(self, sources: list[Tokens]) -> list[str]:
+        """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
+        state = PartialState()
+        order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+        order += order[: -len(order) % state.num_processes]  # as many for each process
+        mine, summaries, start = order[state.process_index :: state.num_processes], {}, 0
+        bar = new_bar(len(mine), "summaries", "row")
+        while start < len(mine):
+            rows = mine[start : start + self.batch_size]
+            texts = self.generate([sources[i] for i in rows])
+            no_room, is_stopping = agree(self.device, texts is None, self.stop is not None and self.stop.number)
+            if is_stopping:
+                raise Interrupted
+            if no_room:  # out here, as the exception would hold on to what it had computed
+                self.batch_size = len(rows) // 2
+                torch.cuda.empty_cache()
+                continue
+            summaries.update(zip(rows, texts, strict=True))
+            start += len(rows)
+            bar.update(len(rows))
+        bar.close()
+        if state.num_processes > 1:
+            parts = [None] * state.num_processes
+            torch.distributed.all_gather_object(parts, summaries)
+            summaries = {i: text for part in parts for i, text in part.items()}
+        return [summaries[i] for i in range(len(sources))]
+
+    @torch.no_grad()
+    def generate(self, sources: list[Tokens]) -> list[str] | None:
+        """The summaries of one batch; None if there was no room for it in the GPU's memory."""
+        batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
+                                   pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
+        more = {"synced_gpus": True} if is_sharded() else {}  # each forward pass needs the shards of all processes
+        try:
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
+                output = self.model.generate(**batch, generation_config=self.config, **more)
+        except torch.OutOfMemoryError:
+            if len(sources) == 1:
+                raise
+            return None
+        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+class Rouge(evaluate.Metric):
+    """ROUGE F1 in percent for each row, by rouge_score with the Porter stemmer, as Hugging Face's example reports it.
+
+    A local metric, because `evaluate.load("rouge")` needs the Hub. ROUGE-Lsum compares sentence by sentence, and
+    sentences are taken to end at white space after . ! or ? (Lin 2004 leaves the splitting open).
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(description="ROUGE per row", citation="Lin 2004", inputs_description=self.__doc__,
+                                   features=datasets.Features({"predictions": text, "references": text}))
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, list[float]]:
+        scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+        rows = [scorer.score(one_sentence_a_line(reference), one_sentence_a_line(prediction))
+                for prediction, reference in zip(predictions, references, strict=True)]
+        return {kind: [100 * row[kind].fmeasure for row in rows] for kind in ROUGE_TYPES}
+
+
+def one_sentence_a_line(text: str) -> str:
+    return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
+
+
+def bootstrap_interval(scores: list[float], samples: int = 1000, seed: int = 0) -> list[float]:
+    """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: [low, high]."""
+    scores, rng = np.asarray(scores), np.random.default_rng(seed)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[dict[str, Any]]]:
+    """Summarises `rows` (a tokenised split) and compares with the references.
+
+    Returns the scores, and the rows with their predictions. The raw references are compared, not the labels, which may
+    be truncated.
+    """
+    predictions = summarizer(rows["input_ids"])
+    per_row = Rouge(keep_in_memory=True).compute(predictions=predictions, references=list(rows["summary"]))
+    scores = {}
+    for kind, values in per_row.items():
+        scores[kind] = float(np.mean(values))
+        scores[kind + "_interval"] = bootstrap_interval(values)
+    examples = [
+        {"id": i, "dialogue": dialogue, "reference": reference, "prediction": prediction, "rouge1": round(rouge1, 2)}
+        for i, dialogue, reference, prediction, rouge1 in zip(
+            rows["id"], rows["dialogue"], rows["summary"], predictions, per_row["rouge1"], strict=True)
+    ]
+    return scores, examples
+
+# ---------- 7. Files and checkpoints: whole or absent, whatever happens while they are written ------------------------
+
+SAVE_SECONDS = 600  # nothing of a training that is older is lost, whatever happens
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Writes a file aside, and renames it when it is on the disk: after a crash `path` is whole, old or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".incomplete")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Renames a written folder once it is on disk, so that after a crash or power cut `folder` is whole or absent."""
+    for path in [*written.rglob("*"), written] if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = folder.with_name(folder.name + ".old.incomplete")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    written.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_incomplete(folder: Path) -> None:
+    for path in [*folder.glob("*.incomplete"), *folder.glob("*/*.incomplete")]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path, kinds: tuple = (OSError, RuntimeError, SafetensorError)) -> Iterator[None]:
+    """Makes a UserError of a failure to write. torch.save and safetensors report a full disk in errors of their own."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        advice = "make room, or choose another folder"
+        if (folder / "metrics.json").is_file():
+            advice = f"make room, then go on with --resume --output-dir {folder}"
+        disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(disk).free >> 20
+        raise UserError(f"cannot write to {folder}: {reason} ({free:,} MiB free); {advice}") from None
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: Any) -> Any:
+    """The tensor itself, put together from all processes if it is sharded; all of them must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The whole tensor in main memory; None but in the first process, which is the one that writes."""
+    tensor = whole(tensor.detach())
+    return tensor.cpu().contiguous() if is_main_process() else None
+
+
+def sharded_like(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not isinstance(parameter, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, whole and in main memory (of the first process)."""
+    return {name: on_host(parameter) for name, parameter in trained_parameters(model).items()}
+
+
+def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Writes checkpoints/step-<number> of a run: the trained weights, AdamW's moments, the Trainer's state and log.
+
+    Nothing else is needed: order of the rows, dropout and learning rate follow from seed and step. The last two are
+    kept. Sharded tensors are put together, so that a checkpoint is the same under any launcher.
+    """
+    weights, moments = trained_weights(model), optimizer.state_dict()
+    moments["state"] = {i: {name: on_host(tensor) for name, tensor in values.items()}
+                        for i, values in moments["state"].items()}
+    folder = run / "checkpoints" / f"step-{state.global_step:08d}"
+    temporary = folder.with_name(folder.name + ".incomplete")
+    if is_main_process():
+        with writing_to(run):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / "weights.safetensors")
+            torch.save(moments, temporary / "optimizer.pt")
+            state.save_to_json(str(temporary / "trainer_state.json"))
+            replace_folder(temporary, folder)
+            for old in checkpoints(run)[:-2]:
+                shutil.rmtree(old)
+    PartialState().wait_for_everyone()
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(sharded_like(weights[name], parameter))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, checkpoint: Path
+                   ) -> None:
+    """AdamW's moments; and the learning rate of this step, which may be another one if --max-steps has changed."""
+    moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, values in zip(parameters, moments["state"].values(), strict=True):
+        values.update({name: sharded_like(value, parameter) for name, value in values.items()})
+    optimizer.load_state_dict(moments)
+    scheduler.last_epoch = step_of(checkpoint)
+    scheduler._last_lr = [rate * factor(scheduler.last_epoch)
+                          for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    return sorted(path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that can be read, or None; what cannot be read is put aside, and named."""
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            with safe_open(checkpoint / "weights.safetensors", "pt"):
+                pass
+            torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            reason = "it has code in it, which is not run" if isinstance(
+                error, pickle.UnpicklingError) else first_line(error)
+            aside = checkpoint.with_name(checkpoint.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            say(f"{checkpoint} is damaged ({reason}): put aside as {aside.name}")
+        else:
+            say(f"going on from {checkpoint}")
+            return checkpoint
+    say(f"{run} has no checkpoint: it starts with the first step")
+    return None
+
+
+def result_name(settings: Settings) -> str:
+    return "model" if settings.full else "adapter"
+
+
+def save_result(run: Path, model: torch.nn.Module, tokenizer: Any, settings: Settings) -> None:
+    """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
+    weights, folder = trained_weights(model), run / result_name(settings)
+    if not is_main_process():
+        return
+    temporary = folder.with_name(folder.name + ".incomplete")
+    with writing_to(run):
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(model, PeftModel):
+            save_model(model, tokenizer, temporary, settings, weights)
+            return replace_folder(temporary, folder)
+        model.save_pretrained(temporary, state_dict=weights, save_embedding_layers=False)
+        # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub.
+        path, base = temporary / "adapter_config.json", MODELS.get(settings.model, settings.model)
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, folder)
+
+
+def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: Settings,
+               weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a whole model that every version of transformers reads alike and that summarises as long as it did here.
+
+    transformers 5 writes `tie_word_embeddings: true` for every T5, also for Flan-T5, whose head is a matrix of its own;
+    another version would then tie the two and drop the head.
+    """
+    model.generation_config.update(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams)
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        path = folder / "config.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False})
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Two trainings must not write to one folder. The lock of a process that is gone is none."""
+    if fcntl is None or not is_main_process():
+        yield
+        return
+    with writing_to(run):
+        file = open(run / "lock", "a")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run} is being trained by another process: wait for it, or choose another run "
+                            "(--output-dir DIR)") from None
+        yield
+
+
+# ---------- 8. Reading models and data: the Hub, folders, and what is wrong with a file -------------------------------
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+               "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+
+
+def fetch(repo_id: str, repo_type: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
+    """Downloads what is needed of a Hub repository, or finds it in the cache; returns its local folder.
+
+    Everything after this works on folders, so nothing else can touch the network. Offline (HF_HUB_OFFLINE=1, or no
+    connection) the cached copy is used; without one a UserError names the way out.
+    """
+    reason, files = ask_hub(repo_id, repo_type)
+    patterns = [f"*{suffix}" for suffix in SUFFIXES]
+    if repo_type == "model":  # the weights only once: a repository may hold them in five formats
+        # A .bin that is not in the cache would count as a gap, so .bin is asked for only where the Hub has no other.
+        only_bin = files and not any(name.endswith(".safetensors") for name in files)
+        patterns = ["*.json", "*.model", *(["*.bin" if only_bin else "*.safetensors"] if weights else [])]
+    try:
+        with PartialState().main_process_first():
+            return Path(huggingface_hub.snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns,
+                                                          cache_dir=cache_dir, local_files_only=reason is not None))
+    except huggingface_hub.errors.GatedRepoError:  # the names of its files are shown to everybody
+        raise UserError(f"{repo_id} asks for a licence: accept it on its Hub page, then `hf auth login`") from None
+    except Exception as error:  # a broken connection, in classes of the Hub client's HTTP library; a full disk
+        raise UserError(f"cannot get {repo_type} {repo_id} from the Hub ({reason or first_line(error)}), and it is "
+                        f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
+
+
+hub_is_silent = threading.Event()  # then it is not waited for a second time
+
+
+def ask_hub(repo_id: str, repo_type: str) -> tuple[str | None, list[str]]:
+    """None or the reason why the Hub does not answer, and the names of the files in a repository.
+
+    Its own functions try again for minutes, or wait without end where a server is silent or a name cannot be looked up.
+    So they are called once, in a thread that is left behind after 8 seconds (3, if the name is not known by then).
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE or hub_is_silent.is_set():
+        return "no answer within 8 seconds" if hub_is_silent.is_set() else "HF_HUB_OFFLINE is set", []
+    host, is_known, answer = huggingface_hub.constants.ENDPOINT.split("//")[-1].split(":")[0], threading.Event(), []
+
+    def ask() -> None:
+        try:
+            if not urllib.request.getproxies():  # a proxy looks names up by itself
+                socket.getaddrinfo(host, None)
+            is_known.set()
+            answer.append(huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type))
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(3)
+    if is_known.is_set():
+        thread.join(5)
+    if not answer:
+        hub_is_silent.set()
+        return "no answer within 8 seconds" if is_known.is_set() else f"the name {host} cannot be looked up", []
+    if isinstance(answer[0], (huggingface_hub.errors.RepositoryNotFoundError,
+                              huggingface_hub.errors.HFValidationError)):
+        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
+    if isinstance(answer[0], Exception):
+        return first_line(answer[0]), []
+    return None, [file.rfilename for file in answer[0].siblings]
+
+
+def looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(tuple(SUFFIXES)) or name.count("/") > 1
+
+
+def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
+    """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
+    path = Path(DATASETS.get(name, name))
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"{path}: only {', '.join(SUFFIXES)} files can be read")
+        rows = read_files([path], cache_dir)
+        tenth = len(rows) // 10
+        if not tenth:
+            raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
+        say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
+        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
+    if not path.is_dir():
+        if looks_like_path(name) or "/" not in str(path):
+            raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
+        path = fetch(str(path), "dataset", cache_dir)
+    files = find_files(path)
+    missing = [split for split in SPLITS if split not in files]
+    if missing:
+        raise UserError(f"{name} lacks {' and '.join(missing)}: expected train, validation and test (.jsonl, ...) "
+                        f"in {path}, found {', '.join(files) or 'none'} (one file alone is split for you)")
+    return {split: read_files(files[split], cache_dir) for split in SPLITS}
+
+
+def find_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: files} of a folder such as SAMSum's: the split is a word in the name of the file or of its folder."""
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            words = re.findall("[a-z]+", path.stem.lower()) or re.findall("[a-z]+", path.parent.name.lower())
+            names = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+            if len(names) == 1:
+                splits.setdefault(names.pop(), []).append(path)
+    for split, paths in splits.items():
+        folders = sorted({str(path.parent) for path in paths})
+        if len(folders) > 1:  # several configurations of a Hub data set, for example
+            raise UserError(f"{folder} has {split} files in several folders: give one of them, {' or '.join(folders)}")
+    return splits
+
+
+def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
+    """The rows of files of one kind, by `datasets.load_dataset`; UserError with file and line if it refuses."""
+    kind, options = SUFFIXES[paths[0].suffix], {}
+    try:
+        files = [str(path) for path in paths if path.stat().st_size or kind == "parquet"]
+        if kind == "csv" and files:  # all fields are text, "NA" and "7" too, and none of them is the name of its row
+            names = csv_header(Path(files[0]))
+            options = {"keep_default_na": False, "index_col": False, "encoding": "utf-8-sig",
+                       "features": datasets.Features({name: datasets.Value("string") for name in names})}
+        for path in paths if kind == "json" else ():
+            if path.suffix == ".json" and not re.match(rb"(\xef\xbb\xbf)?\s*(\[|$)", path.read_bytes()[:1000]):
+                explain(path)  # pyarrow would make columns of an object, and end the process at a null
+        with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder), split="train",
+                                         **options).to_list() if files else []
+    except UserError:
+        raise
+    except Exception as error:
+        for path in paths:
+            explain(path)
+        if "no data" in str(error):  # nothing but a header
+            return []
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            raise UserError(f"cannot write to {folder}: {cause.strerror}; another folder: --cache-dir DIR") from None
+        what = "not a readable Parquet file" if kind == "parquet" else "not readable"
+        raise UserError(f"{', '.join(map(str, paths))}: {what} ({first_line(cause)})") from None
+
+
+def csv_header(path: Path) -> list[str]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
+    return names
+
+
+def explain(path: Path) -> None:
+    """UserError with the place of what is wrong in a .jsonl, .json or .csv file; returns if nothing is found."""
+    if path.suffix == ".parquet":
+        return
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}): convert it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if path.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        widths, line = [], 1
+        try:
+            for row in reader:
+                widths.append(len(row))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: broken CSV ({error})") from None
+        if max(widths) > widths[0]:
+            raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
+    elif path.suffix == ".json":
+        rows = parse_json(path, 1, text)
+        for i, row in enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]:
+            if not isinstance(rows, list) or not isinstance(row, dict):
+                place = f"row {i}" if i else "1"
+                raise not_a_row(path, place, "a list of them", row)
+    else:
+        for i, row in read_json_lines(path, text):
+            if not isinstance(row, dict):
+                raise not_a_row(path, i, "one a line", row)
+
+
+def not_a_row(path: Path, place: str | int, expected: str, found: Any) -> UserError:
+    kind = "an object" if isinstance(found, dict) else type(found).__name__
+    return UserError(f'{path}:{place}: expected rows such as {{"dialogue": ..., "summary": ...}} ({expected}), '
+                     f"found {kind}")
+
+
+def read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+    """(line number, content) of each line that is not blank."""
+    return [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parse_json(path: Path, line_number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line_number += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
+    except RecursionError:
+        raise UserError(f"{path}:{line_number}: not usable JSON (nested too deeply)") from None
+
+
+@contextlib.contextmanager
+def cache_folder(cache_dir: Path | None, name: str) -> Iterator[Path]:
+    """A folder for what can be made again, first for the main process and then for those that find it there."""
+    folder = Path(cache_dir or huggingface_hub.constants.HF_HOME) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with PartialState().main_process_first():
+            yield folder
+    except FileNotFoundError:  # a file to read
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; another folder: --cache-dir DIR") from None
+
+
+def fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_model(name: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
+    """The local folder of --model: a preset, a folder or a Hub id (downloaded, with or without its weights)."""
+    path = Path(MODELS.get(name, name))
+    if not path.is_dir():
+        if name not in MODELS and (looks_like_path(name) or "/" not in name):
+            raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
+        path = fetch(str(path), "model", cache_dir, weights)
+    return path
+
+
+def load_tokenizer_and_config(folder: Path) -> tuple[Any, transformers.PretrainedConfig]:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError,
+            huggingface_hub.errors.StrictDataclassError) as error:
+        raise UserError(f"{folder} holds no usable model: {first_line(error)}") from None
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # it would be an empty one
+        raise UserError(f"{folder} holds no tokenizer: it needs a tokenizer.json or spiece.model")
+    if config.model_type not in ("t5", "mt5"):
+        raise UserError(f"{folder} is a {config.model_type} model, not T5")
+    if None in (tokenizer.eos_token_id, tokenizer.pad_token_id, config.decoder_start_token_id):
+        raise UserError(f"{folder}: a T5 needs an end and a padding token and, in config.json, decoder_start_token_id")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size} rows")
+    tokenizer.model_max_length = sys.maxsize  # lengths are cut in one place, tokenize(), which also counts them
+    return tokenizer, config
+
+
+def read_weights(folder: Path, **options: Any) -> transformers.PreTrainedModel:
+    """`from_pretrained`, and a UserError if it fails or if weights are missing, which it would make up."""
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if size > 2**30 and sys.stderr.isatty() and is_main_process():
+        transformers.logging.enable_progress_bar()
+    try:
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True, **options)
+    except pickle.UnpicklingError:
+        raise UserError(f"{folder} has weights with code in them, which is not run: use .safetensors") from None
+    except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
+        if "out of memory" in str(error):  # while quantising, transformers wraps it in an error of its own
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
+    missing = sorted(report["missing_keys"])
+    untied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings") is False
+    if untied and model.lm_head.weight is model.shared.weight:  # which transformers takes in place of a lost head
+        missing.append("lm_head.weight")
+    if missing:
+        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: copy it again")
+    return model
+
+
+def forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    """Forward hook of an INT8 layer, whose weights are frozen.
+
+    bitsandbytes 0.50 keeps the input for a gradient of the weights all the same, and out of sight of gradient
+    checkpointing: for XXL, 2 GiB, with checkpointing 3.
+    """
+    function = output.grad_fn
+    if hasattr(function, "tensors"):  # CUDA
+        function.tensors = (None, None, None)
+    elif hasattr(function, "A"):  # CPU
+        function.A = None
+
+
+def load_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
+    misfit = f"the adapter {folder} does not fit {model.config.name_or_path}"
+    try:
+        with warnings.catch_warnings():  # it would leave what is missing at its random start
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except UserWarning:
+        raise UserError(f"{misfit}: it lacks weights") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"the adapter {folder} has code in it, which is not run: use .safetensors") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{misfit}: {lines['size mismatch' in str(error) and len(lines) > 1][:200]}") from None
+
+# ---------- 9. Processes and signals ----------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Raised inside a long computation after SIGINT or SIGTERM."""
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM in `number`, so that the step can end and be saved; a second one stops at
+    once. What it leads to is decided in two places: after a step (`Run.on_step_end`) and after a batch of summaries.
+
+    Signals within a second are taken for one: torchrun passes on what a scheduler, or Ctrl-C, has already sent to each
+    process. The handler runs in the middle of anything, so it only sets fields and writes without a buffer.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.received = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        if not self.number:
+            self.number, self.received = number, time.monotonic()
+            if is_main_process():
+                os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
+        elif time.monotonic() - self.received > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch --use_fsdp` has started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def agree(device: torch.device, *flags: Any) -> list[bool]:
+    """For each flag whether it is set in any process; all of them must ask together."""
+    if PartialState().num_processes == 1:
+        return [bool(flag) for flag in flags]
+    flags = torch.tensor([float(bool(flag)) for flag in flags], device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def from_main_process(work: Callable[[], Any]) -> Any:
+    """What `work` returns in the main process, in all of them."""
+    result = [work() if is_main_process() else None]
+    if PartialState().num_processes > 1:
+        torch.distributed.broadcast_object_list(result)
+    return result[0]
+
+
+def launcher() -> str:
+    """The words that start this script with as many processes."""
+    processes, here = PartialState().num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if is_sharded():
+        return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {processes}"
+    if processes == 1:
+        return "python"
+    nodes = f"--nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d " if here < processes else ""
+    return f"torchrun {nodes}--nproc-per-node={here}"
+
+
+def say(*lines: str, file: Any = None) -> None:
+    """Prints, once, however many processes there are."""
+    if is_main_process():
+        print(*lines, sep="\n", file=file or sys.stdout, flush=True)
+
+
+def say_list(label: str, items: Iterable[str], separator: str = ", ") -> None:
+    """Prints `label: item, item, ...` in lines of at most 79 characters that break between items."""
+    lines = [label]
+    for i, item in enumerate(items):
+        if i:
+            lines[-1] += separator.rstrip()
+        if len(lines[-1]) + len(item) > 77:
+            lines.append(" ")
+        lines[-1] += " " + item
+    say(*lines)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def new_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
+    """A progress bar of at most 79 columns, at a terminal only, of the main process."""
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=unit == "step", ncols=79,
+                disable=None if is_main_process() else True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {desc}")
+
+
+def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
@@ -1289,127 +1573,281 @@ def peak_memory_gib(device):
     return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
-def training_arguments(args, run, device, precision, steps, **changes):
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    arguments = {
-        "output_dir": str(run / "checkpoint.incomplete"),
-        "num_train_epochs": args.epochs, "max_steps": args.max_steps or -1, "seed": args.seed,
-        "per_device_train_batch_size": args.micro_batch_size,
-        "gradient_accumulation_steps": args.batch_size // (args.micro_batch_size * processes),
-        "learning_rate": args.lr, "lr_scheduler_type": "linear", "warmup_steps": 0.05, "optim": "adamw_torch_fused",
-        "bf16": precision == torch.bfloat16, "use_cpu": device.type == "cpu",
-        "eval_strategy": "epoch", "eval_on_start": True, "save_strategy": "epoch",
-        "logging_steps": max(1, min(10, steps // 20)),
-        "logging_nan_inf_filter": False,  # the filter would wait for the GPU
-        "report_to": [], "disable_tqdm": True, "ddp_find_unused_parameters": False, "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+# ---------- 10. A run: its folder, what it shows while it goes, and its report ----------------------------------------
+
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient end a run
+
+
+def train(settings: Settings) -> int:
+    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
+    device, precision = get_device()
+    model, tokenizer, data = load_for_training(settings, device, precision)
+    steps = number_of_steps(settings, len(data["train"]))
+    description = describe_run(settings, model, data, device, precision)
+    folder = settings.output_dir if settings.resume else new_run_folder(settings, run_name(settings))
+    with lock(folder):
+        checkpoint = None
+        if settings.resume:
+            check_resumable(folder, description, settings, steps)
+            with writing_to(folder):
+                checkpoint = from_main_process(lambda: find_checkpoint(folder))
+        show_description(description, settings, steps, folder)
+        run = Run(settings, folder, description)
+        trainer = SummarizationTrainer(run, model, tokenizer, data, steps, device, precision)
+        with writing_to(folder):
+            run.begin(checkpoint)
+        status = "failed"
+        try:
+            with contextlib.suppress(Interrupted), writing_to(folder, OSError):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                status = "finished"
+            if run.stop.number:
+                status = "interrupted"
+        finally:
+            if is_main_process():
+                with writing_to(folder):
+                    run.finish(trainer.state.log_history, status)
+    if status == "interrupted":
+        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {folder}")
+        return 128 + run.stop.number
+    return 0
+
+
+def describe_run(settings: Settings, model: torch.nn.Module, data: datasets.DatasetDict, device: torch.device,
+                 precision: torch.dtype) -> dict[str, Any]:
+    """What is known of a run before its first step: the head of its metrics.json."""
+    # PEFT counts packed 4-bit weights as what they are, two to a byte.
+    trainable, total = [model.num_parameters()] * 2 if settings.full else model.get_nb_trainable_parameters()
+    packages = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate")
+    return {
+        "configuration": settings.configuration,
+        "optimizer": {"name": "AdamW", **ADAMW, "max_grad_norm": MAX_GRAD_NORM, "peak_learning_rate": settings.lr,
+                      "schedule": "linear", "warmup": WARMUP,
+                      "steps": number_of_steps(settings, len(data["train"]))},
+        "versions": {"python": platform.python_version(),
+                     **{name: importlib.metadata.version(name) for name in packages}},
+        "device": device_name(device), "processes": PartialState().num_processes,
+        "precision": str(precision).removeprefix("torch."), "parameters": total, "trainable_parameters": trainable,
+        "scoring": describe_scoring(settings, data),
+        "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
     }
-    return Seq2SeqTrainingArguments(**arguments | changes)
 
 
-class Reporter(TrainerCallback):
-    """Shows a run while it goes: progress bar or lines, TensorBoard, the growing table, metrics.json and plots."""
+def describe_scoring(settings: Settings, data: dict[str, datasets.Dataset]) -> dict[str, Any]:
+    """How scores are taken. Only those taken in the same way can be compared."""
+    return {
+        "decoding": "greedy" if settings.num_beams == 1 else f"beam search with {settings.num_beams} beams",
+        "max_new_tokens": settings.max_new_tokens, "prefix": PREFIX, "rouge": "rouge_score F1", "stemmer": True,
+        "sentences": "split at white space after . ! ?", "interval": "95% percentile bootstrap over rows, 1000 samples",
+        "max_source_length": settings.max_source_length,
+        "rows": {split: len(rows) for split, rows in data.items()},
+        "truncated": {split: round(float(np.mean(rows["truncated"])), 4) for split, rows in data.items()},
+    }
 
-    def __init__(self, run, report, stop, writer):
-        self.run, self.report, self.stop, self.writer = run, report, stop, writer
-        self.bar, self.last_line, self.header_shown = None, 0.0, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True,
-                            disable=None)  # a bar at a terminal only
-            self.last_line = time.perf_counter()
+def rows_in_words(scoring: dict[str, Any], splits: Iterable[str]) -> list[str]:
+    return [f"{scoring['rows'][split]} {split} ({scoring['truncated'][split]:.1%} truncated)" for split in splits]
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(1)
-        if self.stop_is_agreed(args, state):
-            control.should_training_stop = control.should_save = control.should_log = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log = True  # so that no mean spans a checkpoint: a resumed run logs what the other one does
-        if self.stop() and control.should_training_stop:
-            control.should_evaluate = control.should_save = False  # saved already; scored when the run goes on
+def scoring_in_words(scoring: dict[str, Any]) -> str:
+    rows = ", ".join(rows_in_words(scoring, [s for s in scoring["rows"] if s != "train" or len(scoring["rows"]) == 1]))
+    return textwrap.fill(
+        f"Scores: {scoring['decoding']}, at most {scoring['max_new_tokens']} new tokens; {scoring['rouge']} with "
+        f"stemmer, sentences {scoring['sentences']}; rows: {rows} to {scoring['max_source_length']} tokens; intervals: "
+        f"{scoring['interval']}.", 79)
 
-    def stop_is_agreed(self, args, state):
-        """Processes must stop at the same step. They compare notes only when the loss is logged, which waits anyway."""
-        if args.world_size == 1:
-            return self.stop()
-        if state.global_step % args.logging_steps:
-            return False
-        flag = torch.tensor(int(self.stop()), device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag:
-            self.stop.number = self.stop.number or signal.SIGTERM
-        return bool(flag)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is None:
+def show_description(description: dict[str, Any], settings: Settings, steps: int, folder: Path) -> None:
+    """A run's settings in a few lines: model, data, device, and which flags are not at their defaults."""
+    preset = {item.name: item.metadata["default"] for item in fields(Settings)} | RECIPE
+    preset |= PRESETS.get(settings.model, {}) | {"model": settings.model, "dataset": settings.dataset}
+    preset["micro_batch_size"] = max(1, settings.batch_size // description["processes"])
+    changed = {name: value for name, value in settings.configuration.items() if value != preset[name]}
+    total, trained = description["parameters"], description["trainable_parameters"]
+    say_list("model:", [settings.model, f"{total:,} parameters", f"trained {trained:,} ({trained / total:.2%})"])
+    say(f"dataset: {settings.dataset}")
+    say_list("rows:", rows_in_words(description["scoring"], SPLITS))
+    say_list("device:", [description["device"], description["precision"], f"{description['processes']} process(es)"])
+    say(f"training: {settings.epochs} epochs, lr {as_power_of_ten(settings.lr)}, batch {settings.batch_size}, "
+        f"seed {settings.seed}")
+    if changed:
+        say_list("flags:", [f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value))
+                            if isinstance(value, list) else f" {value}") for name, value in changed.items()])
+    say(f"steps: {steps}", f"run: {folder}", "")
+
+
+def run_name(settings: Settings) -> str:
+    """For example flan-t5-xl-samsum-lr=1e-4."""
+    return f"{base_name(settings)}-{Path(settings.dataset).stem}-lr={as_power_of_ten(settings.lr)}"
+
+
+def base_name(settings: Settings) -> str:
+    return Path(MODELS.get(settings.model, settings.model)).name
+
+
+def as_power_of_ten(value: float) -> str:
+    """1e-4 for 0.0001: as people write learning rates."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def new_run_folder(settings: Settings, name: str) -> Path:
+    """Makes the folder of a new run, runs/<name> or --output-dir, never an existing one; all processes get the same."""
+    wanted = settings.output_dir or Path("runs") / name
+
+    def make() -> Path:
+        for suffix in ("", *(f"-{n}" for n in range(2, 10000))):
+            folder = wanted.with_name(wanted.name + suffix) if suffix else wanted
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                if settings.output_dir and folder.is_dir() and not any(folder.iterdir()):
+                    return folder
+                if settings.output_dir:
+                    raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
+            except OSError as error:
+                raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
+        raise UserError(f"{wanted} and 9,999 more exist: choose an --output-dir")
+
+    return from_main_process(make)
+
+
+def check_resumable(run: Path, description: dict[str, Any], settings: Settings, steps: int) -> None:
+    """UserError unless processes and data are those that the run began with. Says what another --max-steps does."""
+    began = read_metrics(run)
+    if began["processes"] != description["processes"]:
+        raise UserError(f"{run} was trained by {began['processes']} process(es), now there are "
+                        f"{description['processes']}: resume it with as many")
+    if began.get("data") != description["data"]:
+        raise UserError(f"the rows of {settings.dataset} or their tokens are not those that {run} began with: "
+                        "bring them back, or start a new run")
+    before, found = began["optimizer"]["steps"], checkpoints(run)
+    if before != steps and found:
+        step = step_of(found[-1])
+        if steps < step:
+            raise UserError(f"--max-steps {steps}: {run} has already taken {step}")
+        rates = [as_power_of_ten(float(f"{settings.lr * learning_rate_factor(step, n):.3g}")) for n in (before, steps)]
+        say(f"{steps} steps in place of {before}: the learning rate at step {step} is {rates[1]}, not {rates[0]}")
+
+
+class Run(TrainerCallback):
+    """The one owner of a run's folder, state and report: metrics.json, metrics.jsonl, TensorBoard, plots, predictions,
+    the progress bar and the table. Everything is made from the Trainer's log, which the checkpoints carry."""
+
+    def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]):
+        self.settings, self.folder, self.description = settings, folder, description
+        self.stop, self.is_stopping = StopSignal(), False
+        self.saved_at = self.last_line = time.monotonic()
+        self.bar = self.board = None
+        self.header_shown = False
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """From now on the folder counts as a run. What an earlier try wrote after `checkpoint` is taken back."""
+        if not is_main_process():
             return
-        if "loss" in logs:
-            for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second",
-                         "peak_memory_gib"):
-                self.writer.add_scalar(f"train/{name}", logs[name], state.global_step)
-            self.show_progress(state, logs)
+        remove_incomplete(self.folder)
+        log = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["log_history"] if checkpoint else []
+        # Its thread prints a traceback when the disk is full; the same error is then raised in ours as well.
+        is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
+        threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
+        first_step = step_of(checkpoint) + 1 if checkpoint else 0
+        try:
+            self.write(log, "running")
+            write_jsonl(self.folder / "metrics.jsonl", log)
+            self.board = SummaryWriter(self.folder, purge_step=first_step if self.settings.resume else None)
+        except OSError:
+            if not self.settings.resume:
+                shutil.rmtree(self.folder)
+            raise
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if is_main_process():
+            self.bar = new_bar(state.max_steps, "", "step", initial=state.global_step)
+        self.saved_at = self.last_line = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stops and saves. Processes do so together; they compare notes only when the loss is logged, which waits."""
+        if self.bar is not None:
+            self.bar.update()
+        if args.world_size == 1 or state.global_step % args.logging_steps == 0:
+            is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
+            is_due, self.is_stopping = agree(args.device, is_due, self.stop.number)
+            if self.is_stopping:
+                self.stop.number = self.stop.number or signal.SIGTERM
+                control.should_training_stop = True
+            if is_due or self.is_stopping:
+                control.should_save = control.should_log = True  # so that no mean spans a checkpoint
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.board is None:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(state.log_history[-1], ensure_ascii=False) + "\n")
+        for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second",
+                     "peak_memory_gib"):
+            if name in logs:
+                self.board.add_scalar(f"train/{name}", logs[name], state.global_step)
         for split in ("validation", "test"):
             for kind in ROUGE_TYPES if split in logs else ():
-                self.writer.add_scalar(f"{split}/{kind}", logs[split][kind], state.global_step)
+                self.board.add_scalar(f"{split}/{kind}", logs[split][kind], state.global_step)
+        if "loss" in logs:
+            self.bar.set_description_str(f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s")
+            if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
+                self.last_line = time.monotonic()
+                say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
+                    f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.1f} rows/s")
 
-    def show_progress(self, state, logs):
-        line = (f"epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
-                f"{logs['samples_per_second']:.1f} samples/s  {logs['peak_memory_gib']:.1f} GiB")
-        if not self.bar.disable:
-            self.bar.set_description(line)
-        elif time.perf_counter() - self.last_line > 10:  # in a log file: a line now and then
-            self.last_line = time.perf_counter()
-            print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
+    def report_skipped(self, trainer: SummarizationTrainer, step: int, loss: float, in_a_row: int) -> None:
+        """Names a step that changed nothing, because its loss or gradient was not finite, and its rows; ends the run
+        after too many of them."""
+        size, ids = self.settings.batch_size, trainer.data["train"]["id"]
+        epoch, place = divmod(step, math.ceil(len(ids) / size))
+        rows = [ids[i] for i in trainer.sampler.order(epoch)[place * size : (place + 1) * size] if i < len(ids)]
+        problem = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+        self.show(f"step {step + 1} is skipped: its {problem}; its rows: {', '.join(rows)}")
+        if in_a_row >= MAX_SKIPPED:
+            last = checkpoints(self.folder)
+            raise UserError(f"{in_a_row} steps in a row had no finite loss and gradient, up to step {step + 1}: try a "
+                            f"lower --lr; the last good checkpoint is {last[-1] if last else 'none'}")
 
-    def on_evaluate(self, args, state, control, examples=None, **kwargs):
-        if self.writer is None:
-            return
-        text = "\n\n---\n\n".join(
-            f"**{row['id']}**\n\n{indented(row['dialogue'])}\n\n**reference:** {row['reference']}\n\n"
-            f"**prediction:** {row['prediction']}" for row in examples["validation"][:5])
-        self.writer.add_text("validation/examples", text, state.global_step)
-        self.writer.flush()
-        self.report.write(state.log_history)
-        entry = self.report.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
-        lines = table([entry]).splitlines()
-        self.bar.write("\n".join(lines[2:] if self.header_shown else lines), file=sys.stdout)
-        self.header_shown = True
-        sys.stdout.flush()
-
-    def on_train_end(self, args, state, control, **kwargs):
+    def show(self, text: str) -> None:
+        """Prints beside the progress bar."""
         if self.bar is not None:
-            self.bar.close()
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
+    def on_scored(self, state: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
+        """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
+        if not is_main_process():
+            return
+        entry = self.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
+        for split, rows in examples.items():
+            write_jsonl(self.folder / "predictions" / f"{split}-epoch-{entry['epoch']:.9g}.jsonl", rows)
+        self.write(state.log_history, "running")
+        checkpoint = self.folder / "checkpoints" / f"step-{state.global_step:08d}" / "trainer_state.json"
+        if checkpoint.exists():
+            content = json.loads(checkpoint.read_text("utf-8")) | {"log_history": state.log_history}
+            write_json(checkpoint, content)
+        text = "\n\n---\n\n".join(
+            f"**{row['id']}**\n\n{textwrap.indent(row['dialogue'], '    ')}\n\n**reference:** {row['reference']}\n\n"
+            f"**prediction:** {row['prediction']}" for row in examples["validation"][:5])
+        self.board.add_text("validation/examples", text, state.global_step)
+        self.board.flush()
+        lines = score_table([entry]).splitlines()
+        self.show("\n".join(lines[2:] if self.header_shown else lines))
+        self.header_shown = True
 
-def indented(dialogue):
-    return textwrap.indent(dialogue, "    ")  # a code block in TensorBoard's Markdown
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Report: everything a run leaves is made from the Trainer's log, which its checkpoints carry.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def epoch_number(epoch):
-    """As it is shown and as files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333."""
-    epoch = round(epoch or 0, 3)
-    return int(epoch) if epoch == int(epoch) else epoch
-
-
-def evaluations(log):
-    return [entry for entry in log if "validation" in entry]
-
-
-class Report:
-    """Writes metrics.json and the plots of a run; `facts` is what is known before training starts."""
-
-    def __init__(self, run, facts):
-        self.run, self.facts, self.status = run, facts, "running"
-
-    def epochs(self, log):
+    def epochs(self, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One dictionary per evaluation: epoch, step, mean training loss since the last one, scores of both splits."""
         result, losses = [], []
         for entry in log:
@@ -1425,60 +1863,135 @@ class Report:
             entry["best"] = entry is best
         return result
 
-    def write(self, log):
-        curve = [entry for entry in log if "loss" in entry]
-        epochs = self.epochs(log)
-        seconds = sum(entry["seconds"] for entry in curve)
-        training = {}
+    def write(self, log: list[dict[str, Any]], status: str) -> dict[str, Any]:
+        """Writes metrics.json and the plots; returns what it holds."""
+        curve, epochs = [entry for entry in log if "loss" in entry], self.epochs(log)
+        seconds, training = sum(entry["seconds"] for entry in curve), {}
         if seconds:
+            mean = lambda name: round(sum(e[name] * e["seconds"] for e in curve) / seconds, 2)
             training = {
-                "steps": curve[-1]["step"], "seconds": round(seconds, 1),
-                "samples_per_second": round(sum(e["samples_per_second"] * e["seconds"] for e in curve) / seconds, 2),
-                "tokens_per_second": round(sum(e["tokens_per_second"] * e["seconds"] for e in curve) / seconds, 1),
+                "steps": curve[-1]["step"], "seconds": round(seconds, 3),
+                "samples_per_second": mean("samples_per_second"), "tokens_per_second": mean("tokens_per_second"),
                 "peak_memory_gib": max(e["peak_memory_gib"] for e in curve),
                 "evaluation_seconds": round(sum(e["seconds"] for e in epochs), 1),
             }
-        best = next((e["epoch"] for e in epochs if e["best"]), None)
-        write_json(self.run / "metrics.json", {**self.facts, "status": self.status, "best_epoch": best,
-                                               "training": training, "epochs": epochs, "curve": curve})
+        metrics = {
+            "status": status, **self.description, "best_epoch": next((e["epoch"] for e in epochs if e["best"]), None),
+            "skipped_steps": sum(entry.get("skipped_steps", 0) for entry in log), "training": training,
+            "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve,
+        }
+        write_json(self.folder / "metrics.json", metrics)
         if curve:
-            plot_loss(curve, self.run / "training_loss.png", self.run.name)
+            plot_loss(curve, self.folder / "training_loss.png", self.folder.name)
         if epochs:
-            plot_rouge(epochs, self.run / "rouge.png", self.run.name)
-        gc.collect()  # closed figures hold one another; left alone they would pile up, megabytes an epoch
+            plot_rouge(epochs, self.folder / "rouge.png", self.folder.name)
+        return metrics
+
+    def before_and_after(self, epochs: list[dict[str, Any]], count: int = 2) -> list[dict[str, str]]:
+        """Held-out dialogues with what the model said before training and in the best epoch."""
+        names = [epochs[0]["epoch"], next(e["epoch"] for e in epochs if e["best"])] if epochs else []
+        files = [self.folder / "predictions" / f"test-epoch-{epoch:.9g}.jsonl" for epoch in names]
+        if len(epochs) < 2 or not all(file.is_file() for file in files):
+            return []
+        before, after = ([json.loads(line) for line in file.read_text("utf-8").splitlines()[:count]] for file in files)
+        return [{"id": a["id"], "dialogue": a["dialogue"], "reference": a["reference"], "before": a["prediction"],
+                 "after": b["prediction"]} for a, b in zip(before, after, strict=True)]
+
+    def finish(self, log: list[dict[str, Any]], status: str) -> None:
+        """Writes everything once more, in its last state, and says what there is and how to use it."""
+        if self.bar is not None:
+            self.bar.close()
+        remove_incomplete(self.folder)  # room, if the disk is full
+        metrics = self.write(log, status)
+        epochs = metrics["epochs"]
+        if epochs:
+            best = next(e for e in epochs if e["best"])
+            values = {key: str(value) for key, value in self.settings.configuration.items()} | {"lr": self.settings.lr}
+            scores = {f"{split}/best_rouge1": best[split]["rouge1"] for split in ("validation", "test")}
+            self.board.add_hparams(values, scores, run_name=".")
+            text = [in_words(example) for example in metrics["examples"]]
+            self.board.add_text("test/before_and_after", "\n\n".join(textwrap.indent(t, "    ") for t in text),
+                                best["step"])
+            say("", score_table(epochs), "", scoring_in_words(self.description["scoring"]))
+            if best["step"] == 0 and len(epochs) > 1:
+                say("No epoch was better than the model before training: another --lr, or more --epochs?")
+            for i, example in enumerate(text, 1):
+                say("", f"Held-out dialogue {i}:", textwrap.indent(example, "  "))
+        self.board.close()
+        if metrics["skipped_steps"]:
+            say("", f"{metrics['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
+        if epochs and status != "failed":
+            result = self.folder / result_name(self.settings)
+            say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
+                "predictions/       every evaluation, row by row",
+                "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
+                f"all in {self.folder}", "", f"use it:    python flan-t5_samsum.py --summarize --adapter {result}",
+                "watch it:  tensorboard --logdir runs")
 
 
-def table(epochs):
-    """The scores as a Markdown table: two rows per epoch, each score with its 95% interval."""
-    names = " | ".join(f"{name:20}" for name in ROUGE_TYPES.values())
-    lines = [f"| {'epoch':8} | {'loss':7} | {'split':10} | {names} |",
-             "|---------:|--------:|:-----------|" + "---------------------:|" * len(ROUGE_TYPES)]
+def in_words(example: dict[str, str]) -> str:
+    fill = lambda label, text: textwrap.fill(f"{label} {text}", 76, subsequent_indent=" " * 11)
+    lines = example["dialogue"].split("\n")
+    shown = [textwrap.shorten(line, 76) for line in lines[:8]] + ["..."] * (len(lines) > 8)
+    return "\n".join([*shown, fill("reference:", example["reference"]), fill("before:   ", example["before"]),
+                      fill("after:    ", example["after"])])
+
+
+def epoch_number(epoch: float | None) -> float | int:
+    """As it is shown and as files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333. Never that of another
+    evaluation: a run that ends shortly after its beginning has more digits."""
+    epoch = epoch or 0
+    if abs(epoch - round(epoch)) < 1e-9:
+        return round(epoch)
+    return next((n for n in (round(epoch, digits) for digits in (3, 6)) if n != round(epoch)), round(epoch, 9))
+
+
+def evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in log if "validation" in entry]
+
+
+def score_table(epochs: list[dict[str, Any]]) -> str:
+    """The scores as a Markdown table: two rows per epoch; where there is room, each with its 95% interval."""
+    wide = shutil.get_terminal_size().columns >= 140
+    names = " | ".join(f"{name:{20 if wide else 0}}" for name in ROUGE_TYPES.values())
+    lines = [f"| {'epoch':11} | {'loss':6} | {'split':10} | {names} |", "|------------:|-------:|:-----------|"
+             + "".join(f"{'-' * (len(name) + 1)}:|" for name in names.split(" | "))]
     for entry in epochs:
         loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
-        epoch = f"{entry['epoch']:g}" + (" (best)" if entry["best"] else "")
+        epoch = f"{entry['epoch']:.{0 if isinstance(entry['epoch'], int) else 2}f}" + " (best)" * entry["best"]
         for split in ("validation", "test"):
-            lines.append(f"| {epoch:>8} | {loss:>7} | {split:10} | {format_scores(entry[split])} |")
+            lines.append(f"| {epoch:>11} | {loss:>6} | {split:10} | {score_cells(entry[split], wide)} |")
     return "\n".join(lines)
 
 
-def format_scores(scores):
+def score_cells(scores: Scores, wide: bool) -> str:
+    if not wide:
+        return " | ".join(f"{scores[kind]:{len(name)}.2f}" for kind, name in ROUGE_TYPES.items())
     intervals = {kind: "[{:.1f}, {:.1f}]".format(*scores[kind + "_interval"]) for kind in ROUGE_TYPES}
     return " | ".join(f"{scores[kind]:5.2f} {intervals[kind]:>14}" for kind in ROUGE_TYPES)
 
 
+# ---------- 11. Plots -------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def new_plot(path, **labels):
-    """Axes to draw on; when that is done they get labels, a legend and a grid, and the picture goes to `path`."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
+    """Axes to draw on; when that is done they get labels, a grid and a legend beside them, and go to `path`."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")  # not of pyplot, which would keep it
+    axes = figure.subplots(1, columns, sharey=True)
     yield axes
-    axes.set(**labels)
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    first = axes if columns == 1 else axes[0]
+    first.set(**labels)
+    for one in figure.axes:
+        one.grid(alpha=0.3)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(path, picture.getvalue())
+    gc.collect()  # figures hold one another; left alone they would pile up, megabytes an epoch
 
 
-def smallest_loss(curve, name):
+def smallest_loss(curve: list[dict[str, Any]], name: str) -> int:
     """Index of the smallest finite training loss of the run `name`; UserError if none is finite."""
     losses = np.array([e["loss"] for e in curve], dtype=float)
     losses[~np.isfinite(losses)] = np.nan
@@ -1487,24 +2000,24 @@ def smallest_loss(curve, name):
     return int(np.nanargmin(losses))
 
 
-def plot_loss(curve, path, title):
+def smoothed(values: Iterable[float], reach: int = 3) -> list[float]:
+    """The mean of the values at most `reach` places away: unlike an exponential mean it does not lag behind."""
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+
+
+def plot_loss(curve: list[dict[str, Any]], path: Path, title: str) -> None:
     """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
     steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
     low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
-    label = f"smallest: {losses[low]:.4f} at step {steps[low]}" + (f", lr {rate:.2e}" if rate is not None else "")
+    label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
     with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
         axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
         axes.plot(steps[low], losses[low], "o", color="tab:red", label=label)
 
 
-def smoothed(values, reach=3):
-    """The mean of the values at most `reach` places away: unlike an exponential mean it does not lag behind."""
-    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
-
-
-def plot_rouge(epochs, path, title):
+def plot_rouge(epochs: list[dict[str, Any]], path: Path, title: str) -> None:
     """Both splits after each epoch, ROUGE-1 with its 95% interval; the chosen epoch is marked."""
     x, best = [e["epoch"] for e in epochs], next(e["epoch"] for e in epochs if e["best"])
     low, high = np.array([e["test"]["rouge1_interval"] for e in epochs]).T
@@ -1517,285 +2030,33 @@ def plot_rouge(epochs, path, title):
         axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best}")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-
-def versions():
-    packages = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+# ---------- 12. Use: base (quantised or not) + adapter, eval(), nothing else: no Trainer is built ---------------------
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# One run, from the settings to the last line it prints.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def run_name(args):
-    """For example flan-t5-xl-samsum-lr=1e-4."""
-    return f"{base_name(args)}-{Path(args.dataset).stem}-lr={as_power_of_ten(args.lr)}"
-
-
-def base_name(args):
-    return Path(MODELS.get(args.model, args.model)).name
-
-
-def as_power_of_ten(value):
-    """1e-4 for 0.0001: as people write learning rates."""
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def new_run_folder(args, name):
-    """Makes the folder of a new run, runs/<name> or --output-dir, never an existing one; all processes get the same."""
-    wanted = args.output_dir or Path("runs") / name
-    folder = [wanted]
-    if is_main_process():
-        try:
-            for suffix in ("", *(f"-{n}" for n in range(2, 10000))):
-                folder = [wanted.with_name(wanted.name + suffix) if suffix else wanted]
-                try:
-                    folder[0].mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    if args.output_dir and folder[0].is_dir() and not any(folder[0].iterdir()):
-                        break
-                    if args.output_dir:
-                        raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
-        except OSError as error:
-            raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
-    if PartialState().num_processes > 1:
-        torch.distributed.broadcast_object_list(folder)
-    return folder[0]
-
-
-def configuration(args):
-    return {name: value for name, value in vars(args).items() if name not in NOT_CONFIGURATION}
-
-
-def as_flags(args):
-    """The words of a command line that gives this configuration."""
-    usual, words = vars(parse_arguments(["--model", args.model])), ["--model", args.model]
-    for name, value in configuration(args).items():
-        if value != usual[name]:
-            value = value if isinstance(value, list) else [] if value is True else [value]
-            words += ["--" + name.replace("_", "-"), *map(str, value)]
-    return words
-
-
-def number_of_steps(args, rows):
-    """Optimiser steps of a run with `rows` training rows."""
-    steps = math.ceil(rows / args.batch_size) * args.epochs
-    return min(steps, args.max_steps or steps)
-
-
-def load_for_training(args, device, precision):
-    """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
-    transformers.set_seed(args.seed)
-    folder = find_model(args.model, args.cache_dir)
-    tokenizer, config = load_tokenizer_and_config(folder)
-    data = tokenize(load_data(args), tokenizer, args)
-    cut = np.mean(data["train"]["labels_truncated"])
-    if cut:
-        say(f"{cut:.1%} of the training references are cut to {args.max_target_length} tokens (--max-target-length)")
-    steps = number_of_steps(args, len(data["train"]))
-    warn_about_slow_hardware(config, data, device, min(steps, len(RANGE_TEST)) if args.lr_find else steps, args)
-    dtype = torch.float32 if args.full else precision  # all weights trained: fp32 masters, autocast computes in bf16
-    model = load_base(folder, device, dtype, quantization_of(args))
-    model = model.requires_grad_(True) if args.full else add_lora(model, args)
-    if args.gradient_checkpointing:  # the re-entrant kind would need gradients at the frozen embeddings' output
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, tokenizer, data
-
-
-def make_trainer(args, run, model, tokenizer, data, precision, stop, callback, **changes):
-    """The Trainer of this run; `changes` go over its Seq2SeqTrainingArguments."""
-    device = model.device
-    trainer = SummarizationTrainer(
-        run=run, data=data, settings=args, precision=precision, stop=stop, model=model, processing_class=tokenizer,
-        args=training_arguments(args, run, device, precision, number_of_steps(args, len(data["train"])), **changes),
-        data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
-        callbacks=[callback],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def facts_of(args, model, data, device, precision):
-    """What is known of a run before its first step: the head of its metrics.json."""
-    # PEFT counts packed 4-bit weights as what they are, two to a byte.
-    trainable, total = [model.num_parameters()] * 2 if args.full else model.get_nb_trainable_parameters()
-    return {
-        "configuration": configuration(args), "versions": versions(), "device": device_name(device),
-        "processes": PartialState().num_processes, "precision": str(precision).removeprefix("torch."),
-        "parameters": total, "trainable_parameters": trainable, "protocol": protocol(args, data),
-        "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
-    }
-
-
-def show_facts(facts, run):
-    for name, value in facts["configuration"].items():
-        say(f"{name.replace('_', '-')}: {' '.join(value) if isinstance(value, list) else value}")
-    rows = facts["protocol"]["rows"]
-    shares = facts["protocol"]["truncated"]
-    args = argparse.Namespace(**facts["configuration"])
-    say(f"device: {facts['device']}, {facts['precision']}, {facts['processes']} process(es)",
-        "rows: " + ", ".join(f"{rows[split]} {split} ({shares[split]:.1%} truncated)" for split in rows),
-        f"parameters: {facts['parameters']:,}, of which trained {facts['trainable_parameters']:,} "
-        f"({facts['trainable_parameters'] / facts['parameters']:.2%})",
-        f"steps: {number_of_steps(args, rows['train'])}", f"run: {run}", "")
-
-
-def check_resumable(run, facts):
-    """UserError unless the processes and the data are those that the run began with."""
-    began = read_metrics(run)
-    if began["processes"] != facts["processes"]:
-        raise UserError(f"{run} was trained by {began['processes']} process(es), now there are {facts['processes']}: "
-                        "resume it with as many")
-    if began.get("data") != facts["data"]:
-        raise UserError(f"the rows of {facts['configuration']['dataset']} or their tokens are not those that {run} "
-                        "began with: bring them back, or start a new run")
-
-
-def open_board(run, first_step):
-    """TensorBoard's writer; what an earlier try wrote from `first_step` on is no longer shown."""
-    # Its thread prints a traceback when the disk is full; the same error is then raised in ours as well.
-    is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
-    threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
-    return SummaryWriter(run, purge_step=first_step)
-
-
-def train(args):
-    """Trains, scores after every epoch, and leaves a run folder; returns the exit code."""
+def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
+    """The model with --adapter on it (or bare, or a fully trained one), its tokenizer, and a Summarizer of both."""
     device, precision = get_device()
-    model, tokenizer, data = load_for_training(args, device, precision)
-    facts = facts_of(args, model, data, device, precision)
-    checkpoint = find_checkpoint(args.output_dir) if args.resume else None
-    run = args.output_dir if args.resume else new_run_folder(args, run_name(args))
-    if args.resume:
-        check_resumable(run, facts)
-    show_facts(facts, run)
-
-    stop, report, writer = StopSignal(), Report(run, facts), None
-    if is_main_process():
-        if not checkpoint:
-            try:
-                report.write([])  # from now on the folder counts as a run
-            except OSError as error:
-                if not args.resume:
-                    shutil.rmtree(run)
-                raise cannot_write(run, error) from None
-        done = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-        writer = open_board(run, first_step=done + 1 if args.resume else None)
-    trainer = make_trainer(args, run, model, tokenizer, data, precision, stop, Reporter(run, report, stop, writer))
-    report.status = "failed"
-    try:
-        try:
-            with contextlib.suppress(Interrupted):  # in the scoring before the first step
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            report.status = "interrupted" if stop() else "finished"
-        finally:
-            if is_main_process():
-                finish(run, report, trainer.state.log_history, writer, args)
-    except OSError as error:
-        raise cannot_write(run, error) from None
-    if stop():
-        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {run}")
-        return 128 + stop.number
-    return 0
-
-
-def launcher():
-    processes = PartialState().num_processes
-    return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-
-
-def warn_about_slow_hardware(config, data, device, steps, args):
-    """Says how long a training on the CPU would take, if that is more than an hour. Nothing is refused."""
-    if device.type != "cpu":
-        return
-    parameters = without_weights(config).num_parameters()
-    tokens = sum(len(row) for column in ("input_ids", "labels") for row in data["train"][column]) / len(data["train"])
-    a = torch.randn(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    flops = 4 * 2 * 1024**3 / (time.perf_counter() - start)
-    # Forward and backward through frozen weights: 2 x 2 operations per parameter and token, and encoder and decoder
-    # each hold about half of the parameters. Real models reach about half the speed of a large matrix product.
-    hours = steps * args.batch_size * tokens * 4 * parameters / 2 / (flops / 2) / 3600
-    if hours > 1:
-        say(f"warning: no GPU: {steps} steps with {parameters / 1e6:,.0f} million parameters will take about "
-            f"{hours:,.0f} hours on this CPU; --model tiny, --limit or --max-steps make it shorter", file=sys.stderr)
-
-
-def out_of_memory_advice(args):
-    training = args.summarize is None and not args.evaluate and args.merge is None
-    ways = {
-        f"--micro-batch-size {args.micro_batch_size // 2}": training and args.micro_batch_size > 1,
-        "--gradient-checkpointing": training and not args.gradient_checkpointing,
-        "no --full": training and args.full,
-        "--int8": args.merge is None and not (args.full or args.int8 or args.int4),
-        "--int4": args.merge is None and not (args.full or args.int4),
-        "--num-beams 1": args.num_beams > 1,
-        f"--max-source-length {args.max_source_length // 2}": args.merge is None,
-        "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": args.merge is not None,
-        "a smaller --model": training,
-    }
-    return f"out of GPU memory: try {', '.join(way for way, open_to_us in ways.items() if open_to_us)}"
-
-
-def finish(run, report, log, writer, args):
-    """Writes everything once more, in its last state, and says what there is and how to use it."""
-    for leftover in run.glob("*.incomplete"):  # room, if the disk is full
-        shutil.rmtree(leftover, ignore_errors=True)
-    report.write(log)
-    epochs = report.epochs(log)
-    if epochs:
-        best = next(e for e in epochs if e["best"])
-        values = {key: str(value) for key, value in report.facts["configuration"].items()} | {"lr": args.lr}
-        scores = {f"{split}/best_rouge1": best[split]["rouge1"] for split in ("validation", "test")}
-        writer.add_hparams(values, scores, run_name=".")
-        say("", table(epochs), "", describe(report.facts["protocol"]))
-        if best["step"] == 0 and len(epochs) > 1:
-            say("No epoch was better than the model before training: another --lr, or more --epochs?")
-    writer.close()
-    if epochs and report.status != "failed":
-        result = run / result_name(args)
-        say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
-            "predictions/       every evaluation, row by row",
-            "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
-            f"all in {run}", "", f"use it:    python flan-t5_samsum.py --summarize --adapter {result}",
-            "watch it:  tensorboard --logdir runs")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Use: summarise, evaluate, merge. Base (quantised or not) + adapter, eval(), nothing else: no Trainer is built.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def load_for_use(args):
-    """The model with --adapter on it (or bare, or a fully trained one), its tokenizer and its precision."""
-    device, precision = get_device()
-    adapter = None
-    if args.adapter not in (None, "none"):
-        adapter = Path(args.adapter)
-        adapter = next((adapter / name for name in ("adapter", "model") if (adapter / name).is_dir()), adapter)
+    name, adapter = settings.model, None
+    if settings.adapter not in (None, "none"):
+        given = Path(settings.adapter)
+        adapter = next((given / name for name in ("adapter", "model") if (given / name).is_dir()), given)
         if not (adapter / "adapter_config.json").is_file():
-            if (adapter / "config.json").is_file():  # the whole model of a run with --full
-                args.model, adapter = str(adapter), None
-            else:
-                raise UserError(f"{args.adapter} holds no adapter (no adapter_config.json)")
-    folder = find_model(args.model, args.cache_dir)
+            if not (adapter / "config.json").is_file():
+                raise UserError(f"{settings.adapter} holds no adapter (no adapter_config.json)")
+            name, adapter = str(adapter), None  # the whole model of a run with --full
+    folder = find_model(name, settings.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
-    dtype = torch.float32 if args.full else precision  # as in training
-    model = load_base(folder, device, dtype, quantization_of(args))
+    # Merging into quantised weights would round: for --export the base is loaded anew in bf16.
+    quantization = None if settings.export else settings.quantization
+    model = load_base(folder, device, torch.float32 if settings.full else precision, quantization)
     if adapter:
         model = load_adapter(model, adapter)
-    say(f"model: {args.model}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
-    return model, tokenizer, precision
+    say(f"model: {name}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
+    return model, tokenizer, Summarizer(model, tokenizer, settings, device, precision)
 
 
-def read_dialogues(name, column=None):
-    """Dialogues (strings) from a file, standard input, or a terminal: blank lines separate them; or JSONL."""
+def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
+    """Dialogues from a file, standard input ("-"), or a terminal: blank lines separate them; or JSONL."""
     if name == "-" and sys.stdin.isatty():
         print("Type or paste a dialogue, a line per message (Anna: hi!); an empty line ends it, Ctrl-D leaves.",
               file=sys.stderr)
@@ -1808,9 +2069,10 @@ def read_dialogues(name, column=None):
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
-        rows = [(i, parse_json(path, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        column = find_column([row for _, row in rows if isinstance(row, dict)], "source", column)
+    if path.suffix == ".jsonl" or (path.suffix != ".txt" and text.lstrip().startswith('{"')):
+        rows = read_json_lines(path, text)
+        present = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
+        column = find_column(present, "source", column)
         for i, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
                 raise UserError(f"{path}:{i}: no text in {column}")
@@ -1819,9 +2081,9 @@ def read_dialogues(name, column=None):
         yield from split_at_blank_lines(normalize_newlines(text).split("\n"))
 
 
-def split_at_blank_lines(lines):
+def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
     """Runs of lines that are not blank, joined."""
-    block = []
+    block: list[str] = []
     for line in lines:
         if line.strip():
             block.append(line.strip())
@@ -1832,91 +2094,103 @@ def split_at_blank_lines(lines):
         yield "\n".join(block)
 
 
-def summarize(args):
+def summarize(settings: Settings) -> int:
     """Prints one summary per dialogue, in order, each on its own line; everything else goes to standard error."""
-    dialogues = read_dialogues(args.summarize, args.source_column)
-    if args.summarize == "-" and sys.stdin.isatty():  # they come, and are answered, one by one
+    dialogues = read_dialogues(settings.summarize, settings.source_column)
+    if settings.summarize == "-" and sys.stdin.isatty():  # they come, and are answered, one by one
         groups = ([dialogue] for dialogue in dialogues)
     else:
         groups = [list(dialogues)]
         if not groups[0]:
-            raise UserError(f"{'standard input' if args.summarize == '-' else args.summarize} holds no dialogue")
-    model, tokenizer, precision = load_for_use(args)
+            name = "standard input" if settings.summarize == "-" else settings.summarize
+            raise UserError(f"{name} holds no dialogue")
+    model, tokenizer, summarizer = load_for_use(settings)
+    if settings.model == "tiny":
+        say(f"This is a toy of {model.num_parameters() / 1e6:.1f} million parameters. A real one, on a GPU: "
+            "python flan-t5_samsum.py --model base", file=sys.stderr)
     done = 0
     with merged_adapter(model):
         for group in groups:
-            sources, cut = encode(tokenizer, [PREFIX + dialogue for dialogue in group], args.max_source_length)
+            sources, cut = encode(tokenizer, [PREFIX + dialogue for dialogue in group], settings.max_source_length)
             for i in np.flatnonzero(cut):
-                say(f"dialogue {done + i + 1}: cut to {args.max_source_length} tokens (--max-source-length)",
+                say(f"dialogue {done + i + 1}: cut to {settings.max_source_length} tokens (--max-source-length)",
                     file=sys.stderr)
-            done += len(group)
-            for summary in generate_summaries(model, tokenizer, sources, args, precision):
-                say(" ".join(summary.split()))
+            for summary in summarizer(sources):
+                done += 1
+                say(f"{done}. " * (sys.stdout.isatty() and len(group) > 1) + " ".join(summary.split()))
     return 0
 
 
-def evaluate_split(args):
+def evaluate_split(settings: Settings) -> int:
     """Scores the model on --split with the same function, settings and rows as during training."""
-    data = load_data(args)
-    model, tokenizer, precision = load_for_use(args)
-    rows = tokenize(datasets.DatasetDict({args.split: data[args.split]}), tokenizer, args)
+    data = load_data(settings)
+    model, tokenizer, summarizer = load_for_use(settings)
+    rows = tokenize(datasets.DatasetDict({settings.split: data[settings.split]}), tokenizer, settings)
     with merged_adapter(model):
-        scores, _ = score(model, tokenizer, rows[args.split], args, precision)
+        scores, _ = score(summarizer, rows[settings.split])
+    wide = shutil.get_terminal_size().columns >= 140
     say("| split | " + " | ".join(ROUGE_TYPES.values()) + " |", "|:---|" + "---:|" * len(ROUGE_TYPES),
-        f"| {args.split} | {format_scores(scores)} |", "", describe(protocol(args, rows)))
+        f"| {settings.split} | {score_cells(scores, wide)} |", "", scoring_in_words(describe_scoring(settings, rows)))
     return 0
 
 
-def merge(args):
+def export(settings: Settings) -> int:
     """Writes base + adapter as one bf16 model that `AutoModelForSeq2SeqLM.from_pretrained` loads."""
-    if args.merge.exists() and any(args.merge.iterdir() if args.merge.is_dir() else [args.merge]):
-        raise UserError(f"{args.merge} exists and is not empty: choose another folder")
-    if not args.merge.name:  # the folder comes by renaming, which would take the current one away
-        raise UserError(f"--merge {args.merge}: choose a folder with a name")
-    args.int8 = args.int4 = False  # merging into quantised weights would round: the base is loaded anew in bf16
-    model, tokenizer, _ = load_for_use(args)
+    folder = settings.export
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UserError(f"{folder} exists and is not empty: choose another folder")
+    if not folder.name:  # the folder comes by renaming, which would take the current one away
+        raise UserError(f"--export {folder}: choose a folder with a name")
+    model, tokenizer, _ = load_for_use(settings)
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the embeddings are no longer tied: they never were
             model = model.merge_and_unload(safe_merge=True)
-    model = model.to(torch.bfloat16)
-    temporary = args.merge.with_name(args.merge.name + ".incomplete")
+    temporary = folder.with_name(folder.name + ".incomplete")
     try:
-        save_model(model, tokenizer, temporary, args)
-        replace_folder(temporary, args.merge)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with writing_to(folder.parent):
+            save_model(model.to(torch.bfloat16), tokenizer, temporary, settings)
+            replace_folder(temporary, folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise cannot_write(args.merge.parent, error) from None
-    say(f"merged: AutoModelForSeq2SeqLM.from_pretrained({str(args.merge)!r}) loads it")
+    say(f"exported: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r}) loads it")
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Experiments: what will it cost (--plan), which learning rate (--lr-find), which run is better (--plot, --compare).
-# ------------------------------------------------------------------------------------------------------------------
+# ---------- 13. Experiments: what will it cost (--plan), which rate (--lr-find), which run is better (--compare) ------
 
 # d_model, d_ff, layers (of encoder and of decoder each), heads: T5 v1.1, the architecture of Flan-T5. All other numbers
 # are the same for all sizes. Source: the config.json of google/flan-t5-*.
 T5_SIZES = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16),
             "xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}
-PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "int8": "INT8", "int4": "NF4"}
+PRECISION_NAMES = {"fp32": "fp32", "bf16": "bf16", "int8": "INT8", "int4": "NF4"}
 GIB = 2**30
 GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GiB of the usual cards
 GPU_RESERVE = 1.5  # GiB that are not ours: the CUDA context, and what the allocator cannot use
 
 
-def geometry(args):
-    """The T5Config of --model, known for the presets, else from its config.json; no weights are downloaded."""
-    if args.model not in T5_SIZES:
-        return load_tokenizer_and_config(find_model(args.model, args.cache_dir, weights=False))[1]
-    d_model, d_ff, layers, heads = T5_SIZES[args.model]
+def geometry(settings: Settings) -> transformers.T5Config:
+    """The configuration of --model, known for the presets, else from its config.json; no weights are downloaded."""
+    if settings.model not in T5_SIZES:
+        return load_tokenizer_and_config(find_model(settings.model, settings.cache_dir, weights=False))[1]
+    d_model, d_ff, layers, heads = T5_SIZES[settings.model]
     return transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
         num_heads=heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
     )
 
 
-def weight_bytes(model, precision):
+def without_weights(config: transformers.T5Config) -> transformers.PreTrainedModel:
+    """The model of a configuration on the meta device: shapes, and no memory."""
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+    # transformers calls every T5 tied and keeps what the config said in another place.
+    if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
+def weight_bytes(model: torch.nn.Module, precision: str) -> int:
     """Bytes of the frozen weights of `model` (on the meta device, without adapter) as they load in `precision`.
 
     bitsandbytes quantises linear layers, but not the head, and transformers keeps T5's `wo`, over a sixth of all
@@ -1937,7 +2211,8 @@ def weight_bytes(model, precision):
     return total
 
 
-def activation_bytes(config, rank, batch, source, target, checkpointing=False):
+def activation_bytes(config: transformers.T5Config, rank: int, batch: int, source: int, target: int,
+                     checkpointing: bool = False) -> int:
     """Bytes that forward keeps for backward, of a LoRA training on q, k, v, o in bf16 autocast, and the loss's own.
 
     `batch` rows of `source` and `target` tokens, as padded. Counted from the operations of transformers' T5 with SDPA
@@ -1950,7 +2225,8 @@ def activation_bytes(config, rank, batch, source, target, checkpointing=False):
     adapter = lambda features: 3 * features + 2 * rank  # dropout's mask and output, and B's input
     attention = 2 * 4 * inner + 4 * heads + adapter(inner) + width  # q, k, v, output, log-sum-exp; last dropout
     self_attention = norm + 3 * adapter(width) + attention
-    feed_forward = norm + 21 * config.d_ff + width
+    # ReLU keeps its output in bf16, and dropout its mask.
+    feed_forward = norm + (21 if config.is_gated_act else 3) * config.d_ff + width
     encoder_layer = batch * source * (self_attention + feed_forward) + 2 * batch * heads * source * source
     decoder_layer = batch * target * (self_attention + norm + adapter(width) + attention - 4 * inner + feed_forward)
     decoder_layer += batch * source * (2 * adapter(width) + 4 * inner)  # keys and values of the encoder's output
@@ -1964,25 +2240,29 @@ def activation_bytes(config, rank, batch, source, target, checkpointing=False):
     return config.num_layers * encoder_layer + config.num_decoder_layers * decoder_layer + loss
 
 
-def plan(args):
+def plan(settings: Settings) -> int:
     """Prints what a run would need, from the geometry of the model and the lengths of the data; trains nothing."""
-    config = geometry(args)
+    config = geometry(settings)
     model = without_weights(config)
-    weights = {name: weight_bytes(model, name) for name in PRECISIONS}
+    weights = {name: weight_bytes(model, name) for name in PRECISION_NAMES}
     total = model.num_parameters()
-    trainable = total if args.full else add_lora(model, args).get_nb_trainable_parameters()[0]
-    say(f"{base_name(args)}: {total:,} parameters, {trainable:,} trained ({trainable / total:.2%})",
-        "weights: " + ", ".join(f"{PRECISIONS[name]} {size / GIB:.2f} GiB" for name, size in weights.items()))
-    source, target = plan_data(args)
-    if args.full or set(args.lora_targets) != {"q", "k", "v", "o"}:
+    trainable = total if settings.full else add_lora(model, settings).get_nb_trainable_parameters()[0]
+    say(f"{base_name(settings)}: {total:,} parameters, {trainable:,} trained ({trainable / total:.2%})")
+    say_list("weights:", [f"{PRECISION_NAMES[name]} {size / GIB:.2f} GiB" for name, size in weights.items()])
+    source, target = plan_data(settings)
+    if settings.full or set(settings.lora_targets) != {"q", "k", "v", "o"}:
         say("peak memory is predicted for LoRA on q k v o only")
         return 0
-    rows = plan_memory(args, config, weights, trainable, source, target)
-    plain, checkpointed = (activation_bytes(config, args.lora_r, args.micro_batch_size, source, target, checkpointing)
-                           / GIB for checkpointing in (False, True))
-    say(f"activations of {args.micro_batch_size} rows of {source} + {target} tokens (the longest batch): "
-        f"{plain:.2f} GiB, with --gradient-checkpointing {checkpointed:.2f} GiB", "", "predicted peak memory in GiB:",
-        "| micro-batch | checkpointing | " + " | ".join(PRECISIONS[name] for name in rows[0][2]) + " |",
+    if config.feed_forward_proj not in ("gated-gelu", "relu"):
+        say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
+        return 0
+    rows = plan_memory(settings, config, weights, trainable, source, target)
+    plain, checkpointed = (activation_bytes(config, settings.lora_r, settings.micro_batch_size, source, target, c) / GIB
+                           for c in (False, True))
+    say(f"activations of {settings.micro_batch_size} rows of {source} + {target} tokens (the longest batch): "
+        f"{plain:.2f} GiB,", f"  with --gradient-checkpointing {checkpointed:.2f} GiB", "",
+        "predicted peak memory in GiB:",
+        "| micro-batch | checkpointing | " + " | ".join(PRECISION_NAMES[name] for name in rows[0][2]) + " |",
         "|---:|:---|" + "---:|" * len(rows[0][2]))
     say(*(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | "
           + " | ".join(f"{size:.2f}" for size in sizes.values()) + " |" for micro_batch, checkpointing, sizes in rows))
@@ -1990,57 +2270,57 @@ def plan(args):
     return 0
 
 
-def plan_data(args):
+def plan_data(settings: Settings) -> tuple[int, int]:
     """Prints steps, tokens and truncated rows; returns the padded length of the longest source and target."""
-    source, target = args.max_source_length, args.max_target_length
+    source, target = settings.max_source_length, settings.max_target_length
     try:
-        folder = find_model(args.model, args.cache_dir, weights=False)
-        data = tokenize(load_data(args), load_tokenizer_and_config(folder)[0], args)
+        folder = find_model(settings.model, settings.cache_dir, weights=False)
+        data = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)
     except UserError as error:
         say(f"data: not counted, so the longest rows allowed are assumed: {error}")
         return source, target
     train = data["train"]
     lengths = {column: [len(tokens) for tokens in train[column]] for column in ("input_ids", "labels")}
-    steps = number_of_steps(args, len(train))
+    steps = number_of_steps(settings, len(train))
     tokens = sum(map(sum, lengths.values()))
-    epochs = steps * args.batch_size / len(train)
+    epochs = steps * settings.batch_size / len(train)
     say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
         f"truncated to {source} tokens",
-        f"steps: {steps:,} of {args.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
+        f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
     padded = lambda length: 64 * math.ceil(length / 64)
     return padded(max(lengths["input_ids"])), padded(max(lengths["labels"]))
 
 
-def plan_memory(args, config, weights, trainable, source, target):
-    """Rows of (micro-batch, checkpointing, {precision: predicted peak in GiB}), the fastest first.
+PlanRow = tuple[int, bool, dict[str, float]]  # micro-batch, checkpointing, {precision: predicted peak in GiB}
 
-    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
-    """
+
+def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trainable: int, source: int,
+                target: int) -> list[PlanRow]:
+    """The fastest first. A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32."""
     precisions = ["bf16", "int8", "int4"]
     if torch.cuda.is_available() and get_device()[1] == torch.float32:  # no bf16 on this GPU
         precisions[0] = "fp32"
-    sizes = [args.micro_batch_size]
+    sizes = [settings.micro_batch_size]
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
     rows = []
     for checkpointing in (False, True):
         for size in sizes:
-            activations = activation_bytes(config, args.lora_r, size, source, target, checkpointing)
+            activations = activation_bytes(config, settings.lora_r, size, source, target, checkpointing)
             peak = {name: (weights[name] + 16 * trainable + activations) / GIB for name in precisions}
             rows.append((size, checkpointing, peak))
     return rows
 
 
-def advice(rows):
+def advice(rows: list[PlanRow]) -> list[str]:
     """Lines that say which flags make the run fit where, and whether INT8 helps."""
 
-    def fitting_flags(memory):
+    def fitting_flags(memory: float) -> list[str] | None:
         """The fastest way to fit into `memory` GiB, or None. INT8 and NF4 cost most time, small micro-batches least."""
-        by_time = sorted(rows, key=lambda row: (row[1], -row[0]))
         for precision in rows[0][2]:
-            for micro_batch, checkpointing, sizes in by_time:
+            for micro_batch, checkpointing, sizes in rows:
                 if sizes[precision] + GPU_RESERVE <= memory:
-                    return [*[f"--{precision}"] * (precision in ("int8", "int4")),
+                    return [*[f"--{precision}"] * (precision in PRECISIONS),
                             *[f"--micro-batch-size {micro_batch}"] * (micro_batch < rows[0][0]),
                             *["--gradient-checkpointing"] * checkpointing]
         return None
@@ -2066,91 +2346,93 @@ RANGE_TEST = np.geomspace(1e-6, 1, 100)  # the learning rates of --lr-find, one 
 
 
 class RangeTest(TrainerCallback):
-    """Notes the loss of every step, and ends the test when it diverges: twice the lowest, both smoothed."""
+    """Takes the place of a Run: notes the loss of every step, and ends when it diverges: twice the lowest, smoothed."""
 
-    def __init__(self):
-        self.losses = []
-        self.bar = tqdm(total=len(RANGE_TEST), desc="range test", unit="step", leave=False, dynamic_ncols=True,
-                        disable=None if is_main_process() else True)  # a bar at a terminal only
+    def __init__(self, settings: Settings):
+        self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
+        self.losses: list[float] = []
+        self.bar = new_bar(len(RANGE_TEST), "range test", "")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
-            self.bar.update(1)
-            control.should_training_stop |= diverges(self.losses)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if "skipped_steps" in logs:
+            self.losses.append(logs.get("loss", math.nan))
+            self.bar.update()
+            (self.is_stopping,) = agree(args.device, self.stop.number)
+            control.should_training_stop |= self.is_stopping or diverges(self.losses)
+
+    def report_skipped(self, *_: Any) -> None:
+        pass
 
 
-def diverges(losses):
+def diverges(losses: list[float]) -> bool:
     smooth = smoothed(losses)
     return not math.isfinite(losses[-1]) or (len(losses) > 7 and smooth[-1] > 2 * min(smooth))
 
 
-def lr_find(args):
+def lr_find(settings: Settings) -> int:
     """Learning-rate range test (Smith 2017, section 3.3) with the real model, data and batch.
 
     Every step has a larger rate, from 1e-6 to 1, until the loss diverges. Nothing of the model is kept.
     """
     device, precision = get_device()
-    model, tokenizer, data = load_for_training(args, device, precision)
-    run, test = new_run_folder(args, f"{base_name(args)}-{Path(args.dataset).stem}-lr-find"), RangeTest()
-    trainer = make_trainer(args, run, model, tokenizer, data, precision, None, test, max_steps=len(RANGE_TEST),
-                           logging_steps=1, eval_strategy="no", eval_on_start=False, save_strategy="no")
-    trainer.create_optimizer()
-    rate = lambda step: RANGE_TEST[min(step, len(RANGE_TEST) - 1)] / args.lr
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, rate)
-    try:
-        trainer.train()
-    except BaseException as error:
-        has_diverged = isinstance(error, NotFinite) and test.losses  # which is how the test ends
-        if not has_diverged:
-            if is_main_process():
-                shutil.rmtree(run)
-            if isinstance(error, KeyboardInterrupt):
-                say("interrupted: nothing is kept", file=sys.stderr)
-            raise
-    finally:
-        test.bar.close()
+    model, tokenizer, data = load_for_training(settings, device, precision)
+    test = RangeTest(settings)
+    factor = lambda step: RANGE_TEST[min(step, len(RANGE_TEST) - 1)] / settings.lr
+    SummarizationTrainer(test, model, tokenizer, data, len(RANGE_TEST), device, precision, schedule=factor,
+                         logging_steps=1, eval_strategy="no", eval_on_start=False).train()
+    test.bar.close()
+    if test.is_stopping:
+        say("interrupted: nothing is kept", file=sys.stderr)
+        return 128 + (test.stop.number or signal.SIGTERM)
+    folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
     rates = RANGE_TEST[: len(test.losses)].tolist()
     best = suggest_learning_rate(rates, test.losses)
     if is_main_process():
-        shutil.rmtree(run / "checkpoint.incomplete", ignore_errors=True)  # made by the Trainer, empty
-        plot_range_test(rates, test.losses, best, run / "lr_find.png", run.name)
-        write_json(run / "lr_find.json", {"configuration": configuration(args), "suggestion": best,
-                                          "learning_rates": rates, "losses": test.losses})
-    args.lr = best
+        plot_range_test(rates, test.losses, best, settings.lr, folder / "lr_find.png", folder.name)
+        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
+                                             "learning_rates": rates, "losses": test.losses})
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {test.losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {test.losses[-1]:.3f})",
-        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss",
-        f"plot:  {run / 'lr_find.png'}", f"train: {launcher()} flan-t5_samsum.py {shlex.join(as_flags(args))}")
+        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss "
+        f"(without it: {as_power_of_ten(settings.lr)})", f"plot:  {folder / 'lr_find.png'}",
+        f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
     return 0
 
 
-def suggest_learning_rate(rates, losses):
+def with_rate(words: list[str], rate: float) -> list[str]:
+    """The user's own command line, as a training with this learning rate."""
+    kept = [word for i, word in enumerate(words) if word not in ("--lr-find", "--lr") and not word.startswith("--lr=")
+            and (not i or words[i - 1] != "--lr")]
+    return [*kept, "--lr", as_power_of_ten(rate)]
+
+
+def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
     """A tenth of the rate with the smallest smoothed loss: where it still falls steeply, and far from divergence."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     smallest = int(np.argmin(smoothed(finite)))
     return float(f"{rates[smallest] / 10:.1e}")
 
 
-def plot_range_test(rates, losses, best, path, title):
+def plot_range_test(rates: list[float], losses: list[float], best: float, default: float, path: Path, title: str
+                    ) -> None:
     with new_plot(path, title=title, xlabel="learning rate", ylabel="training loss (nats per token)") as axes:
         axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
         axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
         axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
+        axes.axvline(default, color="grey", linestyle=":", label=f"without it: {as_power_of_ten(default)}")
         axes.set_xscale("log")
         axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
 
 
-def plot(args):
+def plot(settings: Settings) -> int:
     """Draws training_loss.png and smallest_training_loss.png from the TensorBoard logs of any Trainer run."""
-    if args.output_dir:
-        check_names(args.plot)
-    for folder in args.plot:
+    if settings.output_dir:
+        check_names(settings.plot)
+    for folder in settings.plot:
         curve, totals = read_tensorboard(folder)
         name = folder.resolve().name
         low = smallest_loss(curve, name)
-        place = args.output_dir / name if args.output_dir else folder
-        place.mkdir(parents=True, exist_ok=True)
+        place = settings.output_dir / name if settings.output_dir else folder
         plot_loss(curve, place / "training_loss.png", name)
         plot_smallest(curve, low, place / "smallest_training_loss.png", name)
         point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
@@ -2163,7 +2445,7 @@ def plot(args):
     return 0
 
 
-def check_names(folders):
+def check_names(folders: list[Path]) -> None:
     """UserError if two folders have one name: their results could not be told apart."""
     names = [folder.resolve().name for folder in folders]
     for name in names:
@@ -2171,7 +2453,7 @@ def check_names(folders):
             raise UserError(f"two of the folders are called {name}: rename one of them, or give it alone")
 
 
-def read_tensorboard(folder):
+def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The training loss in the event files of a folder: [{"step", "loss", "learning_rate" (or None)}], by step.
 
     And what the Trainer logs at the end, if it does: {"train_samples_per_second", "train_runtime" (seconds)} or {}.
@@ -2197,62 +2479,66 @@ def read_tensorboard(folder):
     return found[0]
 
 
-def plot_smallest(curve, low, path, title, reach=40):
+def plot_smallest(curve: list[dict[str, Any]], low: int, path: Path, title: str, reach: int = 40) -> None:
     """The neighbourhood of the smallest loss, `reach` logged points to each side, with the learning rate there."""
     near = curve[max(0, low - reach) : low + reach + 1]
     steps, point = [e["step"] for e in near], curve[low]
     with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
         axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
         axes.plot(point["step"], point["loss"], "o", color="tab:red",
-                  label=f"smallest: {point['loss']:.4f} at step {point['step']}")
+                  label=f"smallest: {point['loss']:.4f}\nat step {point['step']}")
         if point["learning_rate"] is not None:
             right = axes.twinx()
             right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange")
             right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
             right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
-            axes.set_zorder(right.get_zorder() + 1)  # the legend over the line
-            axes.patch.set_visible(False)
 
 
-def compare(args):
-    """Tables and a picture of finished runs, and for each two of them a paired bootstrap over the test rows."""
-    check_names(args.compare)
-    runs = [read_run(folder) for folder in args.compare]
+def compare(settings: Settings) -> int:
+    """Tables and a picture of runs, and for each two of them a paired bootstrap over the test rows."""
+    check_names(settings.compare)
+    runs = [read_run(folder) for folder in settings.compare]
     check_comparable(runs)
+    for run in runs:
+        if run["status"] != "finished":
+            say(f"{run['name']} is not finished: {run['status']}")
     say(epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     if pairs:
+        corrected = holm([p for *_, p in pairs])
         say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:", "",
-            "| A | B | B - A | 95% interval | p |", "|:---|:---|---:|---:|---:|")
-        say(*(f"| {a['name']} | {b['name']} | {difference:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.4f} |"
-              for a, b, difference, low, high, p in pairs))
-    path = (args.output_dir or args.compare[0].resolve().parent) / "comparison.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+            "| A | B | B - A | 95% interval | p | p (Holm) |", "|:---|:---|---:|---:|---:|---:|")
+        say(*(f"| {a['name']} | {b['name']} | {difference:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.4f} | {q:.4f} |"
+              for (a, b, difference, low, high, p), q in zip(pairs, corrected, strict=True)), "",
+            textwrap.fill("p is about these test rows: would others of their kind say the same? It is not about seeds: "
+                          "the same settings with another --seed give another run. The last column corrects p for the "
+                          f"number of pairs ({len(pairs)}).", 79))
+    path = (settings.output_dir or settings.compare[0].resolve().parent) / "comparison.png"
     plot_comparison(runs, path)
     say("", f"plot: {path}")
     return 0
 
 
-def read_run(folder):
+def read_run(folder: Path) -> dict[str, Any]:
     """metrics.json of a run, with its name and, of the best epoch, the rows of both splits and the test ROUGE-1."""
     metrics = read_metrics(folder)
     if not metrics.get("epochs") or not metrics.get("training"):
         raise UserError(f"{folder} has no finished epoch yet")
     metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
     for split in ("validation", "test"):
-        path = folder / "predictions" / f"{split}-epoch-{metrics['best_epoch']:g}.jsonl"
-        rows = read_file(path)
+        path = folder / "predictions" / f"{split}-epoch-{metrics['best_epoch']:.9g}.jsonl"
+        rows = [row for _, row in read_json_lines(path, path.read_text("utf-8"))]
         metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
         metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
     return metrics
 
 
-def check_comparable(runs):
+def check_comparable(runs: list[dict[str, Any]]) -> None:
     """UserError unless all runs were scored on the same rows in the same way."""
     first = runs[0]
     for other in runs[1:]:
         for name in ("decoding", "max_new_tokens", "prefix", "rouge", "stemmer", "sentences", "max_source_length"):
-            a, b = first["protocol"][name], other["protocol"][name]
+            a, b = first["scoring"][name], other["scoring"][name]
             if a != b:
                 raise UserError(f"{first['name']} and {other['name']} cannot be compared: {name} is {a!r} in one, "
                                 f"{b!r} in the other: train both with the same flag")
@@ -2262,7 +2548,7 @@ def check_comparable(runs):
                                 f"({len(first['rows'][split])} and {len(other['rows'][split])} rows)")
 
 
-def epoch_table(runs):
+def epoch_table(runs: list[dict[str, Any]]) -> str:
     """ROUGE-1 on test after each epoch, one column per run; what validation picked is bold."""
     scores = [{e["epoch"]: f"**{e['test']['rouge1']:.2f}**" if e["best"] else f"{e['test']['rouge1']:.2f}"
                for e in run["epochs"]} for run in runs]
@@ -2272,7 +2558,7 @@ def epoch_table(runs):
     return "\n".join(lines)
 
 
-def run_table(runs):
+def run_table(runs: list[dict[str, Any]]) -> str:
     """What each run reached and what it cost."""
     lines = ["| Run | best epoch | test ROUGE-1 | 95% interval | trained | samples/s | peak GiB | minutes |",
              "|:---|---:|---:|---:|---:|---:|---:|---:|"]
@@ -2286,7 +2572,7 @@ def run_table(runs):
     return "\n".join(lines)
 
 
-def different_settings(runs):
+def different_settings(runs: list[dict[str, Any]]) -> list[str]:
     """A line for each run with the settings in which the runs differ."""
     names = dict.fromkeys(name for run in runs for name in run["configuration"])
     values = [{name: run["configuration"].get(name) for name in names} for run in runs]
@@ -2296,7 +2582,7 @@ def different_settings(runs):
     return ["", *lines] if different else []
 
 
-def paired_bootstrap(a, b, samples=10_000, seed=0):
+def paired_bootstrap(a: Any, b: Any, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float, float]:
     """Is the mean of `b` [rows] really different from that of `a`? Returns (difference, low, high, p).
 
     Rows are drawn with replacement, both scores of a row together (Koehn 2004): a percentile interval of the mean
@@ -2311,55 +2597,81 @@ def paired_bootstrap(a, b, samples=10_000, seed=0):
     return float(seen), float(low), float(high), float((1 + as_large.sum()) / (1 + samples))
 
 
-def plot_comparison(runs, path):
+def holm(values: list[float]) -> list[float]:
+    """p values of several tests, corrected so that one false alarm among all of them stays as rare (Holm 1979)."""
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def plot_comparison(runs: list[dict[str, Any]], path: Path) -> None:
     """Left: test ROUGE-1 after each epoch. Right: that of the chosen epoch, with its 95% interval."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for i, run in enumerate(runs):
-        epochs, scores = zip(*((e["epoch"], e["test"]["rouge1"]) for e in run["epochs"]), strict=True)
-        left.plot(epochs, scores, ".-", color=f"C{i}", label=run["name"])
-        left.plot(run["best"]["epoch"], run["best"]["test"]["rouge1"], "o", color=f"C{i}")
-        low, high = run["best"]["test"]["rouge1_interval"]
-        right.plot([i, i], [low, high], color=f"C{i}", linewidth=3)
-        right.plot(i, run["best"]["test"]["rouge1"], "o", color=f"C{i}")
-        right.annotate(f" {run['best']['test']['rouge1']:.2f}", (i, run["best"]["test"]["rouge1"]))
-    left.set(xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)", title="after each epoch (dot: chosen on validation)")
-    right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
-    right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with new_plot(path, columns=2, xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)",
+                  title="after each epoch (dot: chosen on validation)") as (left, right):
+        for i, run in enumerate(runs):
+            epochs, scores = zip(*((e["epoch"], e["test"]["rouge1"]) for e in run["epochs"]), strict=True)
+            left.plot(epochs, scores, ".-", color=f"C{i}", label=run["name"])
+            left.plot(run["best"]["epoch"], run["best"]["test"]["rouge1"], "o", color=f"C{i}")
+            low, high = run["best"]["test"]["rouge1_interval"]
+            right.plot([i, i], [low, high], color=f"C{i}", linewidth=3)
+            right.plot(i, run["best"]["test"]["rouge1"], "o", color=f"C{i}")
+            right.annotate(f" {run['best']['test']['rouge1']:.2f}", (i, run["best"]["test"]["rouge1"]))
+        right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
+        right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
+        left.xaxis.get_major_locator().set_params(integer=True)
 
 
-def main(args):
+def out_of_memory_advice(settings: Settings) -> str:
+    """What makes room, in flags that are accepted in place of those given."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share, micro_batch = settings.batch_size // processes, settings.micro_batch_size
+    smaller = [n for n in range(1, micro_batch) if share % n == 0]
+    is_use, loads_plain = settings.mode in USES, settings.mode == "export"
+    flags = {
+        f"--micro-batch-size {max(smaller, default=1)}": smaller and not is_use,
+        "--gradient-checkpointing": not is_use and not settings.gradient_checkpointing,
+        "no --full": not is_use and settings.full,
+        "--int8": not (loads_plain or settings.full or settings.quantization or is_sharded()),
+        "--int4": not (loads_plain or settings.full or settings.int4 or is_sharded()),
+        "--num-beams 1": settings.num_beams > 1,
+        f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not loads_plain,
+        "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": loads_plain,
+        "a smaller --model": not is_use,
+    }
+    return f"out of GPU memory: try {', '.join(flag for flag, helps in flags.items() if helps)}"
+
+
+def check_sharding(settings: Settings) -> None:
+    """UserError where FSDP could not do what is asked for; and each T5 block is to be gathered by itself."""
+    if not is_sharded():
+        return
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if str(PartialState().distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
+        raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
+    if settings.quantization or settings.mode not in ("train", "lr_find"):
+        raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
+
+
+def main(settings: Settings) -> int:
     """Does what the command line says; returns the exit code."""
     # Joins the processes of torchrun, on a CPU through gloo. Hours, because the others wait while one downloads.
     PartialState(cpu=get_device()[0].type == "cpu", timeout=timedelta(hours=12))
+    check_sharding(settings)
+    work = {"train": train, "summarize": summarize, "evaluate": evaluate_split, "export": export, "plan": plan,
+            "lr_find": lr_find, "plot": plot, "compare": compare}[settings.mode]
     try:
-        code = run_mode(args)
+        code = work(settings)
     except torch.OutOfMemoryError:
-        raise UserError(out_of_memory_advice(args)) from None
+        raise UserError(out_of_memory_advice(settings)) from None
     if PartialState().num_processes > 1:
         gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
         PartialState().destroy_process_group()
     return code
 
 
-def run_mode(args):
-    if args.summarize is not None:
-        return summarize(args)
-    if args.evaluate:
-        return evaluate_split(args)
-    if args.merge is not None:
-        return merge(args)
-    if args.plot is not None:
-        return plot(args)
-    if args.compare is not None:
-        return compare(args)
-    return plan(args) if args.plan else lr_find(args) if args.lr_find else train(args)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_on_user_error(main, ARGUMENTS))
+    sys.exit(exit_on_user_error(main, SETTINGS))

@@ -45,7 +45,7 @@ def random_model(args, folder, device, dtype):
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * config.d_model**-0.5)
     model.to(torch.bfloat16).save_pretrained(folder)
     del model
-    base = flan.load_base(folder, device, dtype, flan.quantization_of(args))
+    base = flan.load_base(folder, device, dtype, args.quantization)
     return flan.add_lora(base, args)
 
 
@@ -70,9 +70,11 @@ def our_training(args, model, tokenizer, rows, precision, steps, warm_up):
     """Rows per second of the script's Trainer, everything included but evaluations and checkpoints."""
     clock = Clock(warm_up)
     data = {"train": rows, "validation": rows, "test": rows}
-    with tempfile.TemporaryDirectory() as run:
-        trainer = flan.make_trainer(args, Path(run), model, tokenizer, data, precision, None, clock, max_steps=steps,
-                                    eval_strategy="no", eval_on_start=False, save_strategy="no")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        run = flan.Run(args, Path(folder), {})
+        trainer = flan.SummarizationTrainer(run, model, tokenizer, data, steps, model.device, precision,
+                                            eval_strategy="no", eval_on_start=False)  # fmt: skip
+        trainer.add_callback(clock)
         trainer.train()
     return args.batch_size * (steps - warm_up) / (clock.marks[1] - clock.marks[0])
 
@@ -101,7 +103,7 @@ def usual_training(args, model, tokenizer, rows, precision, steps, warm_up):
 
 def our_summaries(args, model, tokenizer, rows, precision):
     with flan.merged_adapter(model.eval()):
-        flan.generate_summaries(model, tokenizer, rows["input_ids"], args, precision)
+        flan.Summarizer(model, tokenizer, args, model.device, precision)(rows["input_ids"])
 
 
 @torch.inference_mode()
@@ -137,7 +139,7 @@ def main():
     parser.add_argument("--only", choices=["train", "generate"])
     flags = parser.parse_args()
     words = ["--model", flags.model, "--batch-size", str(flags.batch_size), "--max-new-tokens", str(flags.new_tokens)]
-    args = flan.parse_arguments([*words, *["--int8"] * flags.int8, *["--int4"] * flags.int4])
+    args = flan.parse_settings([*words, *["--int8"] * flags.int8, *["--int4"] * flags.int4])
     device, precision = flan.get_device()
     flan.PartialState(cpu=device.type == "cpu")
     tokenizer = flan.AutoTokenizer.from_pretrained(flags.tokenizer)

@@ -20,7 +20,8 @@ import pytest
 
 # Before any Hugging Face library is imported, as they read these once. With one thread all sums have one order.
 CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
-os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", OMP_NUM_THREADS="1")
+os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", OMP_NUM_THREADS="1",
+                  COLUMNS="160")  # wide tables
 
 import fake_hub  # noqa: E402
 
@@ -60,7 +61,7 @@ def command(flan):
         sys.argv = [str(SCRIPT), *words]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments, words))
+                code = flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings, words))
         except SystemExit as exit:
             code = exit.code
         finally:

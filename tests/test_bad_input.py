@@ -76,7 +76,7 @@ class Files:
 
     def run(self, metrics):
         self.write("run/metrics.json", metrics)
-        (self.home / "run/checkpoint-6").mkdir()
+        (self.home / "run/checkpoints/step-00000006").mkdir(parents=True)
         return "run"
 
 
@@ -135,7 +135,7 @@ FLAGS = {
     "--int8 --full": "not allowed with argument --int8", "--int8 --int4": "not allowed with argument --int8",
     "--summarize --evaluate": "not allowed with argument --summarize", "--split dev": "choose from",
     **{f"--resume {mode}": "goes on with a training" for mode in
-       ("--summarize", "--evaluate", "--merge m", "--plan", "--lr-find", "--plot p", "--compare a b")},
+       ("--summarize", "--evaluate", "--export m", "--plan", "--lr-find", "--plot p", "--compare a b")},
     "--adapter runs/a": "to train on, --resume", "--adapter runs/a --plan": "to train on, --resume",
     "--unknown": "unrecognized arguments: --unknown", "stray": "unrecognized arguments: stray",
 }  # fmt: skip
@@ -193,7 +193,7 @@ BAD = {
     "a broken line of 1 MB": (dataset(lambda f: f.jsonl('{"dialogue": "' + MEGABYTE)), ["d.jsonl:13: not valid JSON"]),
     "an object instead of lines": (
         dataset(lambda f: f.write("d.jsonl", json.dumps({"train": [ROW] * 20}, indent=1))),
-        ["d.jsonl:1: not valid JSON"],
+        ["d.jsonl has 1 rows", "at least 10"],
     ),
     "an object in one line": (
         dataset(lambda f: f.write("d.jsonl", json.dumps({"data": [ROW] * 20}) + "\n")),
@@ -205,7 +205,7 @@ BAD = {
     ),
     "lists": (dataset(lambda f: f.jsonl(["x", "y"])), ["d.jsonl:13: expected rows", "one a line", "found list"]),
     "numbers": (dataset(lambda f: f.jsonl("7")), ["d.jsonl:13: expected rows", "found int"]),
-    "strings": (dataset(lambda f: f.write("d.json", '["x", "y"]')), ["d.json:row 1: expected rows", "found str"]),
+    "strings": (dataset(lambda f: f.write("d.json", '["x", "y"]')), ["d.json has 2 rows", "at least 10"]),
     "nothing but null": (dataset(lambda f: f.write("d.json", "null")), ["d.json:1: expected rows", "found NoneType"]),
     "nesting without end": (dataset(lambda f: f.jsonl("[" * 200_000)), ["d.jsonl:13:", "JSON"]),
     # Fields of the wrong kind
@@ -221,8 +221,6 @@ BAD = {
                                     ["the train split of", "is empty"]),
     "summaries that are all empty": (dataset(lambda f: f.splits(test=[ROW | {"summary": " \n"}] * 9)),
                                      ["the test split of", "is empty"]),
-    "a row without the column": (dataset(lambda f: f.splits(train=[ROW, {"id": "2", "dialogue": "x"}])),
-                                 ["row 2 of train has no column summary"]),
     "a split without the column": (dataset(lambda f: f.splits(test=[{"id": "2", "dialogue": "x"}])),
                                    ["row 1 of test has no column summary"]),
     # Columns
@@ -242,7 +240,7 @@ BAD = {
     "a quote that does not end": (dataset(lambda f: f.write("d.csv", 'dialogue,summary\n"Ada: hi,x\n' + "a,b\n" * 20)),
                                   ["d.csv:2: broken CSV"]),
     "text after a quote": (dataset(lambda f: f.write("d.csv", 'dialogue,summary\n"Ada" hi,x\n')),
-                           ["d.csv:2: broken CSV"]),
+                           ["d.csv has 1 rows", "at least 10"]),
     "commas without quotes": (dataset(lambda f: f.write("d.csv", "dialogue,summary\n" + "Hi, Ada,greets\n" * 12)),
                               ["d.csv", "more fields than the header", "quote fields"]),
     "only a header": (dataset(lambda f: f.write("d.csv", "dialogue,summary\n")), ["d.csv has 0 rows", "at least 10"]),
@@ -324,7 +322,7 @@ BAD = {
     "a chat that is empty": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": " "}\n')),
                              ["c.jsonl:1: no text in dialogue"]),
     # Runs and folders
-    "nothing to resume": (lambda f: ["--resume"], ["no run with checkpoint-* in", "train first, or name one"]),
+    "nothing to resume": (lambda f: ["--resume"], ["no run with checkpoints/step-* in", "train first, or name one"]),
     "nothing to use": (lambda f: ["--summarize", "x"], ["no run with adapter or model in", "train first, or name one"]),
     "resuming nowhere": (lambda f: ["--resume", "--output-dir", "nowhere"], ["nowhere holds no run (no metrics.json)"]),
     "metrics cut short": (lambda f: ["--resume", "--output-dir", f.run('{"configuration": ')],
@@ -341,9 +339,11 @@ BAD = {
                                             Path(f.write("out/x", "x")).parent], ["out is not empty", "another"]),
     "a cache that is a file": (lambda f: ["--dataset", f.data, "--model", f.model_folder, "--cache-dir",
                                           f.write("cache", "x")], ["cache", "--cache-dir DIR"]),
-    "merging into something": (lambda f: ["--merge", Path(f.write("out/x", "x")).parent, "--adapter", f.trained.folder],
-                               ["out exists and is not empty", "choose another folder"]),
-    "merging into a file": (lambda f: ["--merge", f.write("out", "x"), "--adapter", f.trained.folder],
+    "exporting into something": (
+        lambda f: ["--export", Path(f.write("out/x", "x")).parent, "--adapter", f.trained.folder],
+        ["out exists and is not empty", "choose another folder"],
+    ),
+    "exporting into a file": (lambda f: ["--export", f.write("out", "x"), "--adapter", f.trained.folder],
                             ["out", "choose another folder"]),
 }  # fmt: skip
 
@@ -381,10 +381,10 @@ def test_a_file_that_vanishes_under_way(flan, command, files, monkeypatch):
     assert_one_line(command("--dataset", files.splits(), cwd=files.home), ["test.jsonl", "No such file"])
 
 
-def test_fsdp_is_refused(command, tmp_path, monkeypatch):
-    """On a CPU accelerate ignores it without a word, and elsewhere it fails on the head of a Flan-T5."""
+def test_fsdp_is_refused_where_nothing_would_be_sharded(command, tmp_path, monkeypatch):
+    """On a CPU accelerate ignores it without a word."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert_one_line(command(cwd=tmp_path), ["FSDP", "torchrun", "--int8"])
+    assert_one_line(command(cwd=tmp_path), ["FSDP", "GPUs", "torchrun"])
     assert not any(tmp_path.iterdir())
 
 
@@ -511,7 +511,7 @@ def test_flan_trains_on_unusual_rows(command, files):
                    "--max-new-tokens", "4", "--max-source-length", "64", cwd=files.home)  # fmt: skip
     assert done.code == 0 and done.err == "", done
     assert "validation: dropped 1 row(s)" in done.out and "test: dropped 1 row(s)" in done.out
-    assert "rows: 11 train (9.1% truncated), 2 validation (0.0% truncated), 2 test" in done.out
+    assert "rows: 11 train (9.1% truncated), 2 validation (0.0% truncated), 2 test" in " ".join(done.out.split())
     (run,) = (files.home / "runs").iterdir()
     found = {split: [json.loads(line) for line in (run / f"predictions/{split}-epoch-1.jsonl").open(encoding="utf-8")]
              for split in ("validation", "test")}  # fmt: skip

@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import write_jsonl
 
@@ -20,7 +22,7 @@ def load(flan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def load(name, *flags):
-        args = flan.parse_arguments(["--dataset", str(name), *flags])
+        args = flan.parse_settings(["--dataset", str(name), *flags])
         return {split: table.to_list() for split, table in flan.load_data(args).items()}
 
     return load
@@ -39,8 +41,7 @@ def test_line_breaks_and_rows_without_text(load, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["train: dropped 3 row(s) without dialogue or summary"]
 
 
-def test_all_file_types_give_the_same_rows(flan, load, tmp_path):
-    pyarrow = flan.pyarrow
+def test_all_file_types_give_the_same_rows(load, tmp_path):
     # What breaks a reader that splits at lines or commas: quotes, commas, line breaks, and a BOM as Excel writes it.
     content = [*rows(11), {"id": "q", "dialogue": 'A: "so, what?"\nB: \u2028 ok', "summary": "A, asks."}]
     write_jsonl(tmp_path / "d.jsonl", content)
@@ -128,7 +129,7 @@ def tokenize(flan, data, tmp_path):
     """tokenize(tokenizer, flags..., change=function): the tokenised splits of the test data, cached in tmp_path."""
 
     def tokenize(tokenizer, *flags, change=None, cache=tmp_path):
-        args = flan.parse_arguments(["--dataset", str(data), "--cache-dir", str(cache), *flags])
+        args = flan.parse_settings(["--dataset", str(data), "--cache-dir", str(cache), *flags])
         tables = flan.load_data(args)
         if change:
             tables = flan.datasets.DatasetDict(
@@ -177,8 +178,8 @@ def test_long_rows_are_cut_counted_and_still_end(flan, tokenize, tokenizer):
         assert short["labels"] == (long["labels"] if len(long["labels"]) <= 9 else [*long["labels"][:8], 1])
     share = sum(len(ids) > limit for ids in whole["input_ids"]) / len(whole)
     assert 0 < share < 1
-    args = flan.parse_arguments(["--max-source-length", str(limit)])
-    assert flan.protocol(args, {"train": cut})["truncated"]["train"] == pytest.approx(share, abs=1e-4)
+    args = flan.parse_settings(["--max-source-length", str(limit)])
+    assert flan.describe_scoring(args, {"train": cut})["truncated"]["train"] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_second_run_tokenises_nothing(tokenize, tokenizer, tokenised):
@@ -246,7 +247,7 @@ def test_a_whole_second_run_tokenises_nothing(command, data, model_folder, token
 def test_the_cache_is_hugging_faces_own_by_default(flan, data, tokenizer):
     from conftest import CACHE
 
-    args = flan.parse_arguments(["--dataset", str(data), "--limit", "3"])
+    args = flan.parse_settings(["--dataset", str(data), "--limit", "3"])
     flan.tokenize(flan.load_data(args), tokenizer, args)
     files = list((flan.Path(CACHE.name) / "tokenized").iterdir())
     assert {path.name.split("-")[0] for path in files} == set(SPLITS)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 
 import fake_hub
 import numpy as np
@@ -27,7 +29,7 @@ def numbers(text):
 def test_the_geometry_of_the_presets_needs_no_network(flan, command, tmp_path, size):
     done = command("--model", size, "--plan", cwd=tmp_path)
     assert done.code == 0 and not list(tmp_path.iterdir()), done
-    model = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", size])))
+    model = flan.without_weights(flan.geometry(flan.parse_settings(["--model", size])))
     assert all(p.is_meta for p in model.parameters())
     assert model.num_parameters() == pytest.approx(PUBLISHED[size], rel=0.06)
     assert f"{model.num_parameters():,} parameters" in done.out
@@ -40,7 +42,7 @@ def test_the_small_preset_is_the_published_configuration(flan):
                                            "num_heads": 6, "num_layers": 8, "vocab_size": 32128}  # fmt: skip
     with flan.torch.device("meta"):
         expected = flan.transformers.T5ForConditionalGeneration(flan.transformers.T5Config(**published))
-    found = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", "small"])))
+    found = flan.without_weights(flan.geometry(flan.parse_settings(["--model", "small"])))
     shapes = [{name: p.shape for name, p in model.state_dict().items()} for model in (expected, found)]
     assert shapes[0] == shapes[1]
     # The head is a matrix of its own: 512 x 32128 more than transformers' own count of an unloaded model.
@@ -69,7 +71,7 @@ def test_weights_are_what_loading_really_takes(flan, model_folder, precision):
 # bf16 and INT8 of base, XL and XXL in GiB.
 @pytest.mark.parametrize("size, bf16, int8", [("base", 0.46, 0.31), ("xl", 5.31, 3.25), ("xxl", 20.7, 12.5)])
 def test_weights_of_the_real_sizes(flan, size, bf16, int8):
-    model = flan.without_weights(flan.geometry(flan.parse_arguments(["--model", size])))
+    model = flan.without_weights(flan.geometry(flan.parse_settings(["--model", size])))
     found = [flan.weight_bytes(model, precision) / 2**30 for precision in ("bf16", "int8")]
     assert found == pytest.approx([bf16, int8], abs=0.006 * bf16 + 0.005)
 
@@ -97,8 +99,10 @@ class KeptByTheFusedKernel:
 
 @pytest.mark.parametrize("geometry", [(96, 3, 32, 224, 2, 2), (128, 4, 64, 320, 3, 2), (64, 8, 16, 96, 2, 3)])
 @pytest.mark.parametrize("batch, source, target", [(2, 96, 32), (3, 40, 72), (2, 256, 64)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch, source, target, checkpointing):
+@pytest.mark.parametrize("checkpointing, feed_forward", [(False, "gated-gelu"), (True, "gated-gelu"), (False, "relu")])
+def test_activations_are_what_autograd_keeps(
+    flan, monkeypatch, geometry, batch, source, target, checkpointing, feed_forward
+):
     """Every tensor that a real forward pass of transformers and PEFT under bf16 autocast hands to autograd, in bytes.
 
     With checkpointing, what the layers keep while they are computed for the first time is not handed on.
@@ -109,7 +113,7 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     width, heads, d_kv, d_ff, layers, decoder_layers = geometry
     config = flan.transformers.T5Config(
         vocab_size=512, d_model=width, num_heads=heads, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
-        num_decoder_layers=decoder_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        num_decoder_layers=decoder_layers, feed_forward_proj=feed_forward, tie_word_embeddings=False,
         decoder_start_token_id=0)  # fmt: skip
     kept = KeptByTheFusedKernel(torch)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", kept.attention)
@@ -119,7 +123,7 @@ def test_activations_are_what_autograd_keeps(flan, monkeypatch, geometry, batch,
     root = (2 / np.pi) ** 0.5
     monkeypatch.setattr(gelu, "forward", lambda self, x: 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * cube(x)))))
     model = flan.transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    args = flan.parse_arguments([])
+    args = flan.parse_settings([])
     model = flan.add_lora(model.to(torch.bfloat16), args).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -176,6 +180,23 @@ def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):
     longest = 64 * -(-limit // 64), 64 * -(-max(map(len, targets)) // 64)
     assert f"5 rows of {longest[0]} + {longest[1]} tokens" in done.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_says_what_it_does_not_know(command, data, model_folder, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"feed_forward_proj": "gated-silu"}
+    (model / "config.json").write_text(json.dumps(config))
+    done = command("--model", model, "--dataset", data, "--plan", cwd=tmp_path)
+    assert done.code == 0 and "not known for gated-silu" in done.out and "peak memory in GiB" not in done.out, done
+
+
+def test_a_trained_number_costs_16_bytes(flan):
+    """Itself, its gradient and AdamW's two moments, in fp32: the difference between two plans."""
+    settings = flan.parse_settings(["--model", "small"])
+    config = flan.geometry(settings)
+    weights = dict.fromkeys(flan.PRECISION_NAMES, 0)
+    few, many = (flan.plan_memory(settings, config, weights, n, 64, 64)[0][2]["bf16"] for n in (0, 10**9))
+    assert (many - few) * 2**30 == pytest.approx(16e9)
 
 
 def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, flan):
@@ -315,22 +336,21 @@ def test_the_command_that_lr_find_prints_trains_with_the_suggestion(range_test, 
     shutil.rmtree(run)
 
 
-def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, tmp_path, monkeypatch):
-    """And what it warns of on a CPU is at most its own hundred steps, not those of the training."""
-    steps, collate, calls = [], flan.Collator.__call__, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, tmp_path, monkeypatch, number):
+    """By SIGTERM as well as by Ctrl-C: neither a folder nor a checkpoint, and not even the folder of the runs."""
+    collate, calls = flan.Collator.__call__, []
 
     def interrupt(*rest):
         calls.append(1)
         if len(calls) == 9:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return collate(*rest)
 
     monkeypatch.setattr(flan.Collator, "__call__", interrupt)
-    monkeypatch.setattr(flan, "warn_about_slow_hardware", lambda *given: steps.append(given[3]))
-    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--epochs", "50", *RECIPE[2:], cwd=tmp_path)
-    assert done.code == 130 and "interrupted" in done.err.splitlines()[-1] and len(calls) == 9, done
-    assert not [*(tmp_path / "runs").iterdir()]
-    assert steps == [100]  # of 300
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", *RECIPE[2:], cwd=tmp_path)
+    assert done.code == 128 + number and "interrupted" in done.err.splitlines()[-1] and len(calls) < 13, done
+    assert not [*tmp_path.iterdir()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,13 +373,15 @@ def write_logs(folder, losses, rates=None, tag="train/loss", totals=()):
 
 @pytest.fixture
 def figures(flan, monkeypatch):
-    """All figures that were drawn and closed."""
-    kept = []
-    monkeypatch.setattr(flan.plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    for figure in kept:
-        flan.plt.close(figure)
+    """All figures that were drawn."""
+    kept, figure = [], flan.Figure
+
+    def new(*args, **options):
+        kept.append(figure(*args, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(flan, "Figure", new)
+    return kept
 
 
 def test_plot_finds_the_smallest_loss_with_its_step_and_rate(command, figures, tmp_path):
@@ -523,7 +545,8 @@ def test_compare_shows_what_the_runs_recorded(command, trained, other, tmp_path,
         assert float(values[7]) == pytest.approx(minutes, abs=0.06)
     assert {"flan-t5-small-chats-lr=1e-2: lr 0.01, epochs 3", "other: lr 0.02, epochs 2"} <= {*lines}
     first = next(i for i, line in enumerate(lines) if line.startswith("| A | B |"))
-    a, b, difference, interval, p = cells(lines[first + 2])
+    a, b, difference, interval, p, corrected = cells(lines[first + 2])
+    assert corrected == p  # a single pair
     scores = [run["epochs"][run["best_epoch"]]["test"]["rouge1"] for run in runs]
     assert (a, b) == (trained.folder.name, "other")
     assert float(difference) == pytest.approx(scores[1] - scores[0], abs=0.02)
@@ -543,10 +566,10 @@ def test_compare_puts_its_picture_beside_the_runs(command, trained, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (("protocol", "max_new_tokens", 128), "max_new_tokens is 24 in one, 128 in the other"),
-    (("protocol", "prefix", ""), "prefix is 'summarize: ' in one, '' in the other"),
-    (("protocol", "decoding", "beam search with 4 beams"), "decoding"),
-    (("protocol", "max_source_length", 256), "max_source_length"),
+    (("scoring", "max_new_tokens", 128), "max_new_tokens is 24 in one, 128 in the other"),
+    (("scoring", "prefix", ""), "prefix is 'summarize: ' in one, '' in the other"),
+    (("scoring", "decoding", "beam search with 4 beams"), "decoding"),
+    (("scoring", "max_source_length", 256), "max_source_length"),
     (("rows", "test", slice(0, 4)), "their test rows differ (5 and 4 rows)"),
     (("rows", "validation", slice(6, None, -1)), "their validation rows differ"),
     (("reference", "test", "another summary"), "their test rows differ (5 and 5 rows)"),
@@ -555,8 +578,8 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     kind, name, value = change
     other = shutil.copytree(trained.folder, tmp_path / "other")
     metrics = json.loads((other / "metrics.json").read_text())
-    if kind == "protocol":
-        metrics["protocol"][name] = value
+    if kind == "scoring":
+        metrics["scoring"][name] = value
         (other / "metrics.json").write_text(json.dumps(metrics))
     else:
         path = other / f"predictions/{name}-epoch-{metrics['best_epoch']}.jsonl"

@@ -5,6 +5,7 @@ The long versions (fifty kills, 2,000 steps) run with -m slow.
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -28,15 +29,15 @@ NAME = "flan-t5-small-chats-lr=1e-2"  # of the run that the fixture `trained` ma
 def assert_same_run(run, reference, last=18):
     """As assert_same_end, and the optimiser, the schedule and every point of the loss curve are the same."""
     assert_same_end(run, reference, last)
-    for name in ("optimizer.pt", "scheduler.pt"):
-        states = [torch.load(folder / f"checkpoint-{last}" / name, weights_only=True) for folder in (run, reference)]
-        assert same(*states), name
+    states = [torch.load(folder / f"checkpoints/step-{last:08d}/optimizer.pt", weights_only=True)
+              for folder in (run, reference)]  # fmt: skip
+    assert same(*states)
     curves = [
         [{key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate", "epoch")} for entry in
          metrics(folder)["curve"]] for folder in (run, reference)
     ]  # fmt: skip
     assert curves[0] == curves[1]
-    assert not list(run.glob("*.incomplete"))
+    assert not list(run.rglob("*.incomplete"))
 
 
 def same(a, b):
@@ -87,7 +88,7 @@ for line in sys.stdin:
         sys.argv = [script, *order["words"]]
         flan.plot_loss = flan.plot_rouge = lambda *_: None  # see no_plots
         exec(order["before"])
-        sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
+        sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
     print(child, flush=True)
     print(child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -149,7 +150,7 @@ def launch(server, data, model_folder):
 def half_written(run):
     """Whether a folder of the run is being written."""
     with contextlib.suppress(FileNotFoundError):  # it was, and has just been renamed
-        return any(path.is_dir() and any(path.iterdir()) for path in run.glob("*.incomplete"))
+        return any(path.is_dir() and any(path.iterdir()) for path in run.rglob("*.incomplete"))
     return False
 
 
@@ -217,20 +218,21 @@ flan.Collator.__call__ = interrupt
 """
     assert launch(tmp_path, twice).exit_code() == -number
     run = tmp_path / "runs" / NAME
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000006"]
     process = launch(tmp_path)
     assert process.exit_code() == 0, process
     assert_same_run(run, trained.folder)
 
 
 def test_a_signal_that_comes_twice_at_once_counts_once(flan, monkeypatch):
-    """As with torchrun, which passes on what a scheduler sends to each process anyway; another signal does count."""
+    """As with torchrun, which passes on what a scheduler, or Ctrl-C, sends to each process anyway."""
     killed, now = [], [100.0]
     monkeypatch.setattr(flan.signal, "signal", lambda *_: None)
     monkeypatch.setattr(flan.os, "kill", lambda _, number: killed.append(number))
     monkeypatch.setattr(flan.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("builtins.print", lambda *_: pytest.fail("print can be interrupted by itself"))
     stop = flan.StopSignal()
-    for seconds, number, expected in [(0, 15, []), (0.9, 15, []), (0.95, 2, [2]), (1.1, 15, [2, 15])]:
+    for seconds, number, expected in [(0, 15, []), (0.9, 15, []), (0.95, 2, []), (1.1, 15, [15])]:
         now[0] = 100 + seconds
         stop.receive(number, None)
         assert killed == expected and stop.number == 15
@@ -251,22 +253,25 @@ def test_a_resumed_run_logs_the_same_means(command, data, model_folder, tmp_path
     assert command("--model", model_folder, "--dataset", data, *flags, cwd=tmp_path).code == 0
     whole = shutil.copytree(run, tmp_path / "whole")
     assert [entry["step"] for entry in metrics(whole)["curve"]][:6] == [2, 4, 5, 6, 8, 10]
-    shutil.rmtree(run / "checkpoint-40")
+    shutil.rmtree(run / "checkpoints/step-00000040")
     assert command("--resume", "--output-dir", run, cwd=tmp_path).code == 0
     assert_same_run(run, whole, last=40)
 
 
-def test_a_checkpoint_without_all_its_files_is_passed_over(flan, command, trained, tmp_path, capsys):
+def test_a_checkpoint_without_all_its_files_is_put_aside(flan, command, trained, tmp_path, capsys):
     """Not what a kill leaves, but a disk that lost files. The Trainer itself would go on with a new optimiser."""
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
-    for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors", "optimizer.pt"):
-        file = (run / "checkpoint-18" / name).rename(tmp_path / name)
-        assert flan.find_checkpoint(run) == run / "checkpoint-12"
-        passed_over, going_on = capsys.readouterr().out.splitlines()
-        assert "passed over" in passed_over and "checkpoint-18" in passed_over and "checkpoint-12" in going_on
+    last, before = (run / f"checkpoints/step-{step:08d}" for step in (18, 12))
+    for name in ("trainer_state.json", "weights.safetensors", "optimizer.pt"):
+        (last / name).rename(tmp_path / name)
+        assert flan.find_checkpoint(run) == before
+        put_aside, going_on = capsys.readouterr().out.splitlines()
+        assert str(last) in put_aside and "put aside as step-00000018.damaged" in put_aside and str(before) in going_on
+        assert not last.exists() and (run / "checkpoints/step-00000018.damaged").is_dir()
         if name != "optimizer.pt":
-            file.rename(run / "checkpoint-18" / name)
+            (run / "checkpoints/step-00000018.damaged").rename(last)
+            (tmp_path / name).rename(last / name)
     done = command("--resume", cwd=home)
     assert done.code == 0, done
     assert_same_run(run, trained.folder)
@@ -298,12 +303,12 @@ def fill(disk, free):
 
 FULL = [
     ("SummarizationTrainer._save_checkpoint", 2, 500_000, 6),  # room for the weights, none for the optimiser
-    ("save_result", 2, 100_000, None),  # the adapter of the first epoch, before its checkpoint
+    ("save_result", 2, 100_000, 6),  # the adapter of the first epoch, after its checkpoint
     ("SummarizationTrainer._save_checkpoint", 2, 100_000, 6),  # no room for the weights
     ("SummarizationTrainer._save_checkpoint", 1, 0, None),
-    ("write_jsonl", 5, 0, 6),  # predictions
-    ("Report.write", 3, 0, None),  # metrics.json after the first epoch
-    ("Reporter.on_log", 9, 0, 6),  # TensorBoard
+    ("write_jsonl", 6, 0, 12),  # predictions of the second epoch
+    ("Run.write", 3, 0, 6),  # metrics.json after the first epoch
+    ("Run.on_log", 10, 0, 6),  # metrics.jsonl and TensorBoard
 ]
 
 
@@ -331,9 +336,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
         done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, "--output-dir", run,
                        cwd=disk.parent)  # fmt: skip
     assert_one_line(done, str(run), "MiB free", "make room", f"--resume --output-dir {run}")
-    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")]
-    assert steps == ([last] if last else [])
-    assert not list(run.glob("*.incomplete/*"))
+    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*")]
+    assert sorted(steps)[-1:] == ([last] if last else [])
+    assert not list(run.rglob("*.incomplete/*"))
     (disk / "filler").unlink()
     done = command("--resume", "--output-dir", run, cwd=disk.parent)
     assert done.code == 0, done
@@ -345,7 +350,7 @@ def test_no_room_for_the_tokens_or_the_merged_model(command, data, model_folder,
     flags = ("--model", model_folder, "--dataset", data, *RECIPE)
     done = command(*flags, "--cache-dir", disk / "cache", cwd=disk.parent)
     assert_one_line(done, str(disk / "cache"), "No space left on device", "--cache-dir DIR")
-    done = command("--merge", disk / "merged", "--adapter", trained.folder, cwd=disk.parent)
+    done = command("--export", disk / "merged", "--adapter", trained.folder, cwd=disk.parent)
     assert_one_line(done, str(disk), "MiB free", "another folder")
     done = command(*flags, "--output-dir", disk / "run", cwd=disk.parent)
     assert_one_line(done, str(disk / "run"), "No space left on device")
@@ -364,7 +369,7 @@ def locked(tmp_path, request):
             request.getfixturevalue("disk")
         if content:
             shutil.copytree(content, folder / "run")
-            shutil.rmtree(folder / "run" / "checkpoint-18")
+            shutil.rmtree(folder / "run" / "checkpoints/step-00000018")
         if os.geteuid():
             folder.chmod(0o500)
             request.addfinalizer(lambda: folder.chmod(0o700))
@@ -382,7 +387,7 @@ def test_folders_that_may_not_be_written_to(command, data, model_folder, trained
     for words, expected in (
         ((*flags, "--output-dir", folder / "new"), [str(folder / "new")]),
         ((*flags, "--cache-dir", folder / "cache"), [str(folder / "cache"), "--cache-dir DIR"]),
-        (("--merge", folder / "merged", "--adapter", trained.folder), [str(folder)]),
+        (("--export", folder / "merged", "--adapter", trained.folder), [str(folder)]),
         (("--resume", "--output-dir", folder / "run"), [str(folder / "run")]),
     ):
         assert_one_line(command(*words, cwd=folder.parent), *expected)
@@ -395,7 +400,7 @@ def test_folders_that_may_not_be_written_to(command, data, model_folder, trained
 
 
 @pytest.mark.parametrize("what, step", [("nan", 7), ("inf", 8), ("gradient", 7), ("gradient", 8)])
-def test_a_loss_that_is_not_finite_names_step_and_rows(
+def test_a_step_that_is_not_finite_is_skipped_and_named_with_its_rows(
     flan, command, data, model_folder, tmp_path, monkeypatch, what, step
 ):
     """48 steps of one row each, of which every second one is logged: steps 7 and 8 are looked at together."""
@@ -419,21 +424,20 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     run = tmp_path / "run"
     done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--batch-size", "1", "--output-dir",
                    run, "--max-new-tokens", "2", cwd=tmp_path)  # fmt: skip
-    if what == "gradient" and step == 7:  # it ruins the weights, so that the loss of the next step shows it
-        named, word = 8, "loss is nan"
-    else:
-        named, word = step, "gradient" if what == "gradient" else f"loss is {what}"
+    word = "gradient is not finite" if what == "gradient" else f"loss is {what}"
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
     tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
     (guilty,) = [row["id"] for row in rows
-                 if tokenizer("summarize: " + row["dialogue"].replace("\r\n", "\n")).input_ids == seen[named - 1]]
-    assert_one_line(done, word, f"step {named},", f"rows {guilty}:", "--lr")
-    assert metrics(run)["status"] == "failed"
-    curve = metrics(run)["curve"]
-    assert [entry["step"] for entry in curve] == [2, 4, 6] and not list(run.glob("checkpoint-*"))
+                 if tokenizer("summarize: " + row["dialogue"].replace("\r\n", "\n")).input_ids == seen[step - 1]]
+    assert done.code == 0 and done.out.count("is skipped") == 1, done
+    assert f"step {step} is skipped: its {word}; its rows: {guilty}\n" in done.out
+    found = metrics(run)
+    assert found["status"] == "finished" and found["skipped_steps"] == 1
+    assert [entry["step"] for entry in found["curve"]] == list(range(2, 49, 2))
+    assert all(math.isfinite(entry["loss"] + entry["grad_norm"]) for entry in found["curve"])
 
 
-def test_rows_that_end_a_run_are_named_in_later_epochs_too(flan, command, data, model_folder, tmp_path, monkeypatch):
+def test_rows_that_are_skipped_are_named_in_later_epochs_too(flan, command, data, model_folder, tmp_path, monkeypatch):
     """Step 8 is the second of the second epoch; it has four rows in two micro-batches, and the second is poisoned."""
     token_mean_loss, collate, calls, seen = flan.token_mean_loss, flan.Collator.__call__, [], []
 
@@ -452,10 +456,9 @@ def test_rows_that_end_a_run_are_named_in_later_epochs_too(flan, command, data, 
     rows = {tuple(tokenizer("summarize: " + row["dialogue"].replace("\r\n", "\n")).input_ids): row["id"] for row in
             map(json.loads, (data / "train.jsonl").read_text("utf-8").splitlines())}  # fmt: skip
     guilty = {rows[tuple(source)] for source in seen[14] + seen[15]}
-    assert_one_line(done, "step 8,")
-    named = re.search("rows (.*?):", done.err)[1]
+    assert done.code == 0, done
+    named = re.search("step 8 is skipped: .*; its rows: (.*)", done.out)[1]
     assert len(guilty) == 4 and set(named.split(", ")) == guilty
-    assert [path.name for path in (tmp_path / "runs" / NAME).glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,42 +487,45 @@ def mark(tmp_path):
     assert mark.exists(), "not a real bomb"
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
-def test_a_bomb_in_a_checkpoint_is_refused(command, trained, mark, tmp_path, name):
+def test_a_bomb_in_a_checkpoint_is_not_run(command, trained, mark, tmp_path):
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
-    shutil.rmtree(run / "checkpoint-18")
-    torch.save({"state": Bomb(mark)}, run / "checkpoint-12" / name)
-    before = files_of(run / "adapter")
-    assert_one_line(command("--resume", cwd=home), "checkpoint-12", "code", "not run", "delete this folder")
-    assert files_of(run / "adapter") == before
+    torch.save({"state": Bomb(mark)}, run / "checkpoints/step-00000018/optimizer.pt")
+    done = command("--resume", cwd=home)
+    (line,) = [line for line in done.out.splitlines() if "damaged" in line]
+    assert done.code == 0 and "step-00000018" in line and "code in it, which is not run" in line, done
+    shutil.rmtree(run / "checkpoints/step-00000018.damaged")
+    assert_same_run(run, trained.folder)
 
 
 def test_bombs_that_are_not_needed_are_not_opened(command, trained, mark, tmp_path):
-    """The Trainer writes training_args.bin, a pickle of its own class, but nothing reads it."""
+    """Which the Trainer by itself, or an older version of this script, would read."""
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
-    shutil.rmtree(run / "checkpoint-18")
-    for name in ("training_args.bin", "adapter_model.bin", "optimizer.bin"):
-        torch.save(Bomb(mark), run / "checkpoint-12" / name)
+    shutil.rmtree(run / "checkpoints/step-00000018")
+    for name in ("training_args.bin", "adapter_model.bin", "optimizer.bin", "scheduler.pt", "rng_state.pth",
+                 "pytorch_model.bin"):  # fmt: skip
+        torch.save(Bomb(mark), run / "checkpoints/step-00000012" / name)
     done = command("--resume", cwd=home)
     assert done.code == 0, done
     assert_same_run(run, trained.folder)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "nonsense"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
-def test_a_damaged_checkpoint_is_refused(command, trained, tmp_path, name, damage):
+@pytest.mark.parametrize("name", ["optimizer.pt", "weights.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(command, trained, tmp_path, name, damage):
     home = shutil.copytree(trained.home, tmp_path / "home")
-    file = home / "runs" / NAME / "checkpoint-18" / name
+    run = home / "runs" / NAME
+    file = run / "checkpoints/step-00000018" / name
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"nonsense" * 99)
-    if name == "rng_state.pth":  # read only if there is something left to train
-        shutil.rmtree(file.parents[1] / "checkpoint-12")
-        file.parent.rename(file.parents[1] / "checkpoint-12")
-        state = file.parents[1] / "checkpoint-12" / "trainer_state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 12, "epoch": 2.0}))
-    assert_one_line(command("--resume", cwd=home), "checkpoint-1", "damaged", "delete this folder")
+    done = command("--resume", cwd=home)
+    assert done.code == 0, done
+    (line,) = [line for line in done.out.splitlines() if "damaged" in line]
+    assert "step-00000018 is damaged" in line and "put aside as step-00000018.damaged" in line
+    assert f"going on from {run.relative_to(home)}/checkpoints/step-00000012\n" in done.out
+    shutil.rmtree(run / "checkpoints/step-00000018.damaged")
+    assert_same_run(run, trained.folder)
 
 
 def test_a_bomb_as_an_adapter_is_refused(command, trained, data, mark, tmp_path):
@@ -528,7 +534,7 @@ def test_a_bomb_as_an_adapter_is_refused(command, trained, data, mark, tmp_path)
     torch.save({"lora": Bomb(mark)}, adapter / "adapter_model.bin")
     chat = tmp_path / "chat.txt"
     chat.write_text("Ada: hi")
-    for words in (("--summarize", chat), ("--evaluate", "--dataset", data), ("--merge", tmp_path / "merged")):
+    for words in (("--summarize", chat), ("--evaluate", "--dataset", data), ("--export", tmp_path / "merged")):
         assert_one_line(command(*words, "--adapter", adapter, cwd=tmp_path), str(adapter))
     assert not (tmp_path / "merged").exists()
 
@@ -610,13 +616,13 @@ def grown(flan, command, model_folder, tmp_path, monkeypatch, rows, steps, warm_
     """The share by which resident memory grows between the steps `warm_up` and `steps`; an epoch has rows / 2 steps."""
     for split, count in {"train": rows, "validation": 5, "test": 5}.items():
         write_jsonl(tmp_path / f"chats/{split}.jsonl", fake_hub.samsum_rows(split, count))
-    resident, original = {}, flan.Reporter.on_step_end
+    resident, original = {}, flan.Run.on_step_end
 
     def watch(reporter, args, state, control, **kwargs):
         resident[state.global_step] = int(Path("/proc/self/statm").read_text().split()[1])
         return original(reporter, args, state, control, **kwargs)
 
-    monkeypatch.setattr(flan.Reporter, "on_step_end", watch)
+    monkeypatch.setattr(flan.Run, "on_step_end", watch)
     done = command("--model", model_folder, "--dataset", "chats", "--batch-size", "2", "--micro-batch-size", "1",
                    "--max-new-tokens", "4", "--epochs", "1000", "--max-steps", steps, cwd=tmp_path)  # fmt: skip
     assert done.code == 0 and len(resident) == steps, done
@@ -650,7 +656,7 @@ script = sys.argv[1]
 spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
 flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flan)
-rank, encode, step_end = int(os.environ["RANK"]), flan.encode, flan.Reporter.on_step_end
+rank, encode, step_end = int(os.environ["RANK"]), flan.encode, flan.Run.on_step_end
 def watched_encode(tokenizer, texts, limit):
     with open(f"encoded-{rank}", "a") as file:
         file.write(f"{len(texts)} ")
@@ -660,17 +666,18 @@ def watched_step_end(reporter, args, state, control, **more):
         open(f"step-8-{rank}", "w")
         exec(os.environ.get("STEP_8", ""))
     return step_end(reporter, args, state, control, **more)
-flan.encode, flan.Reporter.on_step_end = watched_encode, watched_step_end
+flan.encode, flan.Run.on_step_end = watched_encode, watched_step_end
 save, replace = flan.SummarizationTrainer._save_checkpoint, flan.replace_folder
 def slow_replace(*folders):
     time.sleep(0.5)
     replace(*folders)
 def watched_save(trainer, *more):
     save(trainer, *more)
-    assert (trainer.run / f"checkpoint-{trainer.state.global_step}").is_dir(), "not all waited for the checkpoint"
+    folder = trainer.run.folder / f"checkpoints/step-{trainer.state.global_step:08d}"
+    assert folder.is_dir(), "not all waited for the checkpoint"
 flan.SummarizationTrainer._save_checkpoint, flan.replace_folder = watched_save, slow_replace
 sys.argv.pop(0)
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_arguments)))
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 
 
@@ -696,7 +703,7 @@ def test_a_rank_that_dies_takes_the_run_down(torchrun, tmp_path):
     assert done.code not in (0, 2) and (tmp_path / "step-8-1").exists(), done
     assert "Signal 9 (SIGKILL)" in done.err and re.search(r"rank\s*: 1 ", done.err)
     run = tmp_path / "runs" / NAME
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000006"]
     assert (tmp_path / "encoded-0").read_text().split() == ["24", "24", "7", "7", "5", "5"]
     assert not (tmp_path / "encoded-1").exists()
 
@@ -721,7 +728,7 @@ def test_two_processes_interrupted_and_resumed_are_the_same_run(torchrun, tmp_pa
     done = wait(process, 120)
     assert done.code != 0, done
     run = tmp_path / "runs" / NAME
-    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*"))
     assert steps == ([6] if "SIGKILL" in how else [6, 8]), done
     done = wait(torchrun("--resume", "--output-dir", run), 240)
     assert done.code == 0, done

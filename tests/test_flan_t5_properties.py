@@ -1,8 +1,11 @@
 """flan-t5_samsum.py: what must hold for any text, any rows and any batch, tried with generated examples."""
 
+import csv
 import json
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import write_jsonl
@@ -92,7 +95,7 @@ def test_dialogues_are_the_runs_of_lines_between_blank_ones(flan, tmp_path, dial
 def test_a_dialogue_is_the_same_text_in_training_and_in_use(flan, tmp_path, text):
     """From JSONL: whatever its line breaks are."""
     path = write_jsonl(tmp_path / "d" / "rows.jsonl", [{"dialogue": text, "summary": "x"}] * 10)
-    args = flan.parse_arguments(["--dataset", str(path)])
+    args = flan.parse_settings(["--dataset", str(path)])
     trained_on = flan.load_data(args)["train"]["dialogue"][0]
     assert list(flan.read_dialogues(str(path))) == [trained_on] * 10
 
@@ -105,13 +108,12 @@ def test_rows_are_read_alike_from_every_kind_of_file(flan, tmp_path, rows):
     write_jsonl(folder / "d.jsonl", rows)
     (folder / "d.json").write_text(json.dumps(rows))
     with open(folder / "d.csv", "w", encoding="utf-8", newline="") as file:
-        writer = flan.csv.DictWriter(file, ["dialogue", "summary"], quoting=flan.csv.QUOTE_ALL)
+        writer = csv.DictWriter(file, ["dialogue", "summary"], quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(rows)
-    pyarrow = flan.pyarrow
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert flan.read_file(folder / f"d.{kind}") == rows, kind
+        assert flan.read_files([folder / f"d.{kind}"], tmp_path / "cache") == rows, kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,8 +137,9 @@ def test_summaries_keep_the_order_of_the_rows(flan, tokenizer, sources, batch_si
         return input_ids
 
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, generate=generate)
-    args = flan.parse_arguments([])
-    summaries = flan.generate_summaries(model, tokenizer, sources, args, torch.float32, batch_size=batch_size)
+    summarizer = flan.Summarizer(model, tokenizer, flan.parse_settings([]), torch.device("cpu"), torch.float32)
+    summarizer.batch_size = batch_size
+    summaries = summarizer(sources)
     assert summaries == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in sources]
     assert seen == sorted(map(len, sources), reverse=True)
 

@@ -16,10 +16,14 @@ def metrics(run):
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+
 def assert_same_end(run, reference, last):
     """Weights, optimiser, scores of all epochs and predictions are those of the uninterrupted run."""
-    for name in (f"checkpoint-{last}", "adapter"):
-        weights, expected = (load_file(folder / name / "adapter_model.safetensors") for folder in (run, reference))
+    for name in (f"checkpoints/step-{last:08d}/weights", "adapter/adapter_model"):
+        weights, expected = (load_file(folder / f"{name}.safetensors") for folder in (run, reference))
         assert set(weights) == set(expected)
         assert all(weights[key].equal(expected[key]) for key in expected), name
     names = sorted(path.name for path in (reference / "predictions").iterdir())
@@ -35,7 +39,10 @@ def assert_same_end(run, reference, last):
     steps = [entry["step"] for entry in found["curve"]]
     assert steps == sorted(set(steps)) and steps[-1] == last, "a step is logged twice, or not at all"
     assert found["curve"][-1]["loss"] == losses[last]
-    assert not (run / "checkpoint.incomplete").exists()
+    assert not [*run.rglob("*.incomplete")]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line for line in lines if "loss" in line] == found["curve"]
+    assert [line["step"] for line in lines if "validation" in line] == [e["step"] for e in found["epochs"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,11 +66,11 @@ def train_until(flan, command, data, model_folder, tmp_path, monkeypatch):
                 if len(calls) == (2 * count - 1 if what == "step" else count):
                     os.kill(os.getpid(), number)
 
-            collate, generate = flan.Collator.__call__, flan.generate_summaries
+            collate, summarise = flan.Collator.__call__, flan.Summarizer.__call__
             if what == "step":
                 patch.setattr(flan.Collator, "__call__", lambda *rest: interrupt() or collate(*rest))
             else:
-                patch.setattr(flan, "generate_summaries", lambda *args, **more: interrupt() or generate(*args, **more))
+                patch.setattr(flan.Summarizer, "__call__", lambda *args: interrupt() or summarise(*args))
             done = command("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, cwd=tmp_path)
         assert done.code == 128 + number, done
         run = tmp_path / "runs" / "flan-t5-small-chats-lr=1e-2"
@@ -78,21 +85,21 @@ def train_until(flan, command, data, model_folder, tmp_path, monkeypatch):
 def test_interrupted_in_any_step(command, trained, train_until, tmp_path, step):
     """Six steps make an epoch: the first and the last step of the run, the last of an epoch and the first."""
     run = train_until("step", step)
-    last = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    last = max(step_of(path) for path in run.glob("checkpoints/step-*"))
     assert last in (step, step - 1, step - 2)  # batches are fetched ahead
     assert (run / "training_loss.png").exists() == bool(metrics(run)["curve"])
     done = command("--resume", cwd=tmp_path)
     assert done.code == 0, done
     assert_same_end(run, trained.folder, 18)
-    assert len(list(run.glob("checkpoint-*"))) == 2
+    assert len(list(run.glob("checkpoints/step-*"))) == 2
 
 
 @pytest.mark.parametrize("evaluation", [2, 3, 7])
 def test_interrupted_in_an_evaluation(command, trained, train_until, tmp_path, evaluation):
     """Two splits after each of the epochs 0 to 3: one before training, in the first epoch, and in the last one."""
     run = train_until("summary", evaluation)
-    steps = {2: [], 3: [6], 7: [12, 18]}[evaluation]
-    assert sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")) == steps
+    steps = {2: [], 3: [6], 7: [12, 18]}[evaluation]  # a checkpoint comes before it is scored
+    assert sorted(step_of(path) for path in run.glob("checkpoints/step-*")) == steps
     done = command("--resume", "--output-dir", run, cwd=tmp_path)
     assert done.code == 0, done
     assert_same_end(run, trained.folder, 18)
@@ -126,13 +133,13 @@ def test_interrupted_twice(command, trained, train_until, tmp_path, flan, monkey
 
 def test_a_half_written_checkpoint_is_passed_over(command, trained, train_until, tmp_path):
     run = train_until("step", 8)
-    partial = run / "checkpoint.incomplete" / "checkpoint-9"
-    partial.mkdir(parents=True)
-    (partial / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    partial = run / "checkpoints/step-00000009.incomplete"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"\0" * 100)
     done = command("--resume", cwd=tmp_path)
     assert done.code == 0, done
-    line = next(line for line in done.out.splitlines() if "checkpoint-9" in line)
-    assert "passed over" in line
+    line = next(line for line in done.out.splitlines() if line.startswith("going on from"))
+    assert line.split("step-")[1] in ("00000006", "00000007", "00000008")
     assert_same_end(run, trained.folder, 18)
 
 
@@ -167,7 +174,7 @@ def test_resume_takes_the_newest_run_that_has_a_checkpoint(command, train_until,
     run = train_until("step", 8)
     other = tmp_path / "runs" / "newer"
     shutil.copytree(run, other)
-    for checkpoint in other.glob("checkpoint-*"):
+    for checkpoint in other.glob("checkpoints/step-*"):
         shutil.rmtree(checkpoint)
     os.utime(other / "metrics.json", (time.time() + 60,) * 2)
     done = command("--resume", cwd=tmp_path)
@@ -190,16 +197,15 @@ def killed(command, model_folder, tmp_path_factory):
     flags = ("--model", model_folder, "--dataset", home / "chats", "--epochs", "2", *RECIPE)
     numbers = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
     running = {name: start(*flags, "--output-dir", home / name, cwd=home) for name in numbers}
-    done, deadline = {}, time.monotonic() + 240
-    while running:
-        for name, process in list(running.items()):
-            if (home / name / f"checkpoint-{STEPS}").is_dir():
-                time.sleep(0.3)  # a few steps
-                process.send_signal(numbers[name])
-            elif process.poll() is None and time.monotonic() < deadline:
-                continue
-            done[name] = wait(running.pop(name), 60)
+    waiting, deadline = dict(running), time.monotonic() + 240
+    while waiting and time.monotonic() < deadline:
+        for name, process in list(waiting.items()):
+            log = home / name / "metrics.jsonl"
+            if process.poll() is not None or (log.exists() and f'"step": {STEPS + 6}' in log.read_text("utf-8")):
+                process.send_signal(numbers[name])  # in the second epoch, and in the middle of it
+                waiting.pop(name)
         time.sleep(0.02)
+    done = {name: wait(process, 60) for name, process in running.items()}
     uninterrupted = command(*flags, "--output-dir", home / "uninterrupted", cwd=home)
     assert uninterrupted.code == 0, uninterrupted
     return home, done
@@ -210,7 +216,7 @@ def test_sigterm_in_the_middle_of_an_epoch(command, killed):
     assert done["term"].code == 128 + signal.SIGTERM, done
     assert "Traceback" not in done["term"].err
     run = home / "term"
-    steps = sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    steps = sorted(step_of(path) for path in run.glob("checkpoints/step-*"))
     assert len(steps) == 2 and STEPS == steps[0] < steps[1] < 2 * STEPS
     again = command("--resume", "--output-dir", run, cwd=home)
     assert again.code == 0, again
@@ -221,7 +227,7 @@ def test_kill_9_after_a_checkpoint(command, killed):
     home, done = killed
     assert done["kill"].code == -signal.SIGKILL, done
     run = home / "kill"
-    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == [f"step-{STEPS:08d}"]
     again = command("--resume", "--output-dir", run, cwd=home)
     assert again.code == 0, again
     assert_same_end(run, home / "uninterrupted", 2 * STEPS)

@@ -29,9 +29,11 @@ def sources(tokenizer):
 
 @pytest.fixture(scope="module")
 def summarise(flan, model, tokenizer, sources):
-    def summarise(*flags, sources=sources, model=model, **options):
-        args = flan.parse_arguments(["--max-new-tokens", "24", *flags])
-        return flan.generate_summaries(model, tokenizer, sources, args, flan.torch.float32, **options)
+    def summarise(*flags, sources=sources, model=model, batch_size=None):
+        settings = flan.parse_settings(["--max-new-tokens", "24", *flags])
+        summarizer = flan.Summarizer(model, tokenizer, settings, *flan.get_device())
+        summarizer.batch_size = batch_size or summarizer.batch_size
+        return summarizer(sources)
 
     return summarise
 
@@ -187,20 +189,19 @@ def test_bootstrap_leaves_the_global_generators_alone(flan):
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-def test_score_compares_whole_references_row_by_row(flan, model, tokenizer, data, tmp_path, monkeypatch):
+def test_score_compares_whole_references_row_by_row(flan, tokenizer, data, tmp_path):
     """Labels cut to 4 tokens are for training: a perfect summary still scores 100."""
-    args = flan.parse_arguments(["--dataset", str(data), "--max-target-length", "4", "--cache-dir", str(tmp_path)])
+    args = flan.parse_settings(["--dataset", str(data), "--max-target-length", "4", "--cache-dir", str(tmp_path)])
     rows = flan.tokenize(flan.load_data(args), tokenizer, args)["validation"]
     assert max(map(len, rows["labels"])) == 4
     predictions = list(rows["summary"])
     predictions[2], predictions[5] = "Nobody knows.", ""
 
-    def fake(model, tokenizer, sources, *rest, **options):
+    def fake(sources):
         assert list(sources) == list(rows["input_ids"])
         return predictions
 
-    monkeypatch.setattr(flan, "generate_summaries", fake)
-    scores, examples = flan.score(model, tokenizer, rows, args, flan.torch.float32)
+    scores, examples = flan.score(fake, rows)
     assert [row["rouge1"] for row in examples] == [100, 100, 0, 100, 100, 0, 100]
     for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
         assert scores[kind] == pytest.approx(500 / 7)

@@ -15,7 +15,7 @@ def settings(flan, monkeypatch):
 
     def parse(*words, processes=1):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        return flan.parse_arguments([str(word) for word in words])
+        return flan.parse_settings([str(word) for word in words])
 
     return parse
 
@@ -48,10 +48,11 @@ def test_a_folder_named_like_a_preset_does_not_take_its_place(settings, tmp_path
     assert settings("--dataset", "./samsum").dataset == str(tmp_path / "samsum")
 
 
-@pytest.mark.parametrize("flag", ["--evaluate", "--summarize", "--merge"])
+@pytest.mark.parametrize("flag", ["--evaluate", "--summarize", "--export"])
 def test_use_takes_the_settings_of_the_run(settings, tmp_path, flag):
     run = run_with(tmp_path / "run")
-    args = settings(flag, *(["out"] if flag == "--merge" else ["-"] if flag == "--summarize" else []), "--adapter", run)
+    value = {"--export": ["out"], "--summarize": ["-"]}.get(flag, [])
+    args = settings(flag, *value, "--adapter", run)
     assert (args.model, args.dataset, args.max_new_tokens) == ("small", "samsum", 64)
     # However many processes share the work: the batch of the training is no concern of theirs.
     assert settings("--evaluate", "--adapter", run, processes=3).max_new_tokens == 64
@@ -120,15 +121,15 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
 
     chat = write_jsonl(tmp_path / "chats.jsonl", [{"dialogue": "Ada: Hi!"}])
     for name, words in (("PeftModel", ("--summarize", chat)), ("AutoModelForSeq2SeqLM", ("--summarize", chat)),
-                        ("AutoModelForSeq2SeqLM", ("--merge", "out"))):  # fmt: skip
+                        ("AutoModelForSeq2SeqLM", ("--export", "out"))):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(getattr(flan, name), "from_pretrained", no_room)
             done = command(*words, "--adapter", trained.folder, cwd=tmp_path)
         assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
-        assert "--micro-batch-size" not in done.err and ("--int8" in done.err) == (words[0] != "--merge")
+        assert "--micro-batch-size" not in done.err and ("--int8" in done.err) == (words[0] != "--export")
     wrapped = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate"))
     monkeypatch.setattr(flan.AutoModelForSeq2SeqLM, "from_pretrained", wrapped)  # as when it quantises
     done = command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
-    with pytest.raises(flan.torch.OutOfMemoryError), flan.loading_checkpoint(tmp_path):
+    with pytest.raises(flan.torch.OutOfMemoryError), flan.writing_to(tmp_path):
         no_room()

@@ -8,7 +8,8 @@ import shutil
 
 import fake_hub
 import pytest
-from conftest import write_jsonl
+from conftest import start, wait, write_jsonl
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +165,15 @@ def test_learning_rate_warms_up_over_5_percent_and_falls_linearly(trained):
 
 
 def test_learning_rate_of_many_steps(flan):
-    """100 steps: five of warm-up. The schedule is built as the Trainer builds it, from the script's arguments."""
-    args = flan.parse_arguments(["--lr", "2e-3"])
-    arguments = flan.training_arguments(args, flan.Path("run"), flan.torch.device("cpu"), flan.torch.float32, 100)
-    optimizer = flan.torch.optim.SGD([flan.torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
-    schedule = flan.transformers.get_scheduler(arguments.lr_scheduler_type, optimizer,
-                                               arguments.get_warmup_steps(100), 100)  # fmt: skip
-    rates = []
-    for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    """100 steps: five of warm-up. And transformers' schedule of that name is the same for any number of steps."""
+    rates = [2e-3 * flan.learning_rate_factor(step, 100) for step in range(100)]
+    for steps in (1, 2, 3, 19, 20, 21, 500):
+        optimizer = flan.torch.optim.SGD([flan.torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = flan.transformers.get_scheduler("linear", optimizer, -(-steps // 20), steps)
+        for step in range(steps):
+            assert flan.learning_rate_factor(step, steps) == pytest.approx(schedule.get_last_lr()[0]), (step, steps)
+            optimizer.step()
+            schedule.step()
     assert rates == pytest.approx([2e-3 * i / 5 for i in range(5)] + [2e-3 * (100 - i) / 95 for i in range(5, 100)])
 
 
@@ -312,8 +311,6 @@ def test_full_trains_all_weights_and_leaves_a_model(flan, command, model_folder,
 
 
 def fake_hub_weights(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors")
 
 
@@ -345,5 +342,93 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
             lines = (tmp_path / f"two/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
             expected = (tmp_path / f"one/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
             assert len(lines) == count and lines == expected
-    assert two.out.count("Protocol:") == 1 and two.out.count("parameters:") == 1
+    assert two.out.count("Scores:") == 1 and two.out.count("\ndevice: ") == 1
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*.0"))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FSDP2: accelerate shards on GPUs only. Told that these were GPUs, it does so in two processes of a CPU.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARDED = """
+import importlib.util, os, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+init = PartialState.__init__
+def as_on_gpus(state, *args, **options):
+    init(state, *args, **options)
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = as_on_gpus
+script = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+step_end = flan.Run.on_step_end
+def watched_step_end(run, args, state, control, model=None, **more):
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(p, flan.DTensor) for p in parameters.values())
+    assert len([name for name in parameters if "shared" in name or "embed_tokens" in name]) == 1
+    assert any(name.endswith("lm_head.weight") for name in parameters)
+    blocks = [module for module in model.modules() if "T5Block" in type(module).__name__]
+    assert blocks and all("FSDP" in type(block).__name__ for block in blocks)
+    if str(state.global_step) == os.environ.get("STOP"):
+        os.kill(os.getpid(), 15)
+    return step_end(run, args, state, control, model=model, **more)
+flan.Run.on_step_end = watched_step_end
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+# What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_sharded_over_two_processes_is_one(command, no_dropout, tmp_path, kind):
+    """The same losses and predictions; stopped and resumed it ends as it does uninterrupted; the result is whole."""
+    data = tmp_path / "chats"
+    for split, count in {"train": 21, "validation": 7, "test": 5}.items():
+        write_jsonl(data / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
+    flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-3", "--epochs", "2", "--batch-size", "8",
+             "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4",
+             *(["--full"] if kind == "full" else []))  # fmt: skip
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "sharded.py")
+
+    def sharded(*words, **env):
+        return wait(start(*words, cwd=tmp_path, launcher=launcher, env=FSDP | env), 240)
+
+    done = [command(*flags, "--output-dir", "one", cwd=tmp_path), sharded(*flags, "--output-dir", "two"),
+            sharded(*flags, "--output-dir", "three", STOP="4"),
+            sharded("--resume", "--output-dir", "three")]  # fmt: skip
+    assert [end.code == 0 for end in done] == [True, True, False, True], done
+    assert "interrupted; go on with: accelerate launch --use_fsdp" in done[2].out
+    steps = [path.name for path in (tmp_path / "three/checkpoints").iterdir()]
+    assert "going on from three/checkpoints/step-00000004" in done[3].out and "step-00000006" in steps
+    curves = [curve(tmp_path / name) for name in ("one", "two", "three")]
+    for name, rel in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        values = [[entry[name] for entry in found] for found in curves]
+        assert values[1] == pytest.approx(values[0], rel=rel) and len(values[0]) == 6
+        assert values[2] == values[1]
+    for path in (tmp_path / "two/predictions").iterdir():
+        assert path.read_bytes() == (tmp_path / "one/predictions" / path.name).read_bytes()
+    result = {"lora": "adapter/adapter_model", "full": "model/model"}[kind]
+    weights = [load_file(tmp_path / name / f"{result}.safetensors") for name in ("one", "two", "three")]
+    for name, expected in weights[0].items():
+        assert weights[1][name].float().sub(expected).abs().max() < 2e-3, name
+        assert weights[2][name].equal(weights[1][name]), name
+    used = command("--evaluate", "--adapter", "two", cwd=tmp_path)  # in one process, which reads it like any other
+    best = json.loads((tmp_path / "two/metrics.json").read_text())
+    (best,) = [entry for entry in best["epochs"] if entry["best"]]
+    assert used.code == 0 and f"{best['test']['rouge1']:.2f}" in used.out.splitlines()[2], used
+
+
+def test_where_accelerate_ties_the_head_to_the_embedding(flan, no_dropout):
+    """The cause: T5Config says that every T5 is tied, and `tie_weights` believes it whenever it is called again."""
+    plain = flan.AutoModelForSeq2SeqLM.from_pretrained(no_dropout)
+    assert plain.lm_head.weight is not plain.shared.weight
+    plain.tie_weights()
+    ours = flan.load_base(no_dropout, flan.torch.device("cpu"), flan.torch.float32)
+    ours.tie_weights()
+    assert ours.lm_head.weight is not ours.shared.weight and ours.encoder.embed_tokens.weight is ours.shared.weight
+    assert plain.lm_head.weight is plain.shared.weight, "transformers has mended it: load_base need not"

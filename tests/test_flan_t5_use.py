@@ -1,4 +1,4 @@
-"""flan-t5_samsum.py: what a run leaves is used: --summarize, --evaluate, --merge.
+"""flan-t5_samsum.py: what a run leaves is used: --summarize, --evaluate, --export.
 
 The references are the table and the predictions of the run itself (test_flan_t5_runs.py compares these with plain
 transformers and PEFT), transformers without this script, and W + (alpha / r) B A by hand.
@@ -47,7 +47,7 @@ def quantised(command, data, model_folder, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# --merge
+# --export
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +56,7 @@ def merged(request, command, trained, tmp_path_factory):
     """(run, folder with its merged model), after an ordinary run and after one with --int8."""
     run = trained.folder if request.param == "bf16" else request.getfixturevalue("quantised")
     folder = tmp_path_factory.mktemp("merged") / "new" / "model"
-    done = command("--merge", folder, cwd=run.parents[1])  # of the newest run
+    done = command("--export", folder, cwd=run.parents[1])  # of the newest run
     assert done.code == 0 and str(folder) in done.out, done
     assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing half-written beside it
     return run, folder
@@ -113,7 +113,7 @@ def test_plain_transformers_loads_the_merged_model_and_summarises_alike(flan, me
 
 def test_merging_into_an_empty_folder(command, trained, tmp_path, recwarn):
     (tmp_path / "empty").mkdir()
-    done = command("--merge", "empty", "--adapter", trained.folder, cwd=tmp_path)
+    done = command("--export", "empty", "--adapter", trained.folder, cwd=tmp_path)
     assert done.code == 0 and (tmp_path / "empty/model.safetensors").is_file(), done
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     assert done.err.startswith("model: ") and done.err.count("\n") == 1
@@ -122,8 +122,8 @@ def test_merging_into_an_empty_folder(command, trained, tmp_path, recwarn):
 
 def test_the_current_folder_holds_a_run_but_no_merged_model(command, trained, data, model_folder, tmp_path):
     """A merged model comes by renaming, which would leave the user in a folder that is gone."""
-    done = command("--merge", ".", "--adapter", trained.folder, cwd=tmp_path)
-    assert done.code == 2 and done.err == "error: --merge .: choose a folder with a name\n", done
+    done = command("--export", ".", "--adapter", trained.folder, cwd=tmp_path)
+    assert done.code == 2 and done.err == "error: --export .: choose a folder with a name\n", done
     done = command("--model", model_folder, "--dataset", data, "--max-steps", "1", "--output-dir", ".", cwd=tmp_path)
     assert done.code == 0 and (tmp_path / "adapter").is_dir(), done
 

@@ -1,0 +1,370 @@
+"""flan-t5_samsum.py keeps its word: on steps, status, dropout, checkpoints, advice, names, locks, steps that fail."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from conftest import RECIPE, start, wait
+from safetensors.torch import load_file
+from test_flan_t5_resume import assert_same_end, metrics
+
+NAME = "flan-t5-small-chats-lr=1e-2"  # of the run that the fixture `trained` made
+
+
+@pytest.fixture
+def run_it(command, data, model_folder, tmp_path):
+    """run_it(flags...): the run of the fixture `trained`, with other flags; its folder and what it printed."""
+
+    def run_it(*flags, code=0):
+        done = command("--model", model_folder, "--dataset", data, *RECIPE, "--output-dir", "run", *flags, cwd=tmp_path)
+        assert done.code == code, done
+        return tmp_path / "run", done
+
+    return run_it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_max_steps_only_shortens_a_run(run_it, command, data, model_folder, tmp_path):
+    """24 rows are six batches of four: more steps than that are not taken, planned, printed or scheduled."""
+    run, done = run_it("--epochs", "1", "--max-steps", "100")
+    assert "\nsteps: 6\n" in done.out
+    assert [entry["step"] for entry in metrics(run)["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert metrics(run)["curve"][-1]["learning_rate"] == pytest.approx(1e-2 / 5)  # falls to 0 over six steps
+    flags = ("--epochs", "1", "--max-steps", "100", "--batch-size", "4")
+    done = command("--plan", "--model", model_folder, "--dataset", data, *flags, cwd=tmp_path)
+    assert "\nsteps: 6 of 4 rows, 1.0 epochs" in done.out, done
+
+
+def test_max_steps_may_be_raised_on_resume_and_the_rate_follows(run_it, command, trained, tmp_path):
+    run, _ = run_it("--epochs", "3", "--max-steps", "6")
+    done = command("--resume", "--output-dir", run, "--max-steps", "18", cwd=tmp_path)
+    assert done.code == 0, done
+    (line,) = [line for line in done.out.splitlines() if "in place of 6" in line]
+    assert "18 steps in place of 6: the learning rate at step 6 is 7.06e-3, not 0e0" in line  # 12 / 17 of the peak
+    found, whole = metrics(run), metrics(trained.folder)
+    assert [e["learning_rate"] for e in found["curve"]][6:] == [e["learning_rate"] for e in whole["curve"]][6:]
+    done = command("--resume", "--output-dir", run, "--max-steps", "3", cwd=tmp_path)
+    assert done.code == 2 and "has already taken 18" in done.err, done
+
+
+def test_status_is_running_while_it_runs(flan, run_it, tmp_path, monkeypatch):
+    """Whatever kills it later: after the scoring before training, in every step, and while it is scored."""
+    seen, step_end, summarise = [], flan.Run.on_step_end, flan.Summarizer.__call__
+
+    def look(original):
+        return lambda *args, **more: seen.append(metrics(tmp_path / "run")["status"]) or original(*args, **more)
+
+    monkeypatch.setattr(flan.Run, "on_step_end", look(step_end))
+    monkeypatch.setattr(flan.Summarizer, "__call__", look(summarise))
+    run, _ = run_it("--epochs", "1")
+    assert seen == ["running"] * (6 + 4) and metrics(run)["status"] == "finished"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dropout
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_depends_on_seed_step_and_rank(flan, run_it, monkeypatch):
+    """What the generator gives at the first micro-batch of each step of a run, as rank 0 and as rank 1."""
+    shared, ours, plain, seen = flan.PartialState._shared_state, flan.SummarizationTrainer, flan.Seq2SeqTrainer, []
+    step, forward = ours.training_step, plain.training_step
+
+    def look(self, *args, **kwargs):
+        seen.append(str(flan.torch.get_rng_state()[:64].tolist()))  # of Philox or Mersenne, either begins with the seed
+        return forward(self, *args, **kwargs)
+
+    def states(rank, *flags):
+        def as_rank(self, *args, **kwargs):
+            shared["process_index"] = rank
+            try:
+                return step(self, *args, **kwargs)
+            finally:
+                shared["process_index"] = 0
+
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "training_step", as_rank)
+            patch.setattr(plain, "training_step", look)
+            run, _ = run_it("--epochs", "1", "--max-new-tokens", "2", "--limit", "12", *flags)
+        shutil.rmtree(run)
+        return seen[::2]  # two micro-batches a step
+
+    first, second, again, other = states(0), states(1), states(0), states(0, "--seed", "7")
+    assert len(first) == 3 and first == again
+    assert len({*first, *second, *other}) == 9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where, checkpoint", [("step", 9), ("scoring", 12)])
+def test_nothing_older_than_the_last_checkpoint_is_lost(
+    flan, command, run_it, trained, tmp_path, monkeypatch, where, checkpoint
+):
+    """Saved all the time, in the middle of an epoch, and before each scoring: what goes on from there is the same."""
+    calls, limit = [], {"step": 21, "scoring": 5}[where]
+    holder = {"step": flan.Collator, "scoring": flan.Summarizer}[where]
+    original = holder.__call__
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == limit:
+            raise PowerCut
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, "__call__", cut)
+        patch.setattr(flan, "SAVE_SECONDS", 0 if where == "step" else 600)
+        with pytest.raises(PowerCut):
+            run_it("--epochs", "3")
+    run = tmp_path / "run"
+    done = command("--resume", "--output-dir", run, cwd=tmp_path)
+    assert done.code == 0 and re.search(rf"going on from .*/step-0000000?{checkpoint}\n", done.out), done
+    assert_same_end(run, trained.folder, 18)
+
+
+def test_a_checkpoint_comes_every_ten_minutes(flan):
+    assert flan.SAVE_SECONDS == 600
+
+
+def test_a_run_in_use_is_locked_and_the_lock_of_a_dead_process_is_none(flan, command, trained, tmp_path):
+    home = shutil.copytree(trained.home, tmp_path / "home")
+    run = home / "runs" / NAME
+    assert (run / "lock").exists()  # of a process that is gone
+    with flan.lock(run):
+        before = sorted(run.rglob("*"))
+        done = command("--resume", cwd=home)
+        assert done.code == 2 and "is being trained by another process" in done.err and done.err.count("\n") == 1, done
+        assert sorted(run.rglob("*")) == before
+    assert command("--resume", cwd=home).code == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses that are no numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def poison(flan, monkeypatch, bad):
+    """The loss of the micro-batches whose numbers, from 1, are in `bad`."""
+    token_mean_loss, calls = flan.token_mean_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        return token_mean_loss(*args, **kwargs) * (float("nan") if len(calls) in bad else 1)
+
+    monkeypatch.setattr(flan, "token_mean_loss", poisoned)
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments(flan, run_it, monkeypatch):
+    kept, step_end = [], flan.Run.on_step_end
+
+    def watch(run, args, state, control, model=None, optimizer=None, **more):
+        moments = [value for values in optimizer.state_dict()["state"].values() for value in values.values()]
+        kept.append([tensor.clone() for tensor in [*flan.trained_parameters(model).values(), *moments]])
+        return step_end(run, args, state, control, model=model, optimizer=optimizer, **more)
+
+    monkeypatch.setattr(flan.Run, "on_step_end", watch)
+    poison(flan, monkeypatch, {6})  # the second micro-batch of step 3
+    run, done = run_it("--epochs", "1")
+    assert "step 3 is skipped: its loss is nan" in done.out and metrics(run)["skipped_steps"] == 1
+    same = [all(map(flan.torch.equal, a, b)) for a, b in itertools.pairwise(kept)]
+    assert same == [False, True, False, False, False]
+
+
+def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(flan, run_it, monkeypatch):
+    poison(flan, monkeypatch, range(15, 1000))  # from step 8 on
+    run, done = run_it("--epochs", "3", code=2)
+    assert done.err.count("\n") == 1 and "10 steps in a row" in done.err and "up to step 17" in done.err, done
+    assert str(run.name) + "/checkpoints/step-00000012" in done.err  # whose weights are those of step 7
+    assert metrics(run)["status"] == "failed" and metrics(run)["skipped_steps"] == 10
+    assert all(math.isfinite(e["loss"]) for e in metrics(run)["curve"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advice
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes, flags", [
+    (1, ["--batch-size", "9"]), (1, []), (3, ["--batch-size", "9"]), (2, ["--batch-size", "12"]),
+    (1, ["--batch-size", "7"]), (1, ["--micro-batch-size", "1"]), (1, ["--int8", "--num-beams", "4"]),
+])  # fmt: skip
+def test_advice_for_memory_is_accepted(flan, monkeypatch, processes, flags):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    settings = flan.parse_settings(flags)
+    advice = flan.out_of_memory_advice(settings).split("try ")[1].split(", ")
+    assert len(advice) > 2
+    for words in advice:
+        if words.startswith("--"):
+            kept = [flag for flag in flags if flag != "--int8" or words != "--int4"]  # which takes its place
+            less = flan.parse_settings([*kept, *words.split()])
+            assert less.micro_batch_size <= settings.micro_batch_size
+
+
+def test_the_command_that_trains_with_a_rate_is_the_users_own(flan, monkeypatch):
+    """Also one that only so many processes accept."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    words = ["--lr-find", "--batch-size", "9", "--lr", "1e-3", "--source-column", "the text", "--lr=5e-3"]
+    changed = flan.with_rate(words, 2.5e-4)
+    assert changed == ["--batch-size", "9", "--source-column", "the text", "--lr", "2.5e-4"]
+    settings = flan.parse_settings(changed)
+    assert (settings.mode, settings.lr, settings.batch_size) == ("train", 2.5e-4, 9)
+
+
+def test_the_batch_that_was_found_to_fit_is_kept(flan, model_folder, monkeypatch):
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    model = flan.load_base(model_folder, *flan.get_device())
+    generate, sizes = model.generate, []
+
+    def small_memory(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise flan.torch.OutOfMemoryError("no room")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    settings = flan.parse_settings(["--max-new-tokens", "2"])
+    summarizer = flan.Summarizer(model, tokenizer, settings, *flan.get_device())
+    sources = tokenizer([f"Ada: row {i}" for i in range(6)]).input_ids
+    first = summarizer(sources)
+    assert sizes == [6, 3, 3] and summarizer(sources) == first
+    assert sizes == [6, 3, 3, 3, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names, texts and tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_text_whatever_it_begins_with(flan, tmp_path):
+    content = '{"dialogue": "x"}\nAda: hi\n\n{smiles}\n'
+    (tmp_path / "chat.txt").write_text(content)
+    assert list(flan.read_dialogues(str(tmp_path / "chat.txt"))) == ['{"dialogue": "x"}\nAda: hi', "{smiles}"]
+
+
+def test_names_of_evaluations_never_collide(flan):
+    for steps in (1, 3, 4, 7, 1842, 35889):
+        for taken in range(1, min(steps, 40) + 1):
+            for whole in (0, 1, 9):
+                number = flan.epoch_number(whole + taken / steps)
+                assert number == pytest.approx(whole + taken / steps, abs=5e-4)
+                assert f"{number:.9g}" not in {f"{flan.epoch_number(n):.9g}" for n in range(12)} or taken == steps
+    assert flan.epoch_number(4 / 3) == 1.333 and flan.epoch_number(2.0) == 2 and flan.epoch_number(None) == 0
+
+
+def test_holm_on_paper(flan):
+    """The smallest of three p values is multiplied by 3, the next by 2, and none may fall below the one before it."""
+    assert flan.holm([0.02, 0.01, 0.03]) == pytest.approx([0.04, 0.03, 0.04])
+    assert flan.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and flan.holm([0.7, 0.6]) == [1, 1]
+
+
+def test_compare_says_which_runs_are_not_finished(command, trained, tmp_path):
+    other = shutil.copytree(trained.folder, tmp_path / "other")
+    content = json.loads((other / "metrics.json").read_text()) | {"status": "interrupted"}
+    (other / "metrics.json").write_text(json.dumps(content))
+    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    assert done.code == 0 and "other is not finished: interrupted\n" in done.out, done
+    assert done.out.count("is not finished") == 1
+    assert "not about seeds" in " ".join(done.out.split()) and "| p | p (Holm) |" in done.out
+
+
+def test_tables_and_settings_fit_80_columns(flan, trained, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    changes = {"epoch": 1.333, "best": True, "train_loss": 1.4239}
+    epochs = [entry | changes for entry in metrics(trained.folder)["epochs"]]
+    lines = flan.score_table(epochs).splitlines()
+    assert {len(line) for line in lines} == {80} and "[" not in lines[2] and "1.33 (best)" in lines[2]
+    head = trained.done.out.split("\n| epoch")[0].splitlines()
+    assert len(head) < 16 and all(len(line) < 80 for line in head if "/" not in line)
+
+
+def test_a_run_ends_with_two_held_out_dialogues_before_and_after(trained):
+    found = metrics(trained.folder)
+    rows = [[json.loads(line) for line in (trained.folder / f"predictions/test-epoch-{epoch}.jsonl").open("rb")]
+            for epoch in (0, found["best_epoch"])]  # fmt: skip
+    assert len(found["examples"]) == 2
+    for i, example in enumerate(found["examples"]):
+        assert example["before"] == rows[0][i]["prediction"] != example["after"] == rows[1][i]["prediction"]
+        assert example["reference"] == rows[0][i]["reference"] and example["dialogue"] == rows[0][i]["dialogue"]
+        shown = " ".join(trained.done.out.split(f"Held-out dialogue {i + 1}:")[1].split())
+        for name in ("reference", "before", "after"):
+            assert " ".join(f"{name}: {example[name]}".split()) in shown
+
+
+def test_the_interval_is_one_of_95_percent(flan):
+    """Of 100,000 rows the ends are known to a hundredth of the width: at 90% they would be 16% nearer."""
+    scores = np.random.default_rng(1).uniform(0, 100, 100_000)
+    low, high = flan.bootstrap_interval(scores, samples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * scores.std() / np.sqrt(len(scores)), rel=0.06)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two processes on two machines, as far as loopback is one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_machines_are_two_processes(data, model_folder, tmp_path):
+    """Two agents of torchrun that meet on loopback; both folders are one, as on a shared file system."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
+    agents = [start(*words, cwd=tmp_path, launcher=(
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-backend=c10d", "--rdzv-id=chats")) for _ in range(2)]  # fmt: skip
+    done = [wait(agent, 240) for agent in agents]
+    assert [end.code for end in done] == [0, 0], done
+    assert metrics(tmp_path / "run")["processes"] == 2
+    assert sum(end.out.count("Scores:") for end in done) == 1
+    assert load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+
+
+def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_path):
+    """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
+    process = start(*words, cwd=tmp_path, launcher=("-m", "torch.distributed.run", "--standalone",
+                                                    "--nproc-per-node=2", tmp_path / "slow.py"))  # fmt: skip
+    while process.poll() is None and not (tmp_path / "scoring").exists():
+        pass
+    process.send_signal(signal.SIGTERM)
+    done = wait(process, 25)
+    assert metrics(tmp_path / "run")["status"] == "interrupted", done
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
+
+
+SLOW = """
+import importlib.util, pathlib, sys, time
+script = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+generate = flan.Summarizer.generate
+def slow(summarizer, sources):
+    if pathlib.Path("run/checkpoints/step-00000006").exists():
+        summarizer.batch_size = 1
+        pathlib.Path("scoring").touch()
+        time.sleep(5)
+    return generate(summarizer, sources)
+flan.Summarizer.generate = slow
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""

@@ -51,8 +51,8 @@ from typing import Any, TypeVar
 
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
-    "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 4e-3, "batch_tokens": 1024,
-             "max_steps": 1500, "vocab_size": 1024},
+    "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 8e-3, "batch_tokens": 1024,
+             "max_steps": 1250, "vocab_size": 1024, "optimizer": "muon", "schedule": "linear"},
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 6e-4, "batch_tokens": 2**19},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "block_size": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
@@ -126,10 +126,11 @@ class Settings:
                                       "20 million characters)", SHARE)
     # training
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
-    optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest",
-                          choices=["adamw", "muon"])
-    schedule: str = flag("cosine", "cosine down to a tenth (default), or warm-up-stable-decay: constant, then linear "
-                         "to zero over the last fifth", choices=["cosine", "wsd"])
+    optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest "
+                          "(default of nano)", choices=["adamw", "muon"])
+    schedule: str = flag("cosine", "cosine down to a tenth (default), linear to zero (default of nano), or "
+                         "warm-up-stable-decay: constant, then linear to zero over the last fifth",
+                         choices=["cosine", "linear", "wsd"])
     warmup_steps: int | None = flag(None, "linear warm-up (default: a twentieth, at most 2000)", number(int, 0))
     weight_decay: float = flag(0.1, "of matrices; the rest has none (default: 0.1)", number(float, 0, 10))
     batch_tokens: int | None = flag(None, "tokens per optimiser step, all processes together", COUNT)
@@ -140,7 +141,7 @@ class Settings:
     shard_optimizer: bool = flag(False, "several processes: each keeps the optimiser's state of its own share of the "
                                  "parameters (ZeRO-1): less memory, one more exchange per step", free=True)
     epochs: float = flag(1.0, "passes over the data (default: 1)", number(float, 0, above=True))
-    max_steps: int | None = flag(None, "optimiser steps, whatever --epochs says (nano: 1500)", COUNT, free=True)
+    max_steps: int | None = flag(None, "optimiser steps, whatever --epochs says (nano: 1250)", COUNT, free=True)
     eval_every: int | None = flag(None, "steps from one evaluation, sample and checkpoint to the next (default: a "
                                   "fifth of all, at most 1000)", COUNT)
     seed: int = flag(42, "of everything that is random (default: 42)", number(int, 0, 2**32 - 1))
@@ -1127,7 +1128,7 @@ class TrainingOrder:
 # ---------- 4. Optimiser ----------------------------------------------------------------------------------------------
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # and the largest gradient norm: Brown et al. 2020, appendix B
-MOMENTUM = 0.95  # of Muon
+MOMENTUM = 0.9  # of Muon
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
@@ -1198,12 +1199,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(N, rows, columns) to about U V^T of each one's singular value decomposition U S V^T, in bf16.
+    """(N, rows, columns) to about U V^T of each one's singular value decomposition U S V^T.
 
     Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients: fast rather than exact, the singular
-    values end between about 0.7 and 1.2.
+    values end between about 0.7 and 1.2. A GPU computes them in bf16, which CPUs are slow at.
     """
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1214,13 +1215,15 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """For step 0, 1, ...: linear warm-up, then cosine to a tenth, or constant and linear to zero (wsd)."""
+    """For step 0, 1, ...: linear warm-up, then cosine to a tenth, linear to zero, or constant and then linear (wsd)."""
     warmup, last = settings.warmup_steps, settings.max_steps
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     if settings.schedule == "wsd":  # Hu et al. 2024 (MiniCPM), section 4
         return settings.lr * min(1.0, (last - step) / decay_steps(last))
     progress = (step - warmup) / max(1, last - warmup)
+    if settings.schedule == "linear":
+        return settings.lr * (1 - progress)
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

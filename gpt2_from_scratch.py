@@ -16,8 +16,9 @@ A run leaves in runs/<name>/: checkpoints/ (each loads in Hugging Face transform
 metrics.json (configuration, versions, device, results), training_loss.png and TensorBoard events.
 
 Sections 2 to 7 are the heart: 2 Model, 3 Data, 4 Optimiser, 5 Training step, 6 Evaluation, 7 Generation. Around it:
-1 Settings (first, so that --help answers before PyTorch is loaded), 8 Machine (device, precision, processes,
-compilation), 9 Hugging Face, 10 Checkpoints, 11 Training run (the loop and its log), 12 Other commands, 13 Main.
+1 Settings (first, so that --help answers before PyTorch is loaded), 8 Machine (processes, precision, speed,
+compilation), 9 Text and token files, 10 Hugging Face, 11 Checkpoints, 12 Training run (the loop and its log), 13 Other
+commands, 14 Helpers (printing, JSON, folders, locks), 15 Main.
 """
 
 import argparse
@@ -232,152 +233,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---------- Helpers of all sections: printing, processes, files -------------------------------------------------------
-
-T = TypeVar("T")
-
-
-def is_main_process() -> bool:
-    """torchrun numbers the processes. The first one writes all files and does all the talking."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text: str = "", end: str = "\n") -> None:
-    """Print at once, and only once however many processes there are."""
-    if is_main_process():
-        print(text, end=end, flush=True)
-
-
-def say_wrapped(text: str) -> None:
-    """In lines that fit a terminal of 80 columns."""
-    say(textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
-
-
-def plural(count: int, noun: str) -> str:
-    """1 step, 1,500 steps."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def on_main_process(task: Callable[[], T]) -> T:
-    """What `task` returns, which the first process does while the others wait. If it fails, all processes do."""
-    result, error = None, None
-    if is_main_process():
-        try:
-            result = task()
-        except Exception as failure:
-            error = failure
-    if dist.is_initialized():
-        message = error if error is None or isinstance(error, UserError) else UserError(first_line(error))
-        outcome = [result, message]
-        dist.broadcast_object_list(outcome, src=0, group=PATIENT_GROUP)
-        result, error = outcome[0], error or outcome[1]
-    if error:
-        raise error
-    return result
-
-
-PATIENT_GROUP = None  # the processes once more, for waits that may take days: see join_processes()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UserError when it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all: a reader finds the old content or the new."""
-    replace_file(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.incomplete")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file (or the list of a folder's files) is on the disk: a rename must never overtake the content."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> Path:
-    """The folder, with those above it. UserError when it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write to {folder}")
-    return folder
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, called <name>.incomplete until it is whole and on disk. One that has the name is replaced."""
-    part = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        finish_folder(part, folder)
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say where it is
-            raise OSError(error.errno, error.strerror, str(folder)) from None
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def finish_folder(part: Path, folder: Path) -> None:
-    """Give a folder that is complete its name."""
-    for path in [*part.iterdir(), part]:
-        sync(path)
-    remove_folder(folder)
-    os.rename(part, folder)
-
-
-def remove_folder(folder: Path) -> None:
-    """Rename first: half-deleted, a folder must not pass for a whole one."""
-    if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.deleted.incomplete")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def lock(path: Path, wait: bool = False) -> int | None:
-    """Take the lock of a file or folder: its descriptor, which holds it until it is closed or the process dies.
-
-    None when another process has it (with `wait`, wait for that one), and -1 where the system has no such locks.
-    """
-    descriptor = None
-    try:
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return descriptor
-    except (ImportError, OSError) as error:  # Windows, some network file systems
-        if descriptor is not None:
-            os.close(descriptor)
-        return None if isinstance(error, BlockingIOError) else -1
-
-
 # ---------- 2. Model --------------------------------------------------------------------------------------------------
 #
 # B: sequences in a batch, T: tokens in a sequence, C: width, H: heads, D = C / H: width of a head, V: vocabulary.
@@ -555,14 +410,17 @@ def flops_per_token(config: GPTConfig) -> float:
 
 # ---------- 3. Data ---------------------------------------------------------------------------------------------------
 #
-# From files or the Hub to documents, from documents to two files of tokens (train.bin and validation.bin, with an
-# end-of-text token before each document), and from those to sequences in a seeded order.
+# Text becomes two streams of tokens, train and validation, in which the documents stand one behind the other, each
+# begun with an end-of-text token. The model reads sequences of one block, cut from a stream wherever they fall: a short
+# document shares its sequence with others, and one longer than a block goes on in another sequence. Where the text
+# comes from, and where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
-
-# Tokenizer: text <-> tokens
+Part = tuple[bool, str]  # does a document begin here? And text of it: a large one never has to fit the memory
+PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
+LINE_END = re.compile(r"\S\n(?=\S)")
+TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
 def byte_level(bpe: models.BPE) -> Tokenizer:
@@ -582,22 +440,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    return as_plain_text(tokenizer)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, or from OpenAI's pair vocab.json + merges.txt. UserError if neither can be read."""
-    one, vocabulary, merges = (folder / name for name in TOKENIZER_FILES)
-    if not one.exists() and not vocabulary.exists():
-        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
-    try:
-        tokenizer = (Tokenizer.from_file(str(one)) if one.exists() else
-                     byte_level(models.BPE.from_file(str(vocabulary), str(merges))))
-    except Exception as error:  # the class that the tokenizers library raises
-        raise UserError(f"the tokenizer in {folder} cannot be read ({first_line(error)})") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"the tokenizer in {folder} has no token {END_OF_TEXT}, which joins the documents")
-    tokenizer.add_special_tokens([END_OF_TEXT])
     return as_plain_text(tokenizer)
 
 
@@ -622,138 +464,6 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-# Sources: documents in parts, so that a large one never has to fit the memory
-
-Part = tuple[bool, str]  # does a document begin here? And text of it
-PIECE = 2**15  # characters: long documents are tokenised in parts of about this size, so that one keeps all cores busy
-LINE_END = re.compile(r"\S\n(?=\S)")
-COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
-# The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
-STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
-
-
-@dataclass
-class Source:
-    """Where documents come from: files, or a stream of the Hub."""
-
-    name: str  # for the run's folder
-    identity: list  # all that its text depends on, for the fingerprint of its token files
-    files: list[Path]  # empty for a stream
-    read: Callable[[Any], Iterator[Part]]  # the parts of a file; of a stream, from a position (None: its start) on
-    position: Callable[[], dict] | None = None  # of a stream: behind the last row that was read
-
-
-class NotText(Exception):
-    """A file that holds no UTF-8 text, and why."""
-
-
-def open_source(settings: Settings) -> Source:
-    """Find what --data names. Raises UserError when there is nothing, or nothing that can be read."""
-    path, column = Path(settings.data), settings.text_column
-    if settings.data != "stdlib" and not path.exists():
-        return open_hub_source(settings)
-    if settings.data == "stdlib":
-        root, name = Path(sysconfig.get_paths()["stdlib"]), "stdlib"
-        files = list_files(root, "*.py", STDLIB_SKIP)
-    elif path.is_dir():
-        root, name, files = path, path.resolve().name, list_files(path, settings.glob)
-    else:
-        root, name, files = path.parent, path.name.split(".")[0], [path]
-    if not files:
-        raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
-    identity = [[file.relative_to(root).as_posix(), *size_and_mtime(file)] for file in files]
-    has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
-    return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
-
-
-def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
-    """The files below `root` that match, sorted; nothing hidden, no link to a folder, no folder named in `skip`."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in skip and not name.startswith("."))
-        paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
-        found += [path for path in paths if path.match(pattern) and path.is_file()]
-    return found
-
-
-def size_and_mtime(file: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns: if both are the same, so is the text (as make takes it)."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def kind_of(file: Path) -> str:
-    """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
-
-
-def read_file(file: Path, column: str) -> Iterator[Part]:
-    """A column of a .jsonl or .parquet file, a document per row; any other file as one document.
-
-    Raises NotText for a file that is none, and UserError with the place for broken rows.
-    """
-    if kind_of(file) not in COLUMN_FILES:
-        yield from ((number == 0, piece) for number, piece in enumerate(pieces(read_text(file))))
-        return
-    for place, row in read_rows(file, column):
-        if not isinstance(row, dict) or column not in row:
-            columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
-            raise UserError(f"{place} has {columns}: choose one with --text-column")
-        text = row[column] if row[column] is not None else ""
-        if not isinstance(text, str):
-            raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
-        yield True, text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
-
-
-def read_text(file: Path) -> Iterator[str]:
-    """The text of a UTF-8 file piece by piece, without byte-order mark and carriage returns."""
-    try:
-        with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
-            while text := stream.read(PIECE):
-                if "\0" in text:
-                    raise NotText("binary")
-                yield text
-    except UnicodeDecodeError:
-        raise NotText("not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)})") from None
-
-
-def open_bytes(file: Path) -> io.IOBase:
-    """The content of a file, decompressed if its suffix says so."""
-    if file.suffix not in COMPRESSED:
-        return open(file, "rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip"))
-
-
-def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing.
-
-    Not read by `datasets`, which guesses types: texts that look like dates would become dates.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    line_number = 0
-    try:
-        if kind_of(file) == ".parquet":
-            is_plain = file.suffix not in COMPRESSED
-            table = pyarrow.parquet.ParquetFile(file if is_plain else pyarrow.BufferReader(open_bytes(file).read()))
-            columns = [column] if column in table.schema_arrow.names else None
-            for batch in table.iter_batches(columns=columns, batch_size=1000):
-                yield from ((str(file), row) for row in batch.to_pylist())
-            return
-        with open_bytes(file) as lines:
-            for line_number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {line_number}", json.loads(line.decode("utf-8-sig"))
-    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        place = f", line {line_number}" if line_number else ""
-        raise UserError(f"{file}{place} cannot be read ({first_line(error)})") from None
-
-
 def pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
     text, searched = "", 0
@@ -766,134 +476,23 @@ def pieces(texts: Iterable[str]) -> Iterator[str]:
     yield text
 
 
-def open_hub_source(settings: Settings) -> Source:
-    """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
-    repo, _, subset = settings.data.partition(":")
-    if not is_hub_id(repo):
-        raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
-    commit, reason = ask_hub(repo, "dataset", "--data")
-    note = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
-    if commit:
-        make_folder(note.parent)
-        write_json(note, {"commit": commit})
-    elif not note.exists():
-        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER")
-    rows, commit = None, read_json(note)["commit"]
-
-    def read(position: dict | None) -> Iterator[Part]:
-        nonlocal rows
-        if reason:
-            raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
-                            f"({reason}). {OFFLINE} --data FOLDER")
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit)
-            if position:
-                rows.load_state_dict(position)
-            for row in rows:
-                if settings.text_column not in row:
-                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                yield True, str(row[settings.text_column] or "")
-        except UserError:
-            raise
-        except Exception as error:  # of the network or of a file format: datasets passes on what it meets
-            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)}); what is tokenised is "
-                            "kept, and the same command goes on behind it") from None
-
-    identity = [settings.data, commit, settings.text_column]
-    return Source(repo.split("/")[1], identity, [], read, lambda: rows.state_dict())
+def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) -> Iterator[tuple]:
+    """From (split, does a document begin, text) to (split, tokens, does a document begin, text), in pieces."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    all_pieces = ((split, begins and index == 0, piece) for split, begins, text in labelled
+                  for index, piece in enumerate(pieces([text])))
+    while batch := list(itertools.islice(all_pieces, 64)):  # shared out among the cores
+        encodings = tokenizer.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
+        for (split, begins, text), encoding in zip(batch, encodings, strict=True):
+            yield split, [end, *encoding.ids] if begins else encoding.ids, begins, text
 
 
-def documents_of(parts: Iterable[Part], settings: Settings, before: int = 0) -> Iterator[Part]:
-    """Without empty documents, split at <|endoftext|> if that was asked for, and no more than --limit documents.
+def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
+    """Documents whose hash is below this threshold are held out, and of those that have just this hash the end.
 
-    `before`: how many documents came before these parts.
+    How much of them (0 to 1) comes second. So `share` is one of the text and not of the documents, as a few large ones may
+    hold most of it (a single document is cut at its end); and equal documents, having equal hashes, are on one side.
     """
-    begins = False
-    for starts, text in parts:
-        begins |= starts
-        for index, stretch in enumerate(text.split(END_OF_TEXT) if settings.split_on_eot else [text]):
-            if index:
-                begins, stretch = True, stretch.lstrip("\n")
-            if not stretch:
-                continue
-            before += begins
-            if settings.limit and before > settings.limit:
-                return
-            yield begins, stretch
-            begins = False
-
-
-# Split: which text is for training, which for validation. It is a share of the text and not of the documents, as a few
-# large documents may hold most of it; and it goes by the hash of a document, so that equal ones are on one side.
-
-VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
-TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
-
-
-class FileSplit:
-    """Of files, all of whose text is known before the first token is written.
-
-    Documents are held out in the order of their hashes until they make up the share; the one that would go beyond is
-    cut, and its end held out (a single document, too).
-    """
-
-    def __init__(self, source: Source, settings: Settings):
-        self.hashes, self.lengths, self.left_out = array("Q"), array("Q"), {}
-        for file in source.files:
-            known = len(self.hashes)
-            try:
-                self.measure(documents_of(source.read(file), settings, known))
-                reason = "empty" if len(self.hashes) == known else None
-            except NotText as error:
-                reason = str(error)
-                del self.hashes[known:], self.lengths[known:]
-            if settings.limit and known == settings.limit:
-                break
-            if reason:
-                self.left_out[file] = reason
-        if not self.hashes:
-            only = source.files[0] if len(source.files) == 1 else None
-            if self.left_out.get(only, "empty") != "empty":
-                raise UserError(f"{only} is not UTF-8 text")
-            raise UserError(f"--data {source.name}: there is no text in it")
-        self.characters = sum(self.lengths)
-        share = settings.val_fraction or min(0.05, VALIDATION_TEXT / self.characters)
-        self.border, self.tail = border(np.array(self.hashes), np.array(self.lengths), share)
-
-    def measure(self, parts: Iterator[Part]) -> None:
-        """Note hash and length of each document."""
-        for begins, text in parts:
-            if begins:
-                digest = hashlib.blake2b(digest_size=8)
-                self.hashes.append(0)
-                self.lengths.append(0)
-            digest.update(text.encode("utf-8"))
-            self.hashes[-1] = int.from_bytes(digest.digest(), "big")
-            self.lengths[-1] += len(text)
-
-    def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
-        """(split, does a document begin, text) for the parts of all files, in the order in which they were measured."""
-        documents = iter(zip(self.hashes, self.lengths, strict=True))
-        for begins, text in parts:
-            if begins:
-                value, length = next(documents, (None, None))
-                if value is None:
-                    raise UserError(FILE_CHANGED)
-                done, cut = 0, length if value > self.border else 0  # the first `cut` characters are for training
-                if value == self.border:
-                    cut = length - round(length * self.tail)
-            here = min(max(0, cut - done), len(text))
-            if text[:here]:
-                yield "train", begins, text[:here]
-            if text[here:]:
-                yield "validation", done + here == cut, text[here:]
-            done += len(text)
-
-
-def border(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
-    """The hash below which documents are held out, and which end (0 to 1) of those that have just this hash."""
     values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
     totals = np.bincount(index, lengths)
     ends, wanted = np.cumsum(totals), share * totals.sum()
@@ -906,193 +505,15 @@ def border(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, 
     return int(values[place]), float(missing / totals[place])
 
 
-class StreamSplit:
-    """Of a stream, whose text is not known beforehand: by the hash alone, without --val-fraction the first ones."""
-
-    def __init__(self, settings: Settings):
-        self.share = settings.val_fraction or 0.05
-        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
-        self.held_out, self.characters, self.left_out = set(), None, {}
-
-    def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
-        for begins, text in parts:
-            value = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-            is_held_out = value < self.share * 2**64 and (self.room > 0 or value in self.held_out)
-            if is_held_out and self.room < math.inf:
-                self.held_out.add(value)
-                self.room -= len(text)
-            yield "validation" if is_held_out else "train", begins, text
-
-
-# Token files: they lie in the cache under a fingerprint of everything they depend on, and a second run reads them
-
-TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
-SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
-
-
 @dataclass
 class TokenData:
-    """The two token files of a data set, and what is known of them."""
+    """The two streams of a data set, and what is known of them."""
 
     tokenizer: Tokenizer
-    facts: dict  # facts.json: the source's name; by split its documents, tokens, characters, bytes; what was left out
+    facts: dict  # the source's name; by split its documents, tokens, characters, bytes; what was left out
     train: np.ndarray  # (tokens,) of uint16 or uint32, memory-mapped
     validation: np.ndarray
     fingerprint: str = ""
-
-
-def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenData:
-    """Token files for these settings: from the cache, or made now, by the first process while the others wait.
-
-    `fingerprint`: of a resumed run, which needs its tokens and not the data.
-    """
-    cache = Path(settings.cache_dir)
-    if not fingerprint or not (cache / f"tokens-{fingerprint}").exists():
-        fingerprint = on_main_process(lambda: make_tokens(settings, fingerprint))
-    return open_tokens(cache / f"tokens-{fingerprint}")
-
-
-def make_tokens(settings: Settings, expected: str | None) -> str:
-    """Write the token files unless they are there, and return their fingerprint. UserError if another is expected."""
-    cache, source, tokenizer, vocab_size = Path(settings.cache_dir), open_source(settings), None, settings.vocab_size
-    if settings.tokenizer == "bytes":
-        vocab_size = 257
-    elif settings.tokenizer != "bpe":
-        name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
-        tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
-    kind = tokenizer.to_str() if tokenizer else vocab_size
-    identity = ["2", source.identity, settings.limit, settings.val_fraction, settings.split_on_eot, kind]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    if expected not in (None, fingerprint):
-        raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
-                        f"longer in {cache}: start a new run")
-    folder = make_folder(cache) / f"tokens-{fingerprint}"
-    part = folder.with_name(f"{folder.name}.incomplete")
-    for stale in cache.glob("tokens-*.incomplete"):  # of processes that were killed, or of streams given up
-        if stale != part and time.time() - stale.stat().st_mtime > 7 * 86400:
-            shutil.rmtree(stale, ignore_errors=True)
-    while not folder.exists():
-        part.mkdir(exist_ok=True)
-        descriptor = lock(part, wait=True)  # another run may be making the same files
-        try:
-            if part.exists() and not folder.exists():
-                write_tokens(part, source, settings, tokenizer, vocab_size)
-                finish_folder(part, folder)
-        except BaseException as error:
-            if source.files and isinstance(error, Exception):  # of a stream, the shards that are finished stay
-                shutil.rmtree(part, ignore_errors=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
-                raise OSError(error.errno, error.strerror, str(folder)) from None
-            raise
-        finally:
-            if descriptor not in (None, -1):
-                os.close(descriptor)
-    return fingerprint
-
-
-def open_tokens(folder: Path) -> TokenData:
-    facts = read_json(folder / "facts.json")
-    dtype = np.dtype(facts["dtype"])
-    for split in SPLITS:
-        file = folder / f"{split}.bin"
-        if not file.exists() or file.stat().st_size != facts["tokens"][split] * dtype.itemsize:
-            raise UserError(f"{file} is damaged: delete {folder}, and it is made anew")
-    streams = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS)
-    return TokenData(load_tokenizer(folder), facts, *streams, folder.name.removeprefix("tokens-"))
-
-
-def write_tokens(part: Path, source: Source, settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    """Train a tokenizer, unless there is one, and turn all documents into the files of the folder `part`."""
-    started, before = time.perf_counter(), [size_and_mtime(file) for file in source.files]
-    split = FileSplit(source, settings) if source.files else StreamSplit(settings)
-    note = read_json(part / "position.json") if (part / "position.json").exists() else {}
-    if note:  # of a stream that broke off
-        tokenizer, split.room, split.held_out = load_tokenizer(part), note["room"], set(note["held_out"])
-        say(f"going on behind the {plural(sum(note['facts']['tokens'].values()), 'token')} of the last start")
-    elif tokenizer is None:
-        shards = labelled_shards(source, split if source.files else StreamSplit(settings), settings)
-        tokenizer = train_tokenizer(training_text(itertools.chain.from_iterable(shards)), vocab_size)
-        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training text in "
-            f"{time.perf_counter() - started:.1f} s")
-    tokenizer.save(str(part / "tokenizer.json"))
-    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    facts = note.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
-        name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
-    facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
-    write_shards(part, source, split, settings, tokenizer, facts, note.get("stream"))
-    for name in SPLITS:
-        if facts["tokens"][name] < 2:  # one to read and one to predict
-            raise UserError(f"too little text fell to {name} (--val-fraction says how much does)")
-    if before != [size_and_mtime(file) for file in source.files]:
-        raise UserError(FILE_CHANGED)
-    write_json(part / "facts.json", facts)
-    (part / "position.json").unlink(missing_ok=True)
-    documents, size, tokens = (sum(facts[name].values()) for name in ("documents", "bytes", "tokens"))
-    say(f"tokenised: {plural(documents, 'document')}, {size / 1e6:.1f} MB, {plural(tokens, 'token')} in "
-        f"{time.perf_counter() - started:.1f} s")
-
-
-def write_shards(part: Path, source: Source, split: FileSplit | StreamSplit, settings: Settings, tokenizer: Tokenizer,
-                 facts: dict, position: dict | None) -> None:
-    """Append the tokens of all documents to the files of `part`; count in `facts`; note how far a stream has come."""
-    done, dtype = sum(facts["documents"].values()), np.dtype(facts["dtype"])
-    bar = tqdm(total=split.characters, unit="char", unit_scale=True, desc="tokenising", disable=None, ncols=79)
-    with open(part / "train.bin", "ab") as train, open(part / "validation.bin", "ab") as validation, bar:
-        outputs = dict(zip(SPLITS, (train, validation), strict=True))
-        for name, file in outputs.items():
-            file.truncate(facts["tokens"][name] * dtype.itemsize)  # what a dead process wrote behind its last note
-        for shard in labelled_shards(source, split, settings, position, done):
-            for name, tokens, begins, text in tokenise(shard, tokenizer):
-                outputs[name].write(np.array(tokens, dtype).tobytes())
-                for what, amount in zip(COUNTED, (begins, len(tokens), len(text), len(text.encode())), strict=True):
-                    facts[what][name] += int(amount)
-                facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
-                bar.update(len(text))
-            if not source.files:
-                for name, file in outputs.items():
-                    file.flush()
-                    sync(part / f"{name}.bin")
-                write_json(part / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
-                                                    "held_out": sorted(split.held_out)})
-
-
-COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
-FILE_CHANGED = "--data: a file changed while it was being read"
-
-
-def labelled_shards(source: Source, split: FileSplit | StreamSplit, settings: Settings, position: dict | None = None,
-                    before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
-    """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
-    if source.files:
-        files = (source.read(file) for file in source.files if file not in split.left_out)
-        yield split.label(documents_of(itertools.chain.from_iterable(files), settings))
-        return
-    rows = source.read(position)
-    while (shard := list(itertools.islice(rows, SHARD))) and before < (settings.limit or math.inf):
-        parts = list(documents_of(shard, settings, before))
-        before += len(parts)
-        yield split.label(parts)
-
-
-def training_text(labelled: Iterator[tuple[str, bool, str]]) -> Iterator[str]:
-    """Text for the tokenizer: of the training documents only."""
-    left = TOKENIZER_TEXT
-    for piece in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
-        left -= len(piece)
-        if left < 0:
-            return
-        yield piece
-
-
-def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) -> Iterator[tuple]:
-    """(split, tokens, does a document begin, text): pieces of the documents, each begun with an end-of-text token."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    parts = ((split, begins and index == 0, piece) for split, begins, text in labelled
-             for index, piece in enumerate(pieces([text])))
-    while batch := list(itertools.islice(parts, 64)):  # shared out among the cores
-        encodings = tokenizer.encode_batch_fast([text for _, _, text in batch], add_special_tokens=False)
-        for (split, begins, text), encoding in zip(batch, encodings, strict=True):
-            yield split, [end, *encoding.ids] if begins else encoding.ids, begins, text
 
 
 class TrainingOrder:
@@ -1356,8 +777,9 @@ STATS = ("loss", "norm", "skip", "overflow", "stop")  # what a training step ret
 def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
     """One optimiser step on `batch` (sequences, block_size + 1). Returns STATS and Guard.FIELDS, on the device.
 
-    Nothing in here waits for the device: even whether the step is skipped is decided there. `stop` says that this
-    process was asked to end; it comes back positive in all processes, so that all of them end after the same step.
+    A step whose loss or gradient is not finite, or far out, is skipped (see Guard). Nothing in here waits for the
+    device: even that is decided there. `stop` says that this process was asked to end; it comes back positive in all
+    processes, so that all of them end after the same step.
     """
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
     # Every step seeds all generators: dropout depends on nothing that came before, so that resuming is exact.
@@ -1548,6 +970,13 @@ PATIENCE = timedelta(minutes=30)  # how long processes wait for one another in t
 DATA_SHEET = {"B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 149.7,
               "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125,
               "T4": 65}
+PATIENT_GROUP = None  # the processes once more, for waits that may take days: made by join_processes()
+T = TypeVar("T")
+
+
+def is_main_process() -> bool:
+    """torchrun numbers the processes. The first one writes all files and does all the talking."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -1568,6 +997,24 @@ def join_processes() -> tuple[int, int, torch.device]:
         dist.init_process_group(backend, timeout=PATIENCE, device_id=own)
         PATIENT_GROUP = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # it notices a process that dies
     return rank, world, device
+
+
+def on_main_process(task: Callable[[], T]) -> T:
+    """What `task` returns, which the first process does while the others wait. If it fails, all processes do."""
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = task()
+        except Exception as failure:
+            error = failure
+    if dist.is_initialized():
+        message = error if error is None or isinstance(error, UserError) else UserError(first_line(error))
+        outcome = [result, message]
+        dist.broadcast_object_list(outcome, src=0, group=PATIENT_GROUP)
+        result, error = outcome[0], error or outcome[1]
+    if error:
+        raise error
+    return result
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -1742,7 +1189,10 @@ def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
 
 
 def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, str]:
-    """torch.compile where it works and pays, wrapped for several processes; and in a few words how it runs."""
+    """The model as it is trained through, wrapped for several processes; and in a few words how it runs.
+
+    Compiled on a GPU, unless the run would take less than COMPILE_SECONDS without (`compiled`: see make_trainer()).
+    """
     settings, machine, model = trainer.settings, trainer.machine, trainer.model
 
     def wrap(network: Callable) -> Callable:
@@ -1771,10 +1221,419 @@ def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, 
         return wrap(model), f"eager (torch.compile failed: {first_line(error)[:100]})"
 
 
-# ---------- 9. Hugging Face -------------------------------------------------------------------------------------------
+# ---------- 9. Text and token files -----------------------------------------------------------------------------------
+#
+# Text comes from files or a stream of the Hub. Its tokens lie in the cache under a fingerprint of all that they depend
+# on: train.bin, validation.bin, facts.json and the tokenizer, which a second run only reads.
+
+COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
+# The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
+STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
+VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
+TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
+SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
+COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
+FILE_CHANGED = "--data: a file changed while it was being read"
+
+
+@dataclass
+class Source:
+    """Where documents come from: files, or a stream of the Hub."""
+
+    name: str  # for the run's folder
+    identity: list  # all that its text depends on, for the fingerprint of its token files
+    files: list[Path]  # empty for a stream
+    read: Callable[[Any], Iterator[Part]]  # the parts of a file; of a stream, from a position (None: its start) on
+    position: Callable[[], dict] | None = None  # of a stream: behind the last row that was read
+
+
+class NotText(Exception):
+    """A file that holds no UTF-8 text, and why."""
+
+
+def open_source(settings: Settings) -> Source:
+    """Find what --data names. Raises UserError when there is nothing, or nothing that can be read."""
+    path, column = Path(settings.data), settings.text_column
+    if settings.data != "stdlib" and not path.exists():
+        return open_hub_source(settings)
+    if settings.data == "stdlib":
+        root, name = Path(sysconfig.get_paths()["stdlib"]), "stdlib"
+        files = list_files(root, "*.py", STDLIB_SKIP)
+    elif path.is_dir():
+        root, name, files = path, path.resolve().name, list_files(path, settings.glob)
+    else:
+        root, name, files = path.parent, path.name.split(".")[0], [path]
+    if not files:
+        raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
+    identity = [[file.relative_to(root).as_posix(), *size_and_mtime(file)] for file in files]
+    has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
+    return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
+
+
+def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
+    """The files below `root` that match, sorted; nothing hidden, no link to a folder, no folder named in `skip`."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in skip and not name.startswith("."))
+        paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        found += [path for path in paths if path.match(pattern) and path.is_file()]
+    return found
+
+
+def size_and_mtime(file: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns: if both are the same, so is the text (as make takes it)."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
+    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
+
+
+def read_file(file: Path, column: str) -> Iterator[Part]:
+    """A column of a .jsonl or .parquet file, a document per row; any other file as one document.
+
+    Raises NotText for a file that is none, and UserError with the place for broken rows.
+    """
+    if kind_of(file) not in COLUMN_FILES:
+        yield from ((number == 0, piece) for number, piece in enumerate(pieces(read_text(file))))
+        return
+    for place, row in read_rows(file, column):
+        if not isinstance(row, dict) or column not in row:
+            columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
+            raise UserError(f"{place} has {columns}: choose one with --text-column")
+        text = row[column] if row[column] is not None else ""
+        if not isinstance(text, str):
+            raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
+        yield True, text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """The text of a UTF-8 file piece by piece, without byte-order mark and carriage returns."""
+    try:
+        with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
+            while text := stream.read(PIECE):
+                if "\0" in text:
+                    raise NotText("binary")
+                yield text
+    except UnicodeDecodeError:
+        raise NotText("not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)})") from None
+
+
+def open_bytes(file: Path) -> io.IOBase:
+    """The content of a file, decompressed if its suffix says so."""
+    if file.suffix not in COMPRESSED:
+        return open(file, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip"))
+
+
+def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
+    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing.
+
+    Not read by `datasets`, which guesses types: texts that look like dates would become dates.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    line_number = 0
+    try:
+        if kind_of(file) == ".parquet":
+            is_plain = file.suffix not in COMPRESSED
+            table = pyarrow.parquet.ParquetFile(file if is_plain else pyarrow.BufferReader(open_bytes(file).read()))
+            columns = [column] if column in table.schema_arrow.names else None
+            for batch in table.iter_batches(columns=columns, batch_size=1000):
+                yield from ((str(file), row) for row in batch.to_pylist())
+            return
+        with open_bytes(file) as lines:
+            for line_number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {line_number}", json.loads(line.decode("utf-8-sig"))
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
+        place = f", line {line_number}" if line_number else ""
+        raise UserError(f"{file}{place} cannot be read ({first_line(error)})") from None
+
+
+def open_hub_source(settings: Settings) -> Source:
+    """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
+    repo, _, subset = settings.data.partition(":")
+    if not is_hub_id(repo):
+        raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
+    commit, reason = ask_hub(repo, "dataset", "--data")
+    last_used = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
+    if commit:
+        make_folder(last_used.parent)
+        write_json(last_used, {"commit": commit})
+    elif not last_used.exists():
+        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER")
+    rows, commit = None, read_json(last_used)["commit"]
+
+    def read(position: dict | None) -> Iterator[Part]:
+        nonlocal rows
+        if reason:
+            raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
+                            f"({reason}). {OFFLINE} --data FOLDER")
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(repo, subset or None, split="train", streaming=True, revision=commit)
+            if position:
+                rows.load_state_dict(position)
+            for row in rows:
+                if settings.text_column not in row:
+                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
+                yield True, str(row[settings.text_column] or "")
+        except UserError:
+            raise
+        except Exception as error:  # of the network or of a file format: datasets passes on what it meets
+            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)}); what is tokenised is "
+                            "kept, and the same command goes on behind it") from None
+
+    identity = [settings.data, commit, settings.text_column]
+    return Source(repo.split("/")[1], identity, [], read, lambda: rows.state_dict())
+
+
+def documents_of(parts: Iterable[Part], settings: Settings, before: int = 0) -> Iterator[Part]:
+    """Without empty documents, split at <|endoftext|> if that was asked for, and no more than --limit documents.
+
+    `before`: how many documents came before these parts.
+    """
+    begins = False
+    for starts, text in parts:
+        begins |= starts
+        for index, stretch in enumerate(text.split(END_OF_TEXT) if settings.split_on_eot else [text]):
+            if index:
+                begins, stretch = True, stretch.lstrip("\n")
+            if not stretch:
+                continue
+            before += begins
+            if settings.limit and before > settings.limit:
+                return
+            yield begins, stretch
+            begins = False
+
+
+class Split:
+    """Which text is held out for validation, by the hashes of its documents: see split_threshold() in section 3.
+
+    Of files all text is read once before, to know how much there is. Of a stream the threshold is a share of all
+    hashes, and without --val-fraction only the first documents below it are held out.
+    """
+
+    def __init__(self, source: Source, settings: Settings):
+        self.left_out, self.characters, self.cuts = {}, None, None
+        self.threshold = (settings.val_fraction or 0.05) * 2**64
+        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
+        self.held_out = set()  # hashes that were, of a stream
+        if source.files:
+            self.measure(source, settings)
+
+    def measure(self, source: Source, settings: Settings) -> None:
+        """Read all files to find out which are text, and how many characters of each document are for training."""
+        hashes, lengths = array("Q"), array("Q")
+        for file in source.files:
+            known = len(hashes)
+            try:
+                for begins, text in documents_of(source.read(file), settings, known):
+                    if begins:
+                        digest = hashlib.blake2b(digest_size=8)
+                        hashes.append(0)
+                        lengths.append(0)
+                    digest.update(text.encode("utf-8"))
+                    hashes[-1] = int.from_bytes(digest.digest(), "big")
+                    lengths[-1] += len(text)
+                reason = "empty" if len(hashes) == known else None
+            except NotText as error:
+                reason = str(error)
+                del hashes[known:], lengths[known:]
+            if settings.limit and known == settings.limit:
+                break
+            if reason:
+                self.left_out[file] = reason
+        if not hashes:
+            if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
+                raise UserError(f"{source.files[0]} is not UTF-8 text")
+            raise UserError(f"--data {source.name}: there is no text in it")
+        self.characters = sum(lengths)
+        share = settings.val_fraction or min(0.05, VALIDATION_TEXT / self.characters)
+        threshold, end = split_threshold(np.array(hashes), np.array(lengths), share)
+        shares = (1.0 if value < threshold else end if value == threshold else 0.0 for value in hashes)
+        self.cuts = array("Q", (length - round(length * share) for length, share in zip(lengths, shares, strict=True)))
+
+    def cut_in_stream(self, text: str) -> int:
+        """How many characters of a stream's document are for training: all or none."""
+        value = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+        is_held_out = value < self.threshold and (self.room > 0 or value in self.held_out)
+        if is_held_out and self.room < math.inf:
+            self.held_out.add(value)
+            self.room -= len(text)
+        return 0 if is_held_out else len(text)
+
+    def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
+        """(split, does a document begin, text) for the parts of all files, or for some whole documents of a stream."""
+        cuts = None if self.cuts is None else iter(self.cuts)
+        for begins, text in parts:
+            if begins:
+                done, cut = 0, next(cuts, None) if cuts else self.cut_in_stream(text)
+                if cut is None:
+                    raise UserError(FILE_CHANGED)
+            here = min(max(0, cut - done), len(text))  # characters of this part that are for training
+            if text[:here]:
+                yield "train", begins, text[:here]
+            if text[here:]:
+                yield "validation", done + here == cut, text[here:]
+            done += len(text)
+
+
+def labelled_shards(source: Source, split: Split, settings: Settings, position: dict | None = None,
+                    before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
+    """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
+    if source.files:
+        files = (source.read(file) for file in source.files if file not in split.left_out)
+        yield split.label(documents_of(itertools.chain.from_iterable(files), settings))
+        return
+    rows = source.read(position)
+    while (shard := list(itertools.islice(rows, SHARD))) and before < (settings.limit or math.inf):
+        parts = list(documents_of(shard, settings, before))
+        before += len(parts)
+        yield split.label(parts)
+
+
+def training_text(labelled: Iterator[tuple[str, bool, str]]) -> Iterator[str]:
+    """Text for the tokenizer: of the training documents only."""
+    left = TOKENIZER_TEXT
+    for piece in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
+        left -= len(piece)
+        if left < 0:
+            return
+        yield piece
+
+
+def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenData:
+    """Token files for these settings: from the cache, or made now, by the first process while the others wait.
+
+    `fingerprint`: of a resumed run, which needs its tokens and not the data.
+    """
+    cache = Path(settings.cache_dir)
+    if not fingerprint or not (cache / f"tokens-{fingerprint}").exists():
+        fingerprint = on_main_process(lambda: make_tokens(settings, fingerprint))
+    return open_tokens(cache / f"tokens-{fingerprint}")
+
+
+def make_tokens(settings: Settings, expected: str | None) -> str:
+    """Write the token files unless they are there, and return their fingerprint. UserError if another is expected."""
+    cache, source, tokenizer, vocab_size = Path(settings.cache_dir), open_source(settings), None, settings.vocab_size
+    if settings.tokenizer == "bytes":
+        vocab_size = 257
+    elif settings.tokenizer != "bpe":
+        name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
+        tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
+    kind = tokenizer.to_str() if tokenizer else vocab_size
+    identity = ["2", source.identity, settings.limit, settings.val_fraction, settings.split_on_eot, kind]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    if expected not in (None, fingerprint):
+        raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
+                        f"longer in {cache}: start a new run")
+    folder = make_folder(cache) / f"tokens-{fingerprint}"
+    unfinished = folder.with_name(f"{folder.name}.incomplete")
+    for stale in cache.glob("tokens-*.incomplete"):  # of processes that were killed, or of streams given up
+        if stale != unfinished and time.time() - stale.stat().st_mtime > 7 * 86400:
+            shutil.rmtree(stale, ignore_errors=True)
+    while not folder.exists():
+        unfinished.mkdir(exist_ok=True)
+        descriptor = lock(unfinished, wait=True)  # another run may be making the same files
+        try:
+            if unfinished.exists() and not folder.exists():
+                write_tokens(unfinished, source, settings, tokenizer, vocab_size)
+                finish_folder(unfinished, folder)
+        except BaseException as error:
+            if source.files and isinstance(error, Exception):  # of a stream, the shards that are finished stay
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
+                raise OSError(error.errno, error.strerror, str(folder)) from None
+            raise
+        finally:
+            if descriptor not in (None, -1):
+                os.close(descriptor)
+    return fingerprint
+
+
+def open_tokens(folder: Path) -> TokenData:
+    facts = read_json(folder / "facts.json")
+    dtype = np.dtype(facts["dtype"])
+    for split in SPLITS:
+        file = folder / f"{split}.bin"
+        if not file.exists() or file.stat().st_size != facts["tokens"][split] * dtype.itemsize:
+            raise UserError(f"{file} is damaged: delete {folder}, and it is made anew")
+    streams = (np.memmap(folder / f"{split}.bin", dtype, "r") for split in SPLITS)
+    return TokenData(load_tokenizer(folder), facts, *streams, folder.name.removeprefix("tokens-"))
+
+
+def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: Tokenizer | None,
+                 vocab_size: int) -> None:
+    """Train a tokenizer, unless there is one, and turn all documents into the files of `folder`."""
+    started, before = time.perf_counter(), [size_and_mtime(file) for file in source.files]
+    split = Split(source, settings)
+    saved = read_json(folder / "position.json") if (folder / "position.json").exists() else {}
+    if saved:  # of a stream that broke off
+        tokenizer, split.room, split.held_out = load_tokenizer(folder), saved["room"], set(saved["held_out"])
+        say(f"going on behind the {plural(sum(saved['facts']['tokens'].values()), 'token')} of the last start")
+    elif tokenizer is None:
+        shards = labelled_shards(source, split if source.files else Split(source, settings), settings)
+        tokenizer = train_tokenizer(training_text(itertools.chain.from_iterable(shards)), vocab_size)
+        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training text in "
+            f"{time.perf_counter() - started:.1f} s")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+    facts = saved.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
+        name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
+    facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
+    write_shards(folder, source, split, settings, tokenizer, facts, saved.get("stream"))
+    for name in SPLITS:
+        if facts["tokens"][name] < 2:  # one to read and one to predict
+            raise UserError(f"too little text fell to {name} (--val-fraction says how much does)")
+    if before != [size_and_mtime(file) for file in source.files]:
+        raise UserError(FILE_CHANGED)
+    write_json(folder / "facts.json", facts)
+    (folder / "position.json").unlink(missing_ok=True)
+    documents, size, tokens = (sum(facts[name].values()) for name in ("documents", "bytes", "tokens"))
+    say(f"tokenised: {plural(documents, 'document')}, {size / 1e6:.1f} MB, {plural(tokens, 'token')} in "
+        f"{time.perf_counter() - started:.1f} s")
+
+
+def write_shards(folder: Path, source: Source, split: Split, settings: Settings, tokenizer: Tokenizer,
+                 facts: dict, position: dict | None) -> None:
+    """Append the tokens of all documents to the files of `folder`; count in `facts`; note how far a stream has come."""
+    done, dtype = sum(facts["documents"].values()), np.dtype(facts["dtype"])
+    bar = tqdm(total=split.characters, unit="char", unit_scale=True, desc="tokenising", disable=None, ncols=79)
+    with open(folder / "train.bin", "ab") as train, open(folder / "validation.bin", "ab") as validation, bar:
+        outputs = dict(zip(SPLITS, (train, validation), strict=True))
+        for name, file in outputs.items():
+            file.truncate(facts["tokens"][name] * dtype.itemsize)  # what a dead process wrote behind its last note
+        for shard in labelled_shards(source, split, settings, position, done):
+            for name, tokens, begins, text in tokenise(shard, tokenizer):
+                outputs[name].write(np.array(tokens, dtype).tobytes())
+                for what, amount in zip(COUNTED, (begins, len(tokens), len(text), len(text.encode())), strict=True):
+                    facts[what][name] += int(amount)
+                facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
+                bar.update(len(text))
+            if not source.files:
+                for name, file in outputs.items():
+                    file.flush()
+                    sync(folder / f"{name}.bin")
+                write_json(folder / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
+                                                      "held_out": sorted(split.held_out)})
+
+
+# ---------- 10. Hugging Face ------------------------------------------------------------------------------------------
 
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Hugging Face keeps OpenAI's (in, out) layout
 MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 HF_NAMES = {  # our name: that in Hugging Face's GPT2Config
     "vocab_size": "vocab_size", "block_size": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
 }
@@ -1832,6 +1691,22 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file} is damaged ({first_line(error)})") from None
     return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, or from OpenAI's pair vocab.json + merges.txt. UserError if neither can be read."""
+    one, vocabulary, merges = (folder / name for name in TOKENIZER_FILES)
+    if not one.exists() and not vocabulary.exists():
+        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json + merges.txt")
+    try:
+        tokenizer = (Tokenizer.from_file(str(one)) if one.exists() else
+                     byte_level(models.BPE.from_file(str(vocabulary), str(merges))))
+    except Exception as error:  # the class that the tokenizers library raises
+        raise UserError(f"the tokenizer in {folder} cannot be read ({first_line(error)})") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise UserError(f"the tokenizer in {folder} has no token {END_OF_TEXT}, which joins the documents")
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return as_plain_text(tokenizer)
 
 
 def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
@@ -1900,12 +1775,13 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
                         f"{flag} FOLDER") from None
 
 
-# ---------- 10. Checkpoints -------------------------------------------------------------------------------------------
+# ---------- 11. Checkpoints -------------------------------------------------------------------------------------------
 #
-# checkpoints/step-00000500/ is a Hugging Face folder (section 9) with two more files: training.safetensors (the
-# optimisers' moments, the guard's statistics, fp16's loss scale) and training.json (step, time, best loss). Learning
-# rate and order of the data are functions of step and seed. There is no generator state to keep either: every step
-# seeds all generators from (seed, step, process), see section 5, so that they are restored by knowing the step.
+# checkpoints/step-00000500/ is a Hugging Face folder (section 10) with two more files: training.safetensors (the
+# optimisers' moments, the guard's statistics, fp16's loss scale) and training.json (step, time, best loss). All else
+# follows from seed and step: the learning rate, the place in the data, and the state of all generators, which every
+# step seeds (section 5). Run.loop() writes one after each evaluation, when asked to stop, and before a decay (wsd);
+# the last two are kept, the best, and the one before a decay.
 
 
 @dataclass
@@ -2000,9 +1876,9 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     before = read_json(run / "metrics.json").get("configuration", {}).get("max_steps", settings.max_steps)
 
     def find() -> tuple[Path | None, Progress]:
-        for part in (run / "checkpoints").glob("*.incomplete"):
-            say(f"passed over {part.name}: it was never finished")
-            shutil.rmtree(part, ignore_errors=True)
+        for unfinished in (run / "checkpoints").glob("*.incomplete"):
+            say(f"passed over {unfinished.name}: it was never finished")
+            shutil.rmtree(unfinished, ignore_errors=True)
         if settings.schedule == "wsd" and settings.max_steps > before:
             undo_decay(run, before - decay_steps(before))
         for folder in find_checkpoints(run):
@@ -2047,7 +1923,7 @@ def put_aside(folder: Path, reason: str) -> None:
     os.rename(folder, target)
 
 
-# ---------- 11. Training run ------------------------------------------------------------------------------------------
+# ---------- 12. Training run ------------------------------------------------------------------------------------------
 
 
 class StopRequest:
@@ -2209,13 +2085,13 @@ class Run:
 
     def __init__(self, trainer: Trainer, progress: Progress, folder: Path, bigram: float, started: float):
         self.trainer, self.settings, self.progress = trainer, trainer.settings, progress
-        self.folder, self.bigram, self.started = folder, bigram, started
-        self.is_writer = trainer.machine.rank == 0
+        self.folder, self.bigram, self.started, self.log = folder, bigram, started, None
         self.report_every = max(1, self.settings.max_steps // 20)
         self.decay_start = None  # the checkpoint from which a warm-up-stable-decay run can be made longer
         if self.settings.schedule == "wsd":
             self.decay_start = self.settings.max_steps - decay_steps(self.settings.max_steps)
         self.reported = self.began = (progress.step, progress.seconds)
+        self.validation_size = (len(trainer.data.validation), trainer.data.facts["bytes"]["validation"])
         # What samples begin with: a document, if the model sees enough of them to know how they begin.
         self.prompt = "" if trainer.data.facts["documents"]["train"] >= 100 else "\n"
 
@@ -2223,12 +2099,12 @@ class Run:
         """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         try:
-            if self.is_writer:
+            if is_main_process():
                 make_folder(self.folder / "checkpoints")
                 self.write_metrics("running")
                 self.log = RunLog(self.folder, progress.step)
             if progress.step == 0:
-                self.evaluate(is_saved=settings.weights is not None)
+                self.validate(is_saved=settings.weights is not None)
                 if settings.weights:  # of --init: if training only makes them worse, they stay the best checkpoint
                     self.save()
             self.loop(request)
@@ -2242,11 +2118,12 @@ class Run:
         finally:
             request.restore()
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-                if hasattr(self, "log"):  # on a full disk this fails too, and the first error is the one to show
+                if self.log:  # on a full disk this fails too, and the first error is the one to show
                     self.write_metrics(status)
                     self.log.close(settings, self.results())
                     plot(self.folder, self.bigram)
-        self.finish(status)
+        if self.log:
+            self.finish(status)
         return 0 if status == "finished" else 128 + (request.number or signal.SIGTERM)
 
     def loop(self, request: StopRequest) -> None:
@@ -2266,7 +2143,7 @@ class Run:
                 stop = self.log_step(*waiting) or stop
                 waiting = None
                 if is_due:
-                    self.evaluate(is_saved=True)
+                    self.validate(is_saved=True)
                 self.save()
                 self.clock = time.perf_counter()
 
@@ -2308,7 +2185,7 @@ class Run:
             mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.0%}"
             say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps}  loss {values['loss']:.4f}  norm "
                 f"{values['norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left")
-        if self.is_writer:
+        if self.log:
             self.log.write(step, on_board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
@@ -2329,22 +2206,18 @@ class Run:
     def last_checkpoint(self) -> Path | str:
         return next(iter(find_checkpoints(self.folder)), "none")
 
-    def evaluate(self, is_saved: bool) -> None:
+    def validate(self, is_saved: bool) -> None:
         """Validation loss and a sample, to the terminal and the log. `is_saved`: a checkpoint of this step follows."""
         trainer, progress = self.trainer, self.progress
         progress.validation_loss = loss = evaluate(trainer)
         if is_saved and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
-        if self.is_writer:
+        if self.log:
             few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
             text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
-            bits = self.bits_per_byte(loss)
+            bits = bits_per_byte(loss, *self.validation_size)
             say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {repr(text[:70])[:74]}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
-
-    def bits_per_byte(self, loss: float) -> float:
-        data = self.trainer.data
-        return bits_per_byte(loss, len(data.validation), data.facts["bytes"]["validation"])
 
     def results(self) -> dict:
         """What has come out so far."""
@@ -2363,7 +2236,7 @@ class Run:
             "validation_loss": progress.validation_loss,
             "best_validation_loss": best,
             "best_step": progress.best_step,
-            "bits_per_byte": None if best is None else self.bits_per_byte(best),
+            "bits_per_byte": None if best is None else bits_per_byte(best, *self.validation_size),
             "bigram_validation_loss": self.bigram,
         }
 
@@ -2388,8 +2261,6 @@ class Run:
         """The table, a sample, and how to go on."""
         results, trainer = self.results(), self.trainer
         script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
-        if not self.is_writer:
-            return
         for name, value in results.items():
             shown = "n/a" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
             shown = f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else shown
@@ -2513,12 +2384,12 @@ def plot(run: Path, bigram: float) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")  # beside the curves, not on them
-    part = run / "training_loss.png.incomplete"
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, run / "training_loss.png")
+    unfinished = run / "training_loss.png.incomplete"
+    figure.savefig(unfinished, dpi=120, format="png")
+    os.replace(unfinished, run / "training_loss.png")
 
 
-# ---------- 12. Other commands ----------------------------------------------------------------------------------------
+# ---------- 13. Other commands ----------------------------------------------------------------------------------------
 
 
 def is_run(folder: Path) -> bool:
@@ -2620,7 +2491,7 @@ def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray
     """All tokens of the data that --evaluate names, and how many bytes of text they are."""
     settings = replace(settings, data=settings.evaluate)
     source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
-    left_out = FileSplit(source, settings).left_out if source.files else {}
+    left_out = Split(source, settings).left_out
     files = (source.read(file) for file in source.files if file not in left_out)
     parts = documents_of(itertools.chain.from_iterable(files) if source.files else source.read(None), settings)
     for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
@@ -2694,7 +2565,125 @@ def seconds_per_step(trainer: Trainer) -> float:
     return once if passes == 1 else once + (passes - 1) * max(0.0, min(times[2]) - once)
 
 
-# ---------- 13. Main --------------------------------------------------------------------------------------------------
+# ---------- 14. Helpers -----------------------------------------------------------------------------------------------
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print at once, and only once however many processes there are."""
+    if is_main_process():
+        print(text, end=end, flush=True)
+
+
+def say_wrapped(text: str) -> None:
+    """In lines that fit a terminal of 80 columns."""
+    say(textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def plural(count: int, noun: str) -> str:
+    """1 step, 1,500 steps."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UserError when it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Whole or not at all: a reader finds the old content or the new."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)
+    os.replace(unfinished, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file (or the list of a folder's files) is on the disk: a rename must never overtake the content."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, with those above it. UserError when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write to {folder}")
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, called <name>.incomplete until it is whole and on disk. One that has the name is replaced."""
+    unfinished = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        finish_folder(unfinished, folder)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say where it is
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finish_folder(unfinished: Path, folder: Path) -> None:
+    """Give a folder that is complete its name."""
+    for path in [*unfinished.iterdir(), unfinished]:
+        sync(path)
+    remove_folder(folder)
+    os.rename(unfinished, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename first: half-deleted, a folder must not pass for a whole one."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.deleted.incomplete")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Take the lock of a file or folder: its descriptor, which holds it until it is closed or the process dies.
+
+    None when another process has it (with `wait`, wait for that one), and -1 where the system has no such locks.
+    """
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except (ImportError, OSError) as error:  # Windows, some network file systems
+        if descriptor is not None:
+            os.close(descriptor)
+        return None if isinstance(error, BlockingIOError) else -1
+
+
+# ---------- 15. Main --------------------------------------------------------------------------------------------------
 
 
 def resolve_settings(arguments: argparse.Namespace) -> Settings:

@@ -184,7 +184,7 @@ def labelled_documents(texts: list[str], is_stream: bool, fraction: float | None
     read = lambda place: ((True, text) for text in texts)
     source = gpt2.Source("texts", [], [] if is_stream else [Path("texts")], read, lambda: {})
     settings = gpt2.Settings(val_fraction=fraction)
-    split = gpt2.StreamSplit(settings) if is_stream else gpt2.FileSplit(source, settings)
+    split = gpt2.Split(source, settings)
     assert split.characters == (None if is_stream else sum(map(len, texts)))
     found = {name: [] for name in gpt2.SPLITS}
     for shard in gpt2.labelled_shards(source, split, settings):

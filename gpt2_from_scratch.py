@@ -490,8 +490,8 @@ def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) ->
 def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
     """Documents whose hash is below this threshold are held out, and of those that have just this hash the end.
 
-    How much of them (0 to 1) comes second. So `share` is one of the text and not of the documents, as a few large ones may
-    hold most of it (a single document is cut at its end); and equal documents, having equal hashes, are on one side.
+    How much of them (0 to 1) comes second. So `share` is one of the text and not of the documents, as a few large ones
+    may hold most of it (a single one is cut); and equal documents, having equal hashes, are on one side.
     """
     values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
     totals = np.bincount(index, lengths)
@@ -1037,11 +1037,9 @@ def device_name(device: torch.device) -> str:
 
 def data_sheet_rate(name: str) -> float | None:
     """FLOP/s that a card's maker promises for bf16 products; None for a card that is not in the table."""
-    words = re.findall(r"[A-Z0-9]+", name.upper())
-    for card, tera in DATA_SHEET.items():
-        if set(card.upper().split()) <= set(words) and "LAPTOP" not in words:
-            return tera * 1e12
-    return None
+    words = set(re.findall(r"[A-Z0-9]+", name.upper()))
+    rates = (tera * 1e12 for card, tera in DATA_SHEET.items() if set(card.upper().split()) <= words)
+    return next(rates, None) if "LAPTOP" not in words else None
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -1292,12 +1290,22 @@ def kind_of(file: Path) -> str:
 
 
 def read_file(file: Path, column: str) -> Iterator[Part]:
-    """A column of a .jsonl or .parquet file, a document per row; any other file as one document.
+    """A column of a .jsonl or .parquet file, a document per row; any other file as one document, piece by piece.
 
-    Raises NotText for a file that is none, and UserError with the place for broken rows.
+    Without byte-order mark and carriage returns. Raises NotText for a file that is none, and UserError with the place
+    for broken rows.
     """
     if kind_of(file) not in COLUMN_FILES:
-        yield from ((number == 0, piece) for number, piece in enumerate(pieces(read_text(file))))
+        try:
+            with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
+                for number, piece in enumerate(pieces(iter(lambda: stream.read(PIECE), ""))):
+                    if "\0" in piece:
+                        raise NotText("binary")
+                    yield number == 0, piece
+        except UnicodeDecodeError:
+            raise NotText("not UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({first_line(error)})") from None
         return
     for place, row in read_rows(file, column):
         if not isinstance(row, dict) or column not in row:
@@ -1307,20 +1315,6 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
         if not isinstance(text, str):
             raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
         yield True, text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
-
-
-def read_text(file: Path) -> Iterator[str]:
-    """The text of a UTF-8 file piece by piece, without byte-order mark and carriage returns."""
-    try:
-        with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
-            while text := stream.read(PIECE):
-                if "\0" in text:
-                    raise NotText("binary")
-                yield text
-    except UnicodeDecodeError:
-        raise NotText("not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)})") from None
 
 
 def open_bytes(file: Path) -> io.IOBase:
@@ -1425,10 +1419,10 @@ class Split:
     """
 
     def __init__(self, source: Source, settings: Settings):
-        self.left_out, self.characters, self.cuts = {}, None, None
-        self.threshold = (settings.val_fraction or 0.05) * 2**64
-        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
-        self.held_out = set()  # hashes that were, of a stream
+        self.left_out, self.characters, self.cuts = {}, None, None  # of files: see measure()
+        self.threshold = (settings.val_fraction or 0.05) * 2**64  # this and the next two: of a stream
+        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf  # characters that may still follow
+        self.held_out = set()  # hashes below the threshold so far
         if source.files:
             self.measure(source, settings)
 
@@ -1526,10 +1520,9 @@ def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenD
 
 def make_tokens(settings: Settings, expected: str | None) -> str:
     """Write the token files unless they are there, and return their fingerprint. UserError if another is expected."""
-    cache, source, tokenizer, vocab_size = Path(settings.cache_dir), open_source(settings), None, settings.vocab_size
-    if settings.tokenizer == "bytes":
-        vocab_size = 257
-    elif settings.tokenizer != "bpe":
+    cache, source, tokenizer = Path(settings.cache_dir), open_source(settings), None
+    vocab_size = 257 if settings.tokenizer == "bytes" else settings.vocab_size
+    if settings.tokenizer not in ("bpe", "bytes"):
         name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
         tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
     kind = tokenizer.to_str() if tokenizer else vocab_size
@@ -1550,8 +1543,8 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
             if unfinished.exists() and not folder.exists():
                 write_tokens(unfinished, source, settings, tokenizer, vocab_size)
                 finish_folder(unfinished, folder)
-        except BaseException as error:
-            if source.files and isinstance(error, Exception):  # of a stream, the shards that are finished stay
+        except Exception as error:
+            if source.files:  # of a stream, the shards that are finished stay
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
                 raise OSError(error.errno, error.strerror, str(folder)) from None
@@ -2043,9 +2036,8 @@ def describe(trainer: Trainer) -> None:
     """Say on a few lines what is about to run where, and what looks wrong about it."""
     settings, machine, config, facts = trainer.settings, trainer.machine, trainer.model.config, trainer.data.facts
     parameters, characters = count_parameters(trainer.model), facts["characters"]
-    dtype = str(machine.dtype).removeprefix("torch.")
-    if machine.dtype is torch.float32 and machine.device.type == "cuda":
-        dtype += " (TF32 products)"
+    is_tf32 = machine.dtype is torch.float32 and machine.device.type == "cuda"
+    dtype = str(machine.dtype).removeprefix("torch.") + (" (TF32 products)" if is_tf32 else "")
     rate = machine.matmul_rate / 1e12
     reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
@@ -2282,10 +2274,8 @@ class Run:
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
     """Send the values of a step on their way to the CPU, without waiting for them."""
-    if values.device.type == "cpu":
-        return values, time.perf_counter()  # there the step is over already
-    if values.device.type != "cuda":
-        return values, None
+    if values.device.type != "cuda":  # on the CPU the step is over already
+        return values, time.perf_counter() if values.device.type == "cpu" else None
     host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
     arrival = torch.cuda.Event()
     arrival.record()
@@ -2366,11 +2356,10 @@ def plot(run: Path, bigram: float) -> None:
     axes = figure.subplots()
     if training:
         steps, losses = np.array(training).T
-        reach, places = max(1, len(losses) // 100), np.arange(len(losses))  # the mean of 2 % of the run
-        low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(losses))
-        sums = np.cumsum([0, *losses])
+        window = np.ones(min(len(losses), max(3, len(losses) // 50)))  # the mean of 2 % of the run
+        smooth, counts = (np.convolve(values, window, "same") for values in (losses, np.ones(len(losses))))
         axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="training, every step")
-        axes.plot(steps, (sums[high] - sums[low]) / (high - low), color="C0", label="training, smoothed")
+        axes.plot(steps, smooth / counts, color="C0", label="training, smoothed")
     if validation:
         best = min(validation, key=lambda point: point[1])
         axes.plot(*zip(*validation, strict=True), "o-", color="C1", label="validation")
@@ -2492,8 +2481,8 @@ def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray
     settings = replace(settings, data=settings.evaluate)
     source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
     left_out = Split(source, settings).left_out
-    files = (source.read(file) for file in source.files if file not in left_out)
-    parts = documents_of(itertools.chain.from_iterable(files) if source.files else source.read(None), settings)
+    places = [file for file in source.files if file not in left_out] if source.files else [None]
+    parts = documents_of(itertools.chain.from_iterable(map(source.read, places)), settings)
     for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
         arrays.append(np.array(tokens, np.uint32))
         size += len(text.encode())

@@ -157,7 +157,7 @@ def test_activations_are_what_autograd_keeps(
         return
     # Of the loss only its softmax (4 bytes a logit) is kept; the plan also counts logits and gradients, 14 in all.
     predicted = flan.activation_bytes(config, args.lora_r, batch, source, target) - 10 * batch * target * 512
-    assert predicted == pytest.approx(found - copies, rel=0.02)
+    assert predicted == pytest.approx(found - copies, rel=0.02 if feed_forward == "gated-gelu" else 0.03)
 
 
 def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):
@@ -602,10 +602,10 @@ def test_compare_refuses_two_runs_of_one_name(command, trained, tmp_path):
 
 
 def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder, trained, tmp_path):
-    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "8", *RECIPE, "--output-dir", "a")
+    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "4", *RECIPE, "--output-dir", "a")
     assert command(*flags, cwd=tmp_path).code == 0
     best = json.loads((tmp_path / "a/metrics.json").read_text())["best_epoch"]
-    assert best == pytest.approx(4 / 3, abs=1e-3)  # else its scores are not those of the mid epoch
+    assert best == pytest.approx(2 / 3, abs=1e-3)  # better than epoch 0; else its scores are not those of the mid epoch
     done = command("--compare", "a", trained.folder, cwd=tmp_path)
     assert done.code == 0 and f"| {best} |" in done.out, done
 

@@ -109,7 +109,7 @@ def test_the_newest_run_with_a_checkpoint_is_sampled_and_exported(command):
     Path("runs/gpt2-newer/metrics.json").write_text("{}")
     os.utime("runs/gpt2-newer/metrics.json", (2**32, 2**32))
     code, out, error = command("--export", "exported")
-    assert code == 0 and out.startswith("runs/gpt2-nano-text-lr=4e-3/checkpoints/"), error
+    assert code == 0 and out.startswith("runs/gpt2-nano-text-lr=8e-3/checkpoints/"), error
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_newest_run_with_a_checkpoint_is_sampled_and_exported(command):
         ["--top-k", "-1"],
         ["--seed", "-1"],
         ["--dtype", "fp8"],
-        ["--schedule", "linear"],
+        ["--schedule", "square"],
         ["--num-samples", "0"],
         ["--block-size", "0"],
         ["--sample", "a", "--plan"],

@@ -28,7 +28,7 @@ SCRIPT = Path(gpt2.__file__).resolve()
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
 SIZES = [
     "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32", "--batch-tokens",
-    "256", "--lr", "1e-2",
+    "256", "--lr", "1e-2", "--optimizer", "adamw", "--schedule", "cosine",
 ]  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -154,6 +154,7 @@ def test_learning_rate_schedules():
     assert [rate(step, "cosine") for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert rate(60, "cosine") == pytest.approx(0.2 + 1.8 * 0.5)  # half-way between the peak and its tenth
     assert rate(110, "cosine") == pytest.approx(0.2)
+    assert [rate(step, "linear") for step in (4, 10, 60, 110)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
     assert [rate(step, "wsd") for step in (0, 10, 87, 88)] == pytest.approx([0.2, 2.0, 2.0, 2.0])
     assert [rate(step, "wsd") for step in (99, 109)] == pytest.approx([1.0, 2 / 22])
 

@@ -1673,8 +1673,10 @@ def show_description(description: dict[str, Any], settings: Settings, steps: int
     say_list("model:", [settings.model, f"{total:,} parameters", f"trained {trained:,} ({trained / total:.2%})"])
     say(f"dataset: {settings.dataset}")
     say_list("rows:", rows_in_words(description["scoring"], SPLITS))
-    say_list("device:", [description["device"], description["precision"], f"{description['processes']} process(es)"])
-    say(f"training: {settings.epochs} epochs, lr {as_power_of_ten(settings.lr)}, batch {settings.batch_size}, "
+    processes, epochs = description["processes"], settings.epochs
+    say_list("device:", [description["device"], description["precision"],
+                         f"{processes} process{'es' * (processes > 1)}"])
+    say(f"training: {epochs} epoch{'s' * (epochs > 1)}, lr {as_power_of_ten(settings.lr)}, batch {settings.batch_size}, "
         f"seed {settings.seed}")
     if changed:
         say_list("flags:", [f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value))

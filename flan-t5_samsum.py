@@ -1676,8 +1676,8 @@ def show_description(description: dict[str, Any], settings: Settings, steps: int
     processes, epochs = description["processes"], settings.epochs
     say_list("device:", [description["device"], description["precision"],
                          f"{processes} process{'es' * (processes > 1)}"])
-    say(f"training: {epochs} epoch{'s' * (epochs > 1)}, lr {as_power_of_ten(settings.lr)}, batch {settings.batch_size}, "
-        f"seed {settings.seed}")
+    say(f"training: {epochs} epoch{'s' * (epochs > 1)}, lr {as_power_of_ten(settings.lr)}, "
+        f"batch {settings.batch_size}, seed {settings.seed}")
     if changed:
         say_list("flags:", [f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value))
                             if isinstance(value, list) else f" {value}") for name, value in changed.items()])

@@ -559,10 +559,10 @@ def test_compare_shows_what_the_runs_recorded(command, trained, other, tmp_path,
 
 
 def test_compare_puts_its_picture_beside_the_runs(command, trained, tmp_path):
-    done = command("--compare", "runs/" + trained.folder.name, cwd=trained.home)
-    picture = trained.home / "runs/comparison.png"
+    shutil.copytree(trained.folder, tmp_path / "runs" / trained.folder.name)
+    done = command("--compare", "runs/" + trained.folder.name, cwd=tmp_path)
+    picture = tmp_path / "runs/comparison.png"
     assert done.code == 0 and picture.exists() and str(picture) in done.out and "| A | B |" not in done.out, done
-    picture.unlink()
 
 
 @pytest.mark.parametrize("change, words", [
@@ -606,7 +606,7 @@ def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder
     assert command(*flags, cwd=tmp_path).code == 0
     best = json.loads((tmp_path / "a/metrics.json").read_text())["best_epoch"]
     assert best == pytest.approx(2 / 3, abs=1e-3)  # better than epoch 0; else its scores are not those of the mid epoch
-    done = command("--compare", "a", trained.folder, cwd=tmp_path)
+    done = command("--compare", "a", trained.folder, "--output-dir", ".", cwd=tmp_path)
     assert done.code == 0 and f"| {best} |" in done.out, done
 
 

@@ -278,7 +278,7 @@ def test_compare_says_which_runs_are_not_finished(command, trained, tmp_path):
     other = shutil.copytree(trained.folder, tmp_path / "other")
     content = json.loads((other / "metrics.json").read_text()) | {"status": "interrupted"}
     (other / "metrics.json").write_text(json.dumps(content))
-    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    done = command("--compare", trained.folder, other, "--output-dir", tmp_path, cwd=tmp_path)
     assert done.code == 0 and "other is not finished: interrupted\n" in done.out, done
     assert done.out.count("is not finished") == 1
     assert "not about seeds" in " ".join(done.out.split()) and "| p | p (Holm) |" in done.out

@@ -15,8 +15,9 @@
     python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and by how much?
 
 How to read it: sections 2 to 6 are the method, in the order in which a row goes from a file to a score, and all that
-one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 13 make it safe and
-comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped.
+one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 15 make it safe and
+comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which runs the
+same step and the same generation on a GPU many times faster.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # ---------- 1. Settings: the command line, before torch is imported, so that --help answers at once -------------------
 
@@ -96,6 +97,7 @@ class Settings:
                                  "N", type=COUNT)
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them: less memory, a "
                                                "third slower")
+    no_fast: bool = flag(False, "run as sections 2 to 6 have it, also where a GPU could be many times faster")
     seed: int = flag(42, "of everything random", "N", type=number(int, 0, 2**32 - 1))
     lora_r: int = flag(16, "LoRA rank", "N", type=number(int, 1, 2**16))
     lora_alpha: float = flag(32, "LoRA's update is scaled by alpha / rank", "X",
@@ -153,7 +155,7 @@ PRECISIONS, MODES = ([item.name for item in fields(Settings) if item.metadata.ge
                      for kind in ("precision", "mode"))
 USES = ("summarize", "evaluate", "export")  # the modes that use a result
 # They change memory, speed and the end of a run; the result else only by rounding and by other masks of dropout.
-FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps")
+FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps", "no_fast")
 
 
 class Parser(argparse.ArgumentParser):
@@ -345,6 +347,11 @@ from transformers import (
     TrainerCallback,
 )
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with torch for CUDA; without it there is no fast path
+    triton = tl = None
 try:
     import fcntl
 except ImportError:  # Windows: no lock on a run's folder
@@ -637,12 +644,13 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
 class Collator(DataCollatorForSeq2Seq):
     """Pads a batch, labels with -100, and counts its real tokens (source and target) on the host."""
 
-    tokens = 0
+    tokens, pack = 0, None  # `pack` adds the same rows without padding, for the fast path
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         self.tokens += sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
-        return super().__call__(rows)
+        batch = super().__call__(rows)
+        return batch | {"packed": self.pack(rows)} if self.pack else batch
 
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
@@ -661,7 +669,7 @@ def training_arguments(settings: Settings, folder: Path, steps: int, device: tor
         "logging_steps": max(1, min(10, steps // 20)),
         "logging_nan_inf_filter": False,  # the filter would wait for the GPU
         "report_to": [], "disable_tqdm": True, "ddp_find_unused_parameters": False, "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
+        "dataloader_pin_memory": device.type == "cuda", "accelerator_config": {"non_blocking": device.type == "cuda"},
     }
     return Seq2SeqTrainingArguments(**arguments | changes)
 
@@ -696,6 +704,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
             callbacks=[run, self.sampler],
             data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
             compute_loss_func=token_mean_loss)
+        self.fast = self.summarizer.fast
+        self.data_collator.pack = self.fast and self.fast.pack
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
         self.recent: list[list] = []  # of each step since the last log: [step, loss, gradient norm], on the device
@@ -708,7 +718,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(trained, lr=self.args.learning_rate, fused=True, **ADAMW)
+            self.optimizer = FlatAdamW(trained, lr=self.args.learning_rate, fused=True, **ADAMW)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -719,16 +729,23 @@ class SummarizationTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+                      ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, on the device."""
-        step = self.state.global_step
-        if not self.recent or self.recent[-1][0] != step:  # the first micro-batch of a step
+        step, packed = self.state.global_step, inputs.pop("packed", None)
+        is_first = not self.recent or self.recent[-1][0] != step  # micro-batch of a step
+        if self.fast and not self.fast.is_proved["training"]:
+            begin_fast(self, inputs)
+        if is_first:
             # The Trainer seeds all ranks alike, which would give them equal masks of dropout, and once: a resumed run
             # would have to bring back the generators' states.
             seeds = np.random.SeedSequence([self.settings.seed, step, PartialState().process_index])
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
             self.recent.append([step, torch.zeros((), device=self.args.device), None])
-        loss = super().training_step(*args, **kwargs)
+        if self.fast:
+            loss = self.fast.training_step(packed, num_items_in_batch, is_first, self.accelerator.sync_gradients)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.recent[-1][1] += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 
@@ -737,7 +754,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
         `found_inf` is what GradScaler uses for this: the GPU decides, and nothing waits for it.
         """
-        norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(self.fast or model)
         self.recent[-1][2] = norm = whole(norm)
         skip = (~(self.recent[-1][1] + norm).isfinite()).float()
         if self.args.world_size > 1:  # the norm is that of all ranks, the loss is not
@@ -845,6 +862,10 @@ class Summarizer:
         # Without max_new_tokens a summary would end after 20 tokens.
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
+        obstacle = fast_obstacle(model, settings)
+        self.fast = None if obstacle else FastT5(model, settings)  # section 14
+        if obstacle and device.type == "cuda":
+            say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
@@ -881,8 +902,10 @@ class Summarizer:
                                    pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
         more = {"synced_gpus": True} if is_sharded() else {}  # each forward pass needs the shards of all processes
         try:
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
-                output = self.model.generate(**batch, generation_config=self.config, **more)
+            output = self.fast and self.fast.generate(sources, self.config)
+            if output is None:
+                with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
+                    output = self.model.generate(**batch, generation_config=self.config, **more)
         except torch.OutOfMemoryError:
             if len(sources) == 1:
                 raise
@@ -2623,6 +2646,896 @@ def plot_comparison(runs: list[dict[str, Any]], path: Path) -> None:
         right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
         right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
         left.xaxis.get_major_locator().set_params(integer=True)
+
+
+# ---------- 14. The fast path: packed rows, own attention kernels, one CUDA graph per size ----------------------------
+
+# Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
+# thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
+# parameters, and keeps an H100 busy (batch 8 of SAMSum's lengths: 271 rows/s in place of 9 to 14; 27 ms a step):
+#
+# - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
+#   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
+#   tile by tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
+# - Fewer, larger products (16.6 ms). What multiplies one input is one matrix: q, k and v, for example. LoRA's B are
+#   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T.
+# - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (44 s, or less
+#   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
+# - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
+#   batches are filled up (by an eighth at most) to one of few sizes. The first batch of a size runs without, the second
+#   is recorded. No two graphs run at once: all use the same pool of memory.
+# - All adapters lie in one vector, as do their gradients: clipping and AdamW are a few kernels, not hundreds.
+#
+# Before its first step it is compared with section 5 on two rows. Where it does not apply or agree, section 5 goes on.
+
+F = torch.nn.functional
+jit, constexpr = (lambda kernel: kernel, Any) if triton is None else (triton.jit, tl.constexpr)
+
+
+@jit
+def load_rows(pointer, begin, index, count, stride, column, D: constexpr, K: constexpr):
+    """Rows begin + index of a matrix and D of its columns, as a tile of width K; zeros where index >= count."""
+    c = tl.arange(0, K)
+    at = pointer + (begin + index).to(tl.int64)[:, None] * stride + column + c[None, :]
+    return tl.load(at, mask=(index < count)[:, None] & (c < D)[None, :], other=0.0)
+
+
+@jit
+def store_rows(pointer, tile, begin, index, count, stride, column, D: constexpr, K: constexpr):
+    c = tl.arange(0, K)
+    at = pointer + (begin + index).to(tl.int64)[:, None] * stride + column + c[None, :]
+    tl.store(at, tile.to(pointer.dtype.element_ty), mask=(index < count)[:, None] & (c < D)[None, :])
+
+
+@jit
+def scores_of(q, k, i, j, nq, nk, bias, head, LIMIT: constexpr, CAUSAL: constexpr):
+    """Scores of the queries i [BM] and keys j [BN] of one row and head; -inf where there is no such key."""
+    scores = tl.dot(q, tl.trans(k))
+    distance = j[None, :] - i[:, None] - (nk - nq)  # the last query stands at the last key
+    if LIMIT > 0:
+        near = tl.minimum(tl.maximum(distance, -LIMIT), LIMIT) + LIMIT
+        scores += tl.load(bias + head * (2 * LIMIT + 1) + near).to(tl.float32)
+    allowed = (j < nk)[None, :] & (i < nq)[:, None]
+    if CAUSAL:
+        allowed = allowed & (distance <= 0)
+    return tl.where(allowed, scores, -float("inf"))
+
+
+@jit
+def dropped_scores(p, i, j, q0, head, mask, H: constexpr):
+    """Dropout of a tile, as `dropped` does it."""
+    seed, threshold = tl.load(mask), tl.load(mask + 1)
+    x = ((((q0 + i)[:, None] * H + head) * 1024 + j[None, :]) ^ seed).to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    keep = (x ^ (x >> 16)).to(tl.int32, bitcast=True) >= threshold
+    return tl.where(keep, p / (0.5 - threshold.to(tl.float32) / 4294967296.0), 0.0)
+
+
+@jit
+def forward_kernel(q_, k_, v_, out_, lse_, bias, mask, q_rows, k_rows, q_stride, k_stride, tokens, H: constexpr,
+                   D: constexpr, K: constexpr, LIMIT: constexpr, CAUSAL: constexpr,
+                   DROP: constexpr, BM: constexpr, BN: constexpr):
+    """One program: BM queries of a row and head, over all its keys (FlashAttention, Dao et al. 2022, algorithm 1)."""
+    row, head = tl.program_id(1) // H, tl.program_id(1) % H
+    q0, k0 = tl.load(q_rows + 2 * row), tl.load(k_rows + 2 * row)
+    nq, nk = tl.load(q_rows + 2 * row + 1) - q0, tl.load(k_rows + 2 * row + 1) - k0
+    first = tl.program_id(0) * BM
+    if first >= nq:
+        return
+    i = first + tl.arange(0, BM)
+    q = load_rows(q_, q0, i, nq, q_stride, head * D, D, K)
+    top, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, K], tl.float32)
+    last = tl.minimum(nk, first + BM + nk - nq) if CAUSAL else nk
+    for start in range(0, last, BN):
+        j = start + tl.arange(0, BN)
+        k = load_rows(k_, k0, j, nk, k_stride, head * D, D, K)
+        v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
+        scores = scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)
+        new = tl.maximum(top, tl.max(scores, 1))
+        p, shrink = tl.exp(scores - new[:, None]), tl.exp(top - new)
+        total = total * shrink + tl.sum(p, 1)
+        if DROP:
+            p = dropped_scores(p, i, j, q0, head, mask, H)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        top = new
+    total = tl.where(total == 0.0, 1.0, total)  # a row without keys
+    store_rows(out_, acc / total[:, None], q0, i, nq, H * D, head * D, D, K)
+    tl.store(lse_ + head * tokens + q0 + i, top + tl.log(total), mask=i < nq)
+
+
+@jit
+def backward_q_kernel(q_, k_, v_, out_, dout_, lse_, delta_, dq_, bias, mask, q_rows, k_rows, q_stride, k_stride,
+                      dq_stride, tokens, H: constexpr, D: constexpr, K: constexpr,
+                      LIMIT: constexpr, CAUSAL: constexpr, DROP: constexpr, BM: constexpr,
+                      BN: constexpr):
+    """Gradient of BM queries, and delta, the sum of out x dout, for the next kernel."""
+    row, head = tl.program_id(1) // H, tl.program_id(1) % H
+    q0, k0 = tl.load(q_rows + 2 * row), tl.load(k_rows + 2 * row)
+    nq, nk = tl.load(q_rows + 2 * row + 1) - q0, tl.load(k_rows + 2 * row + 1) - k0
+    first = tl.program_id(0) * BM
+    if first >= nq:
+        return
+    i = first + tl.arange(0, BM)
+    q = load_rows(q_, q0, i, nq, q_stride, head * D, D, K)
+    out = load_rows(out_, q0, i, nq, H * D, head * D, D, K)
+    dout = load_rows(dout_, q0, i, nq, H * D, head * D, D, K)
+    lse = tl.load(lse_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ + head * tokens + q0 + i, delta, mask=i < nq)
+    dq = tl.zeros([BM, K], tl.float32)
+    last = tl.minimum(nk, first + BM + nk - nq) if CAUSAL else nk
+    for start in range(0, last, BN):
+        j = start + tl.arange(0, BN)
+        k = load_rows(k_, k0, j, nk, k_stride, head * D, D, K)
+        v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
+        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        dp = tl.dot(dout, tl.trans(v))
+        if DROP:
+            dp = dropped_scores(dp, i, j, q0, head, mask, H)
+        dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k)
+    store_rows(dq_, dq, q0, i, nq, dq_stride, head * D, D, K)
+
+
+@jit
+def backward_kv_kernel(q_, k_, v_, dout_, lse_, delta_, dk_, dv_, bias, mask, q_rows, k_rows, q_stride, k_stride,
+                       dk_stride, tokens, H: constexpr, D: constexpr, K: constexpr,
+                       LIMIT: constexpr, CAUSAL: constexpr, DROP: constexpr, BM: constexpr,
+                       BN: constexpr):
+    """Gradient of BN keys and values."""
+    row, head = tl.program_id(1) // H, tl.program_id(1) % H
+    q0, k0 = tl.load(q_rows + 2 * row), tl.load(k_rows + 2 * row)
+    nq, nk = tl.load(q_rows + 2 * row + 1) - q0, tl.load(k_rows + 2 * row + 1) - k0
+    start = tl.program_id(0) * BN
+    if start >= nk:
+        return
+    j = start + tl.arange(0, BN)
+    k = load_rows(k_, k0, j, nk, k_stride, head * D, D, K)
+    v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
+    dk, dv = tl.zeros([BN, K], tl.float32), tl.zeros([BN, K], tl.float32)
+    for first in range(start // BM * BM if CAUSAL else 0, nq, BM):  # causal: as many queries as keys
+        i = first + tl.arange(0, BM)
+        q = load_rows(q_, q0, i, nq, q_stride, head * D, D, K)
+        dout = load_rows(dout_, q0, i, nq, H * D, head * D, D, K)
+        lse = tl.load(lse_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
+        delta = tl.load(delta_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
+        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        dp, kept = tl.dot(dout, tl.trans(v)), p
+        if DROP:
+            dp, kept = (dropped_scores(dp, i, j, q0, head, mask, H), dropped_scores(p, i, j, q0, head, mask, H))
+        dv += tl.dot(tl.trans(kept).to(dout.dtype), dout)
+        dk += tl.dot(tl.trans(p * (dp - delta[:, None])).to(q.dtype), q)
+    store_rows(dk_, dk, k0, j, nk, dk_stride, head * D, D, K)
+    store_rows(dv_, dv, k0, j, nk, dk_stride, head * D, D, K)
+
+
+def launch(kernel: Any, blocks: int, q: torch.Tensor, bias: Any, q_rows: torch.Tensor, heads: int, inner: int,
+           causal: bool, mask: Any, block: int, arguments: tuple) -> None:
+    width = inner // heads
+    kernel[(blocks, len(q_rows) * heads)](
+        *arguments, H=heads, D=width, K=max(16, triton.next_power_of_2(width)), CAUSAL=causal, DROP=mask is not None,
+        LIMIT=0 if bias is None else bias.shape[1] // 2, BM=block, BN=64, num_warps=4)
+
+
+def split_qkv(q: torch.Tensor, kv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of queries, keys and values, [tokens, inner] each, in what `attention` is given."""
+    inner, beside = (q.shape[1] // 3, q) if kv is None else (q.shape[1], kv)
+    return q[:, :inner], beside[:, -2 * inner : -inner], beside[:, -inner:]
+
+
+@torch.library.custom_op("flan_t5::attention", mutates_args=())
+def attention(q: torch.Tensor, kv: torch.Tensor | None, bias: torch.Tensor | None, mask: torch.Tensor | None,
+              q_rows: torch.Tensor, k_rows: torch.Tensor, heads: int, longest_q: int, longest_k: int, causal: bool
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """dropout(softmax(q k^T + bias)) v for packed rows; of row r, the queries q_rows[r, 0] to q_rows[r, 1] attend to
+    the keys k_rows[r, 0] to k_rows[r, 1].
+
+    Self-attention: `q` is [tokens, 3 x inner], with q, k and v side by side, and `kv` None. Cross-attention: `q` is
+    [target tokens, inner], `kv` [source tokens, 2 x inner]. `bias` [heads, 2 x limit + 1] is by distance. Also returns
+    the logarithm of each softmax's denominator [heads, tokens], from which backward has the softmax again.
+    """
+    queries, k, v = split_qkv(q, kv)
+    out, lse = q.new_empty(queries.shape), q.new_empty(heads, len(q), dtype=torch.float32)
+    block = 64 if longest_q > 1 else 16  # 16 is the least that the tensor cores take
+    launch(forward_kernel, -(-longest_q // block), q, bias, q_rows, heads, out.shape[1], causal, mask, block, (
+        queries, k, v, out, lse, bias, mask, q_rows, k_rows, q.stride(0), k.stride(0), len(q)))
+    return out, lse
+
+
+@attention.register_fake
+def _(q: torch.Tensor, kv: Any, bias: Any, mask: Any, q_rows: Any, k_rows: Any, heads: int, *_: Any
+      ) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(split_qkv(q, kv)[0].shape), q.new_empty(heads, q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("flan_t5::attention_backward", mutates_args=())
+def attention_backward(dout: torch.Tensor, q: torch.Tensor, kv: torch.Tensor | None, out: torch.Tensor,
+                       lse: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None, q_rows: torch.Tensor,
+                       k_rows: torch.Tensor, heads: int, longest_q: int, longest_k: int, causal: bool
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `q` and `kv` as they came; the second is empty in self-attention."""
+    dq, dkv = torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
+    queries, k, v = split_qkv(q, kv)
+    dqueries, dk, dv = split_qkv(dq, None if kv is None else dkv)
+    delta, dout, inner = torch.empty_like(lse), dout.contiguous(), out.shape[1]
+    rest = (bias, mask, q_rows, k_rows, q.stride(0), k.stride(0))
+    launch(backward_q_kernel, -(-longest_q // 64), q, bias, q_rows, heads, inner, causal, mask, 64, (
+        queries, k, v, out, dout, lse, delta, dqueries, *rest, dq.stride(0), len(q)))
+    launch(backward_kv_kernel, -(-longest_k // 64), q, bias, q_rows, heads, inner, causal, mask, 64, (
+        queries, k, v, dout, lse, delta, dk, dv, *rest, dk.stride(0), len(q)))
+    return dq, dkv
+
+
+@attention_backward.register_fake
+def _(dout: Any, q: torch.Tensor, kv: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, kv: Any, bias: Any, mask: Any, q_rows: Any, k_rows: Any, *rest: Any) -> torch.Tensor:
+        out, lse = attention(q, kv, bias, mask, q_rows, k_rows, *rest)
+        ctx.save_for_backward(q, kv, out, lse, bias, mask, q_rows, k_rows)
+        ctx.rest = rest
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:
+        dq, dkv = attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+        return dq, None if ctx.saved_tensors[1] is None else dkv, *[None] * 8
+
+
+def hashed(x: torch.Tensor) -> torch.Tensor:
+    """Of int32: murmur3's finaliser, whose result looks random."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * (0x85EBCA6B - 2**32)
+    x = (x ^ (x >> 13 & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def dropped(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Dropout by `mask`, int32 [2]: a seed, and the threshold that a place's hash must reach to be kept. The mask of
+    a rate has the threshold (rate - 1/2) x 2^32: with a rate of 0 everything is kept, by the same operations."""
+    places = torch.arange(math.prod(x.shape), dtype=torch.int32, device=x.device).view(x.shape)
+    return torch.where(hashed(places ^ mask[0]) >= mask[1], x / (0.5 - mask[1] / 2**32), 0)
+
+
+class Dropout(torch.autograd.Function):
+    """The mask is not kept for backward but computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(mask)
+        return dropped(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+        return dropped(dy, *ctx.saved_tensors), None
+
+
+def dropout(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return x if mask is None else Dropout.apply(x, mask)
+
+
+class Weight(NamedTuple):
+    """Frozen matrices with the same input, one below the other, and LoRA's matrices B in the columns after theirs.
+
+    matrix  [out, in + columns of tail] in bf16; or quantised, [out, in] in INT8 or [out x in / 2] in NF4
+    scale   None; of INT8 [out], of NF4 one for every 64 weights
+    tail    of quantised ones, the columns of B, with zeros up to a multiple of 64 of them (none without an adapter)
+    a, b    LoRA's in bf16: [modules, rank, in], [modules, out / modules, rank]
+    """
+
+    matrix: torch.Tensor
+    scale: torch.Tensor | None
+    tail: torch.Tensor | None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+@torch.library.custom_op("flan_t5::dequantized", mutates_args=())
+def dequantized(matrix: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, columns: int, is_backward: bool
+                ) -> torch.Tensor:
+    """[W | tail] of a quantised W, for a moment. As the compiler sees two different calls, it does not keep the first
+    one's result for backward, which would cost the memory that INT8 and NF4 save."""
+    whole = tail.new_empty(len(tail), columns + tail.shape[1])
+    if matrix.dtype == torch.int8:
+        torch.mul(matrix, scale[:, None], out=whole[:, :columns])
+    else:
+        whole[:, :columns] = torch.ops.bitsandbytes.dequantize_4bit(matrix, scale, 64, "nf4", [len(tail), columns],
+                                                                    tail.dtype)
+    whole[:, columns:] = tail
+    return whole
+
+
+@dequantized.register_fake
+def _(matrix: Any, scale: Any, tail: torch.Tensor, columns: int, is_backward: bool) -> torch.Tensor:
+    return tail.new_empty(tail.shape[0], columns + tail.shape[1])
+
+
+class Linear(torch.autograd.Function):
+    """x [tokens, in] -> x W^T + s dropout(x) A^T B^T [tokens, out], with a mask of its own for each module's A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, matrix: Any, scale: Any, tail: Any, a: Any, b: Any, mask: Any, s: float
+                ) -> torch.Tensor:
+        w, u = matrix if scale is None else dequantized(matrix, scale, tail, x.shape[1], False), None
+        wide = x
+        if a is not None:
+            kept = x.expand(len(a), *x.shape)
+            u = torch.bmm(kept if mask is None else dropped(kept, mask), a.transpose(1, 2)) * s  # [modules, tokens, r]
+            flat = u.transpose(0, 1).flatten(1)
+            wide = torch.cat((x, flat, x.new_zeros(len(x), w.shape[1] - x.shape[1] - flat.shape[1])), 1)
+        ctx.save_for_backward(x, u, matrix, scale, tail, a, mask)
+        ctx.s = s
+        return wide @ w.t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+        x, u, matrix, scale, tail, a, mask = ctx.saved_tensors
+        wide = dy @ (matrix if scale is None else dequantized(matrix, scale, tail, x.shape[1], True))
+        if a is None:
+            return wide, *[None] * 7
+        (n, r, d), kept = a.shape, x.expand(len(a), *x.shape)
+        du = wide[:, d : d + n * r].unflatten(1, (n, r)).transpose(0, 1) * ctx.s
+        dx = torch.bmm(du, a)
+        if mask is not None:
+            kept, dx = dropped(kept, mask), dropped(dx, mask)
+        db = torch.bmm(dy.unflatten(1, (n, -1)).permute(1, 2, 0), u)
+        return wide[:, :d] + dx.sum(0), None, None, None, torch.bmm(du.transpose(1, 2), kept), db, None, None
+
+
+class Shape(NamedTuple):
+    """What is the same in all layers, and fixed when the code is compiled."""
+
+    heads: int
+    eps: float
+    s: float  # alpha / rank
+    longest: tuple[int, int]  # tokens of a dialogue and of a summary, at most
+
+
+class Layer(NamedTuple):
+    """A T5 block. The encoder's have no cross-attention."""
+
+    self_norm: torch.Tensor
+    qkv: Weight
+    o: Weight
+    ff_norm: torch.Tensor
+    wi: Weight
+    wo: Weight
+    cross_norm: torch.Tensor | None = None
+    q: Weight | None = None
+    kv: Weight | None = None
+    cross_o: Weight | None = None
+
+
+SITES, LORA_SITES = 11, [0, 2, 6, 7, 9]  # masks of a layer, by their places below; and those in front of LoRA's A
+
+
+def linear(x: torch.Tensor, w: Weight, mask: torch.Tensor | None, shape: Shape) -> torch.Tensor:
+    return Linear.apply(x, *w, mask, shape.s)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Rounded where transformers' T5LayerNorm rounds."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + shape.eps)).to(x.dtype)
+
+
+def gated_gelu(both: torch.Tensor) -> torch.Tensor:
+    gate, value = both.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * value
+
+
+def feed_forward(x: torch.Tensor, w: Layer, masks: Any, shape: Shape) -> torch.Tensor:
+    hidden = gated_gelu(linear(rms_norm(x, w.ff_norm, shape), w.wi, None, shape))
+    return x + dropout(linear(dropout(hidden, masks[4]), w.wo, None, shape), masks[5])
+
+
+def self_attention(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: Layer, masks: Any, shape: Shape,
+                   causal: bool) -> torch.Tensor:
+    qkv, longest = linear(rms_norm(x, w.self_norm, shape), w.qkv, masks[0], shape), shape.longest[causal]
+    mixed = Attention.apply(qkv, None, bias, masks[1], rows, rows, shape.heads, longest, longest, causal)
+    return x + dropout(linear(mixed, w.o, masks[2], shape), masks[3])
+
+
+def encoder_block(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: Layer, masks: Any, shape: Shape
+                  ) -> torch.Tensor:
+    return feed_forward(self_attention(x, rows, bias, w, masks, shape, False), w, masks, shape)
+
+
+def decoder_block(x: torch.Tensor, source: torch.Tensor, rows: torch.Tensor, source_rows: torch.Tensor,
+                  bias: torch.Tensor, w: Layer, masks: Any, shape: Shape) -> torch.Tensor:
+    x = self_attention(x, rows, bias, w, masks, shape, True)
+    q = linear(rms_norm(x, w.cross_norm, shape), w.q, masks[6], shape)
+    kv = linear(source, w.kv, masks[7], shape)
+    mixed = Attention.apply(q, kv, None, masks[8], rows, source_rows, shape.heads, *shape.longest[::-1], False)
+    x = x + dropout(linear(mixed, w.cross_o, masks[9], shape), masks[10])
+    return feed_forward(x, w, masks, shape)
+
+
+def embed(ids: torch.Tensor, table: torch.Tensor, mask: Any) -> torch.Tensor:
+    return dropout(F.embedding(ids, table), mask)
+
+
+def stack_output(x: torch.Tensor, norm: torch.Tensor, mask: Any, shape: Shape) -> torch.Tensor:
+    return dropout(rms_norm(x, norm, shape), mask)
+
+
+def summed_loss(x: torch.Tensor, norm: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, mask: Any, shape: Shape
+                ) -> torch.Tensor:
+    logits = F.linear(stack_output(x, norm, mask, shape), head)
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+
+def size_class(tokens: int) -> int:
+    """`tokens` rounded up to one of few sizes, by an eighth at most (or to a multiple of 64)."""
+    step = max(64, 2 ** (max(tokens - 1, 1).bit_length() - 1) // 8)
+    return -(-tokens // step) * step
+
+
+def pack(sources: list[Tokens], targets: list[Tokens], rows: int, longest: tuple[int, int], start: int
+         ) -> dict[str, torch.Tensor]:
+    """A batch of `rows` rows (those that are missing are empty) without padding.
+
+    source, target, labels  ids [tokens], one row after another, filled up to a size_class
+    source_rows, target_rows  [rows + some, 2]: first token of each row and the one after its last. What fills up is
+                            rows too, which nobody reads: as many as it takes with rows of at most `longest` tokens.
+    """
+    batch = {}
+    for name, lists, most in (("source", sources, longest[0]), ("labels", targets, longest[1])):
+        ids = torch.tensor([token for tokens in lists for token in tokens], dtype=torch.int64)
+        size, ends = size_class(len(ids)), np.cumsum([len(tokens) for tokens in lists] + [0] * (rows - len(lists)))
+        filling = np.minimum(len(ids) + most * np.arange(1, 2 + rows // 8), size)
+        ends = np.concatenate([[0], ends, filling])
+        batch[name] = F.pad(ids, (0, size - len(ids)), value=0 if name == "source" else -100)
+        batch[name + "_rows"] = torch.tensor(np.stack([ends[:-1], ends[1:]], 1), dtype=torch.int32)
+    target = batch["labels"].roll(1).clamp(min=0)
+    batch["target_rows"] = batch.pop("labels_rows")
+    firsts = batch["target_rows"][:, 0].long()
+    target[firsts[firsts < len(target)]] = start
+    return batch | {"target": target}
+
+
+def fast_obstacle(model: torch.nn.Module, settings: Settings) -> str | None:
+    """Why the fast path does not apply to `model`, or None."""
+    config, lora = model.config, getattr(model, "peft_config", {}).get("default")
+    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    reasons = {
+        "it is switched off (--no-fast)": settings.no_fast,
+        "it is made for CUDA GPUs with bf16": model.device.type != "cuda" or model.dtype != torch.bfloat16,
+        "Triton is not installed": triton is None,
+        "it is made for LoRA on q, k, v and o": lora is None or adapted != {"q", "k", "v", "o"} or lora.use_dora
+            or lora.bias != "none" or bool(lora.rank_pattern or lora.alpha_pattern),
+        "the weights are sharded": is_sharded(),
+        "the model is not of Flan-T5's kind": config.feed_forward_proj != "gated-gelu" or getattr(
+            config, "scale_decoder_outputs", config.tie_word_embeddings),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+class FastT5:
+    """The PeftModel `model`, for packed rows. All weights are shared with it, so that it goes on working as it is.
+
+    PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients.
+    """
+
+    def __init__(self, model: PeftModel, settings: Settings):
+        self.model, base, config = model, model.base_model.model, model.config
+        self.device, self.dtype, self.uses_graphs = model.device, model.dtype, model.device.type == "cuda"
+        lora = base.encoder.block[0].layer[0].SelfAttention.q
+        longest = tuple(max(64, n) for n in (settings.max_source_length, settings.max_target_length))
+        self.shape = Shape(config.num_heads, config.layer_norm_epsilon, lora.scaling["default"], longest)
+        self.micro_batch_size, self.start = settings.micro_batch_size, config.decoder_start_token_id
+        self.table, self.head = base.shared.weight, base.lm_head.weight
+        self.norms = [stack.final_layer_norm.weight.detach() for stack in (base.encoder, base.decoder)]
+        stacks = [[block.layer for block in stack.block] for stack in (base.encoder, base.decoder)]
+        groups = {}  # (stack, field of Layer): for each layer, the modules that share an input
+        for i, layers in enumerate(stacks):
+            selfs = [layer[0].SelfAttention for layer in layers]
+            groups |= {(i, "qkv"): [(m.q, m.k, m.v) for m in selfs], (i, "o"): [(m.o,) for m in selfs]}
+        crosses = [layer[1].EncDecAttention for layer in stacks[1]]
+        groups |= {(1, "q"): [(m.q,) for m in crosses], (1, "kv"): [(m.k, m.v) for m in crosses],
+                   (1, "cross_o"): [(m.o,) for m in crosses]}
+        self.adapter = [getattr(module, kind)["default"].weight for layers in groups.values()
+                        for kind in ("lora_A", "lora_B") for modules in layers for module in modules]
+        for i, layers in enumerate(stacks):
+            dense = [layer[-1].DenseReluDense for layer in layers]
+            groups |= {(i, "wi"): [(m.wi_0, m.wi_1) for m in dense], (i, "wo"): [(m.wo,) for m in dense]}
+        size = sum(p.numel() for p in self.adapter)
+        self.flat = torch.nn.Parameter(torch.empty(size, device=self.device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        for p, part in zip(self.adapter, self.split(self.flat.data), strict=True):
+            part.copy_(p.data)
+            p.data = part
+        self.working = torch.empty(size, device=self.device, dtype=self.dtype)  # what the products read of `flat`
+        self.leaves, self.columns, self.taken = [], [], 0
+        weights = {key: self.merge(layers) for key, layers in groups.items()}
+        norms = (("self_norm", 0), ("ff_norm", -1)), (("self_norm", 0), ("cross_norm", 1), ("ff_norm", -1))
+        self.encoder, self.decoder = (
+            [Layer(**{name: layer[at].layer_norm.weight.detach() for name, at in norms[i]},
+                   **{name: group[n] for (stack, name), group in weights.items() if stack == i})
+             for n, layer in enumerate(layers)] for i, layers in enumerate(stacks))
+        self.biases = [bias_by_distance(layers[0][0].SelfAttention) for layers in stacks]
+        rates = torch.full((len(self.encoder) + len(self.decoder) + 1, SITES), config.dropout_rate, dtype=torch.float64)
+        rates[:, LORA_SITES] = lora.lora_dropout["default"].p if hasattr(lora.lora_dropout["default"], "p") else 0.0
+        rates[-1] = config.dropout_rate  # of embeddings and of what the stacks return
+        self.thresholds = ((rates - 0.5) * 2**32).to(torch.int32).to(self.device)
+        self.key = torch.zeros((), dtype=torch.int32, device=self.device)  # of this micro-batch's masks
+        self.scale = torch.ones((), device=self.device)
+        compiled = functools.partial(torch.compile, dynamic=None) if self.uses_graphs else lambda function: function
+        self.embed, self.encoder_block, self.decoder_block, self.stack_output, self.summed_loss = map(
+            compiled, (embed, encoder_block, decoder_block, stack_output, summed_loss))
+        if settings.gradient_checkpointing:  # masks come from their seeds: no generator to bring back
+            again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            self.encoder_block, self.decoder_block = (functools.partial(again, block) for block in (
+                self.encoder_block, self.decoder_block))
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self.graphs: dict[tuple, Any] = {}
+        self.is_proved = {"training": False, "generation": False}
+        self.generator = None
+
+    def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a vector like `flat`, one in the shape of each matrix of the adapter."""
+        parts = vector.split([p.numel() for p in self.adapter])
+        return [part.view(p.shape) for part, p in zip(parts, self.adapter, strict=True)]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.flat]
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """The next places of `working`."""
+        start, self.taken = self.taken, self.taken + math.prod(shape)
+        return self.working[start : self.taken].view(shape)
+
+    @torch.no_grad()
+    def merge(self, layers: list[tuple[torch.nn.Module, ...]]) -> list[Weight]:
+        """The modules of each layer as one Weight; what they hold becomes views of it."""
+        bases = [[getattr(m, "base_layer", m) for m in modules] for modules in layers]
+        count, out, width = len(bases[0]), bases[0][0].out_features, bases[0][0].in_features
+        rank = len(layers[0][0].lora_A["default"].weight) if hasattr(layers[0][0], "lora_A") else 0
+        is_plain = bases[0][0].weight.is_floating_point()
+        tails = torch.zeros(len(layers), count * out, is_plain * width + -(-count * rank // 64) * 64, dtype=self.dtype,
+                            device=self.device)
+        weights = []
+        for tail, modules in zip(tails, bases, strict=True):
+            if is_plain:
+                for module, part in zip(modules, tail[:, :width].chunk(count), strict=True):
+                    part.copy_(module.weight)
+                    module.weight.data = part
+                weights.append(Weight(tail, None, None))
+            else:
+                weights.append(Weight(*merge_quantized(modules), tail))
+        if rank:
+            a, b = self.take(len(layers), count, rank, width), self.take(len(layers), count, out, rank)
+            for i in range(count):
+                first = is_plain * width + i * rank
+                self.columns.append((tails[:, i * out : (i + 1) * out, first : first + rank], b[:, i]))
+            a, b = ([layer.detach().requires_grad_() for layer in group] for group in (a, b))
+            self.leaves += a + b
+            weights = [w._replace(a=a[n], b=b[n]) for n, w in enumerate(weights)]
+        return weights
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings the adapter to where the products read it."""
+        self.working.copy_(self.flat)
+        for columns, b in self.columns:
+            columns.copy_(b)
+
+    def loss(self, batch: dict[str, torch.Tensor], masks: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats, summed over the target tokens of a packed batch."""
+        def any_size(x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # so that the code is compiled for any number of tokens at once
+            return x
+
+        rows, source_rows = any_size(batch["target_rows"]), any_size(batch["source_rows"])
+        x = self.embed(any_size(batch["source"]), self.table, masks[-1, 0]).requires_grad_()
+        for w, mask in zip(self.encoder, masks, strict=False):
+            x = self.encoder_block(any_size(x), source_rows, self.biases[0], w, mask, self.shape)
+        source = any_size(self.stack_output(any_size(x), self.norms[0], masks[-1, 1], self.shape))
+        x = self.embed(any_size(batch["target"]), self.table, masks[-1, 2]).requires_grad_()
+        for w, mask in zip(self.decoder, masks[len(self.encoder) :], strict=False):
+            x = self.decoder_block(any_size(x), source, rows, source_rows, self.biases[1], w, mask, self.shape)
+        return self.summed_loss(any_size(x), self.norms[1], self.head, any_size(batch["labels"]), masks[-1, 3],
+                                self.shape)
+
+    def backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Adds the gradients of scale x loss to `flat.grad`, and returns scale x loss. This is what a graph records."""
+        self.refresh()
+        sites = torch.arange(self.thresholds.numel(), dtype=torch.int32, device=self.device).view_as(self.thresholds)
+        masks = torch.stack((hashed(hashed(sites) + self.key), self.thresholds), -1)
+        loss = self.loss(batch, masks) * self.scale
+        gradients = torch.autograd.grad(loss, self.leaves)
+        self.flat.grad.add_(torch.cat([gradient.flatten() for gradient in gradients]))
+        return loss.detach()
+
+    def training_step(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor, is_first: bool, is_last: bool
+                      ) -> torch.Tensor:
+        """Like that of the Trainer, for one micro-batch of `pack` in a step with so many target `tokens`."""
+        self.generator, processes = None, PartialState().num_processes
+        if is_first:
+            self.flat.grad.zero_()
+        self.key.fill_(int(torch.randint(2**31, ())))  # from torch's generator, which training_step has seeded
+        self.scale.fill_(processes / tokens)
+        loss = self.run(batch)
+        if is_last and processes > 1:
+            torch.distributed.all_reduce(self.flat.grad)
+            self.flat.grad.div_(processes)
+        return loss
+
+    def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`backward`, from the second batch of a size on by a graph."""
+        sizes = tuple(map(len, batch.values()))
+        if not self.uses_graphs or sizes not in self.graphs:
+            self.graphs[sizes] = None
+            return self.backward(batch)
+        if self.graphs[sizes] is None:
+            static = {name: tensor.clone() for name, tensor in batch.items()}
+            self.graphs[sizes] = static, *record(lambda: self.backward(static), self.pool)
+        static, graph, loss = self.graphs[sizes]
+        for name, tensor in batch.items():
+            static[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss
+
+    def pack(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], self.micro_batch_size,
+                    self.shape.longest, self.start)
+
+    def generate(self, sources: list[Tokens], config: GenerationConfig) -> list[Tokens] | None:
+        """Greedy summaries of a batch, each up to its end token; None where plain `generate` is to be used: for a few
+        dialogues, before whose end nothing would be compiled, and where the proof (see `agrees`) has failed."""
+        is_small = self.generator is None and len(sources) < 32
+        if is_small or config.num_beams > 1 or self.is_proved["generation"] is None:
+            return None
+        self.refresh()
+        room = size_class(sum(map(len, sources)))
+        if self.generator is None or not self.generator.fits(len(sources), room):
+            self.generator = None  # its memory first
+            self.generator = Generator(self, len(sources), room, config.max_new_tokens)
+        try:
+            summaries = self.generator(sources)
+        except torch.OutOfMemoryError:
+            self.generator = None
+            raise
+        if not self.is_proved["generation"]:
+            self.is_proved["generation"] = self.agrees(sources[:8], summaries[:8]) or None
+            if self.is_proved["generation"] is None:
+                say("fast generation does not agree with transformers' here: plain generate() is used", file=sys.stderr)
+                self.generator = None
+                return None
+        return summaries
+
+    def agrees(self, sources: list[Tokens], summaries: list[Tokens]) -> bool:
+        """Whether transformers' model, after the same beginning, would go on with the same token in 95% of the places
+        of `summaries`; in the others two tokens may be as likely but for rounding."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids, chosen = (pad([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1).to(self.device)
+                       for rows in (sources, summaries))
+        before = F.pad(chosen[:, :-1], (1, 0), value=self.start).clamp(min=0)
+        seen = (ids >= 0).long()
+        logits = self.model(input_ids=ids.clamp(min=0), attention_mask=seen, decoder_input_ids=before).logits
+        return bool((logits.argmax(-1) == chosen)[chosen >= 0].float().mean() >= 0.95)
+
+
+def bias_by_distance(attention: torch.nn.Module) -> torch.Tensor:
+    """T5's relative position bias for each distance of key and query up to the limit, from where it is constant."""
+    limit = attention.relative_attention_max_distance
+    distance = torch.arange(-limit, limit + 1, device=attention.relative_attention_bias.weight.device)
+    bucket = attention._relative_position_bucket(distance, bidirectional=not attention.is_decoder, max_distance=limit,
+                                                 num_buckets=attention.relative_attention_num_buckets)
+    return attention.relative_attention_bias.weight.detach()[bucket].t().contiguous()
+
+
+def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' matrices of several modules below one another, and their scales; each module keeps a view."""
+    weights = [module.weight for module in modules]
+    merged = torch.cat([weight.data for weight in weights])
+    for module, part in zip(modules, merged.chunk(len(modules)), strict=True):
+        module.weight.data = part
+        for holder in (module.weight, getattr(module, "state", None)):  # of INT8; the second after its first use
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = module.weight.data
+    if merged.dtype == torch.int8:
+        scales = [m.weight.SCB if getattr(m.weight, "SCB", None) is not None else m.state.SCB for m in modules]
+        return merged, torch.cat([scale.flatten() for scale in scales]).float() / 127
+    return merged, torch.cat([weight.quant_state.absmax for weight in weights])
+
+
+def record(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
+    """A CUDA graph of the kernels that `work` starts, and what it returns: memory that each replay fills anew."""
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread must keep still: the one that pins batches need not.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = work()
+    return graph, result
+
+
+class Generator:
+    """Greedy decoding of up to `rows` dialogues at once, one CUDA graph for each token of all of them.
+
+    Keys and values of the dialogues lie packed, those of a summary have `new_tokens` places. When half of the rows have
+    ended, the others go on in a graph of half the size: only the numbers that say where a row's keys are have to move.
+    """
+
+    def __init__(self, fast: FastT5, rows: int, room: int, new_tokens: int):
+        self.fast, self.new_tokens, self.room = fast, new_tokens, room
+        self.rows = 2 ** max(4, (rows - 1).bit_length())
+        number = functools.partial(torch.zeros, device=fast.device, dtype=torch.int32)
+        width = 2 * len(fast.decoder[0].q.matrix if fast.decoder[0].q.scale is None else fast.decoder[0].q.tail)
+        store = functools.partial(torch.empty, device=fast.device, dtype=fast.dtype)
+        self.crosses = [store(room, width) for _ in fast.decoder]
+        self.caches = [store(self.rows * new_tokens, width) for _ in fast.decoder]
+        self.queries = torch.stack((torch.arange(self.rows), torch.arange(self.rows) + 1), 1).to(number(1))
+        self.source_rows, self.cached = number(self.rows, 2), number(self.rows, 2)  # places in `crosses`, in `caches`
+        self.row, self.token = number(self.rows, dtype=torch.int64), number(self.rows, dtype=torch.int64)
+        self.done, self.position = number(self.rows, dtype=torch.bool), number((), dtype=torch.int64)
+        self.output = number(self.rows, new_tokens, dtype=torch.int64)
+        self.graphs: dict[int, Any] = {}
+        compiled = functools.partial(torch.compile, dynamic=True) if fast.uses_graphs else lambda function: function
+        self.linear, self.rms_norm, self.gated_gelu = map(compiled, (linear, rms_norm, gated_gelu))
+
+    def fits(self, rows: int, room: int) -> bool:
+        return rows <= self.rows and room <= self.room
+
+    def encode(self, sources: list[Tokens]) -> None:
+        """Fills `crosses`, and sets all rows to their beginning."""
+        fast, n = self.fast, len(sources)
+        batch = {name: tensor.to(fast.device) for name, tensor in pack(
+            sources, [[0]] * n, n, fast.shape.longest, fast.start).items()}
+        x, no_masks = F.embedding(batch["source"], fast.table), [None] * SITES
+        for w in fast.encoder:
+            x = encoder_block(x, batch["source_rows"], fast.biases[0], w, no_masks, fast.shape)
+        x = rms_norm(x, fast.norms[0], fast.shape)
+        for w, cross in zip(fast.decoder, self.crosses, strict=True):
+            cross[: len(x)] = linear(x, w.kv, None, fast.shape)
+        self.source_rows.zero_()
+        self.source_rows[:n] = batch["source_rows"][:n]
+        torch.arange(self.rows, out=self.row)
+        self.cached.copy_((self.row * self.new_tokens)[:, None].expand(-1, 2))
+        self.token.fill_(fast.start)
+        self.position.zero_()
+        torch.ge(self.row, n, out=self.done)
+
+    def one_token(self, n: int) -> None:
+        """The next token of the first n rows."""
+        fast, shape, rows = self.fast, self.fast.shape, self.queries[:n]
+        place = self.cached[:n, 1].long()
+        self.cached[:n, 1] += 1
+        x = F.embedding(self.token[:n], fast.table)
+        for w, cache, cross in zip(fast.decoder, self.caches, self.crosses, strict=True):
+            qkv = self.linear(self.rms_norm(x, w.self_norm, shape), w.qkv, None, shape)
+            inner = qkv.shape[1] // 3
+            cache.index_copy_(0, place, qkv[:, inner:])
+            mixed, _ = attention(qkv[:, :inner], cache, fast.biases[1], None, rows, self.cached[:n], shape.heads, 1,
+                                 self.new_tokens, False)
+            x = x + self.linear(mixed, w.o, None, shape)
+            q = self.linear(self.rms_norm(x, w.cross_norm, shape), w.q, None, shape)
+            mixed, _ = attention(q, cross, None, None, rows, self.source_rows[:n], shape.heads, 1, shape.longest[0],
+                                 False)
+            x = x + self.linear(mixed, w.cross_o, None, shape)
+            both = self.linear(self.rms_norm(x, w.ff_norm, shape), w.wi, None, shape)
+            x = x + self.linear(self.gated_gelu(both), w.wo, None, shape)
+        config = fast.model.config
+        chosen = F.linear(self.rms_norm(x, fast.norms[1], shape), fast.head).argmax(-1)
+        chosen = torch.where(self.done[:n], config.pad_token_id, chosen)
+        self.token[:n] = chosen
+        self.done[:n] |= chosen == config.eos_token_id
+        self.output.index_put_((self.row[:n], self.position.expand(n)), chosen)
+        self.position += 1
+
+    def halve(self, n: int) -> int:
+        """How many rows have to go on, of the first n: these come to the front, and are a power of two, or none."""
+        left = n - int(self.done[:n].sum())
+        fewer = n
+        while fewer >= 32 and left <= fewer // 2:
+            fewer //= 2
+        if fewer < n:
+            order = torch.argsort(self.done[:n].to(torch.int8), stable=True)[:fewer]
+            for state in (self.row, self.token, self.source_rows, self.cached, self.done):
+                state[:fewer] = state[order]
+        return fewer if left else 0
+
+    @torch.no_grad()
+    def __call__(self, sources: list[Tokens]) -> list[Tokens]:
+        self.encode(sources)
+        n = self.rows
+        for position in range(self.new_tokens):
+            if position % 8 == 0:  # looking waits for the GPU
+                n = self.halve(n)
+            if not n:
+                break
+            if not self.fast.uses_graphs or n not in self.graphs:
+                self.one_token(n)  # the first time compiles, which cannot be recorded
+                self.graphs[n] = None
+                continue
+            if self.graphs[n] is None:
+                self.graphs[n], _ = record(functools.partial(self.one_token, n), self.fast.pool)
+            self.graphs[n].replay()
+        end = self.fast.model.config.eos_token_id
+        rows = self.output[: len(sources), : position + 1].tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -> None:
+    """Before the first fast step: compiles it and compares it with section 5, on (at most) two rows of its batch.
+
+    Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient). By
+    the rounding of bf16, the gradient of each matrix differs by 3 to 4% of its norm (with INT8 by 7%, as bitsandbytes
+    rounds activations as well); one that is lost, as a version of the compiler did, by 100%.
+    """
+    fast, start = trainer.fast, time.perf_counter()
+    if fast.uses_graphs:
+        say("compiling the fast step: about a minute, less when its cache on disk is warm")
+    rows = {name: tensor[:2] for name, tensor in inputs.items()}
+    lists = [{"input_ids": ids[seen.bool()].tolist(), "labels": labels[labels >= 0].tolist() or [-100]}
+             for ids, seen, labels in zip(rows["input_ids"], rows["attention_mask"], rows["labels"], strict=True)]
+    original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()
+    noise = torch.Generator(fast.device).manual_seed(0)
+    try:
+        fast.flat.data.add_(torch.randn(original.shape, generator=noise, device=fast.device), alpha=0.01)
+        fast.thresholds.fill_(-(2**31))
+        fast.model.eval()
+        with trainer.compute_loss_context_manager():
+            loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)
+        expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
+        fast.scale.fill_(1)
+        found_loss = fast.backward({name: tensor.to(fast.device) for name, tensor in fast.pack(lists).items()})
+        found = fast.split(fast.flat.grad)
+        norms, errors = (torch.stack([g.norm() for g in gradients]) for gradients in (
+            expected, [a - b for a, b in zip(found, expected, strict=True)]))
+        error = float((errors / (norms + 0.01 * norms.square().mean().sqrt())).max())
+        loss_error = float((found_loss / loss.detach() - 1).abs())
+        is_same = error < (0.5 if trainer.settings.int8 else 0.3) and loss_error < 0.02
+        reason = f"it differs from the usual step: loss by {loss_error:.2%}, gradients by up to {error:.1%}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compiler, for a card or a version that nobody has tried
+        is_same, reason = False, f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        fast.flat.data.copy_(original)
+        fast.flat.grad.zero_()
+        fast.thresholds.copy_(thresholds)
+        fast.model.train()
+    if any(agree(fast.device, not is_same)):
+        trainer.fast = None
+        say(f"the fast step is not used: {reason if not is_same else 'it differs in another process'}")
+        return
+    trainer.optimizer.optimizer.flatten(fast)
+    fast.is_proved["training"] = True
+    if fast.uses_graphs:
+        say(f"the fast step agrees with the usual one (gradients within {error:.1%}), after "
+            f"{time.perf_counter() - start:.0f} s")
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW; after `flatten`, over one vector that holds all parameters. Its state dict stays as it is."""
+
+    flat: torch.optim.AdamW | None = None
+
+    def flatten(self, fast: FastT5) -> None:
+        state = {name: torch.zeros_like(fast.flat) for name in ("exp_avg", "exp_avg_sq")}
+        steps = [self.state[p]["step"] for p in fast.adapter if p in self.state]
+        state["step"] = steps[0].clone() if steps else torch.zeros((), device=fast.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            for p, part in zip(fast.adapter, fast.split(state[name]), strict=True):
+                if steps:
+                    part.copy_(self.state[p][name])
+                self.state[p][name] = part
+                self.state[p]["step"] = state["step"]
+        self.flat = torch.optim.AdamW(fast.parameters(), fused=True, **ADAMW)
+        self.flat.state[fast.flat] = state
+
+    def step(self, closure: Callable | None = None) -> Any:
+        if self.flat is None:
+            return super().step(closure)
+        self.flat.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.flat.found_inf = self.found_inf
+        return self.flat.step()
+
+
+# ---------- 15. What the command line starts --------------------------------------------------------------------------
 
 
 def out_of_memory_advice(settings: Settings) -> str:

@@ -1,0 +1,530 @@
+"""The fast path of flan-t5_samsum.py on the CPU: without graphs and compiler, against transformers and PEFT.
+
+Its kernels run in Triton's interpreter where Triton is installed; elsewhere attention is computed by
+a reference.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton") or torch.cuda.is_available(),
+                                  reason="needs Triton, and no GPU")
+
+
+def rows_of(lengths, extra=0):
+    """[rows, 2] of packed rows, `extra` empty ones at the end."""
+    ends = torch.tensor([0, *lengths, *[0] * extra]).cumsum(0)
+    return torch.stack((ends[:-1], ends[1:]), 1).to(torch.int32)
+
+
+def reference_attention(q, kv, bias, mask, q_rows, k_rows, heads, longest_q, longest_k, causal):
+    """Row by row, in plain operations that autograd knows; without dropout, whatever the mask."""
+    inner = q.shape[1] // 3 if kv is None else q.shape[1]
+    beside = q if kv is None else kv
+    parts = q[:, :inner], beside[:, -2 * inner : -inner], beside[:, -inner:]
+    out = []
+    for of_q, of_k in zip(q_rows.tolist(), k_rows.tolist(), strict=True):
+        qh, kh, vh = (part[slice(*of)].unflatten(1, (heads, -1)).transpose(0, 1)
+                      for part, of in zip(parts, (of_q, of_k, of_k), strict=True))
+        distance = torch.arange(kh.shape[1])[None] - torch.arange(qh.shape[1])[:, None] - kh.shape[1] + qh.shape[1]
+        scores = qh @ kh.transpose(1, 2)
+        if bias is not None:
+            limit = bias.shape[1] // 2
+            scores = scores + bias[:, distance.clamp(-limit, limit) + limit]
+        if causal:
+            scores = scores.masked_fill(distance > 0, -math.inf)
+        out.append((scores.softmax(-1) @ vh).transpose(0, 1).flatten(1))
+    whole = torch.cat(out)
+    return torch.cat((whole, whole.new_zeros(len(q) - len(whole), inner)))
+
+
+class PlainAttention:
+    apply = staticmethod(reference_attention)
+
+
+@pytest.fixture
+def plain(flan, monkeypatch):
+    """The fast path with the reference in place of the kernels."""
+    monkeypatch.setattr(flan, "Attention", PlainAttention)
+    monkeypatch.setattr(flan, "attention", lambda *args: (reference_attention(*args), None))
+
+
+def make_model(flan, dropout=0.0, quantization=None, model_folder=None):
+    """A small T5 with an adapter that is not zero, and settings for it."""
+    settings = flan.parse_settings(["--lora-dropout", str(dropout), "--micro-batch-size", "4", "--batch-size", "8",
+                                    "--max-source-length", "64", "--max-target-length", "64", "--max-new-tokens", "20"])
+    flan.transformers.set_seed(0)
+    if model_folder:
+        model = flan.load_base(model_folder, torch.device("cpu"), torch.float32, quantization)
+        model.config.dropout_rate = dropout
+    else:
+        config = flan.transformers.T5Config(
+            vocab_size=200, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=3, num_heads=4,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=dropout)
+        model = flan.transformers.T5ForConditionalGeneration(config)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(200, 64))
+        model.lm_head.weight.data[1] *= 2  # the end token comes now and then
+        model.set_input_embeddings(model.shared)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    flan.transformers.set_seed(1)
+    model = flan.add_lora(model, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    return model.train() if dropout else model.eval(), settings
+
+
+ROWS = [([5, 6, 7, 8, 1] * k, [9, 10, 11, 1] * j) for k, j in ((3, 2), (12, 5), (1, 1), (7, 9))]
+
+
+def padded(rows):
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(source) for source, _ in rows], batch_first=True)
+    labels = pad([torch.tensor(target) for _, target in rows], batch_first=True, padding_value=-100)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def as_rows(rows):
+    return [{"input_ids": source, "labels": target} for source, target in rows]
+
+
+def summed_loss(model, rows):
+    batch = padded(rows)
+    return model(**batch, use_cache=False).loss * (batch["labels"] >= 0).sum()
+
+
+# ---------- Attention -------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize(("q_lengths", "k_lengths", "kind"), [
+    ([70, 3, 140, 1], None, "encoder"), ([70, 3, 33, 1], None, "decoder"), ([5, 3, 70, 4], [70, 3, 140, 0], "cross"),
+    ([1, 1, 1], [70, 3, 0], "one token"),
+])
+@pytest.mark.parametrize("width", [16, 48])
+def test_kernels_against_the_reference(flan, q_lengths, k_lengths, kind, width):
+    torch.manual_seed(0)
+    heads = 3
+    q_rows = rows_of(q_lengths, extra=1)
+    k_rows = q_rows if k_lengths is None else rows_of(k_lengths, extra=1)
+    q = torch.randn(int(q_rows[-1, 1]), (3 if k_lengths is None else 1) * heads * width, requires_grad=True)
+    kv = None if k_lengths is None else torch.randn(int(k_rows[-1, 1]), 2 * heads * width, requires_grad=True)
+    bias = None if kind == "cross" else torch.randn(heads, 2 * 20 + 1)
+    rest = (q_rows, k_rows, heads, max(q_lengths), max(k_lengths or q_lengths), kind == "decoder")
+    leaves = [q] if kv is None else [q, kv]
+    dout, results = torch.randn(len(q), heads * width), []
+    for function in (flan.Attention.apply, reference_attention):
+        out = function(q, kv, bias, None, *rest)
+        has_keys = (k_rows[:, 1] > k_rows[:, 0]).repeat_interleave((q_rows[:, 1] - q_rows[:, 0]).long())
+        out = torch.where(has_keys[:, None], out, 0)
+        results.append([out, *torch.autograd.grad(out, leaves, dout)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+def test_kernels_drop_in_backward_what_they_dropped_in_forward(flan):
+    """The gradient under dropout, by finite differences of the kernel itself; and kept places are as many as promised,
+    and others under another seed."""
+    torch.manual_seed(0)
+    rows, heads = rows_of([5, 3]), 2
+    bias, mask = torch.randn(heads, 9), torch.tensor([5, int((0.3 - 0.5) * 2**32)], dtype=torch.int32)
+    run = lambda q: flan.Attention.apply(q, None, bias, mask, rows, rows, heads, 5, 5, False)
+    q = torch.randn(8, 3 * heads * 16, requires_grad=True)
+    out = run(q)
+    dout, direction = torch.randn_like(out), torch.randn_like(q)
+    (gradient,) = torch.autograd.grad(out, q, dout)
+    with torch.no_grad():
+        slope = ((run(q + 1e-3 * direction) - run(q - 1e-3 * direction)) * dout).sum() / 2e-3
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-3, atol=1e-3)
+        # With v = 1 an output is the sum of the kept probabilities.
+        rows, v_is_one = rows_of([64]), torch.cat((torch.zeros(64, 2 * heads * 16), torch.ones(64, heads * 16)), 1)
+        sums = [flan.Attention.apply(v_is_one, None, None, torch.tensor([seed, mask[1]], dtype=torch.int32), rows, rows,
+                                     heads, 64, 64, False) for seed in (5, 987654321)]
+    assert abs(float(sums[0].mean()) - 1) < 0.05
+    assert not torch.equal(*sums)
+
+
+# ---------- Dropout ---------------------------------------------------------------------------------------------------
+
+
+def mask_of(flan, seed, rate):
+    return torch.tensor([seed, int((rate - 0.5) * 2**32)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5])
+def test_dropout_keeps_its_share_and_the_mean(flan, rate):
+    x = torch.ones(1000, 500)
+    dropped = flan.dropped(x, mask_of(flan, 77, rate))
+    assert abs(float((dropped == 0).float().mean()) - rate) < 0.003
+    assert abs(float(dropped.mean()) - 1) < 0.01
+    if not rate:
+        assert torch.equal(dropped, x)
+    columns, rows = (dropped == 0).float().mean(0), (dropped == 0).float().mean(1)
+    assert columns.std() < 0.02 + rate * 0.02 and rows.std() < 0.03  # no stripes
+
+
+def test_dropout_of_backward_is_that_of_forward(flan):
+    x, mask = torch.ones(64, 64, requires_grad=True), mask_of(flan, 3, 0.3)
+    out = flan.dropout(x, mask)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out)
+
+
+def test_masks_differ_by_step_rank_micro_batch_and_site(flan, plain):
+    """As the script seeds it: torch's generator by seed, step and rank; every site of every layer has its own seed."""
+    model, settings = make_model(flan, 0.3)
+    fast = flan.FastT5(model, settings)
+    batch, seen = fast.pack(as_rows(ROWS)), []
+    loss_of = fast.loss
+    fast.loss = lambda batch, masks: (seen.append(masks.clone()), loss_of(batch, masks))[1]
+    for seed in (1, 2, 1):  # two steps or ranks, and the first again
+        torch.manual_seed(seed)
+        fast.training_step(batch, torch.tensor(10), True, False)
+        fast.training_step(batch, torch.tensor(10), False, True)
+    assert [torch.equal(seen[0], other) for other in seen] == [True, False, False, False, True, False]
+    assert torch.equal(seen[1], seen[5])
+    assert len(seen[0][..., 0].unique()) == seen[0][..., 0].numel()
+    assert torch.equal(seen[0][..., 1].unique(), torch.tensor([int((0.3 - 0.5) * 2**32)], dtype=torch.int32))
+
+
+# ---------- Loss and gradients ----------------------------------------------------------------------------------------
+
+
+def gradients(flan, model, settings, rows, split=None):
+    """Loss and gradients of the fast path, by name."""
+    fast = flan.FastT5(model, settings)
+    tokens = torch.tensor(sum(len(target) for _, target in rows))
+    parts = [rows] if split is None else [rows[:split], rows[split:]]
+    loss = sum(fast.training_step(fast.pack(as_rows(part)), tokens, i == 0, i == len(parts) - 1)
+               for i, part in enumerate(parts))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return loss * tokens, {names[id(p)]: part * tokens
+                           for p, part in zip(fast.adapter, fast.split(fast.flat.grad), strict=True)}
+
+
+def assert_same_gradients(found, expected, tolerance=1e-4):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error < tolerance, (name, float(error))
+
+
+def expected_gradients(model, rows):
+    loss = summed_loss(model, rows)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+@pytest.mark.parametrize("split", [None, 1], ids=["one batch", "two micro-batches"])
+def test_loss_and_gradients_are_those_of_transformers(flan, plain, split):
+    model, settings = make_model(flan)
+    loss, expected = expected_gradients(model, ROWS)
+    found_loss, found = gradients(flan, model, settings, ROWS, split)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-4)
+    assert_same_gradients(found, expected)
+    torch.testing.assert_close(summed_loss(model, ROWS), loss, rtol=1e-5, atol=1e-4)  # the model goes on working
+
+
+@needs_triton
+def test_loss_and_gradients_with_the_kernels(flan):
+    model, settings = make_model(flan)
+    loss, expected = expected_gradients(model, ROWS)
+    found_loss, found = gradients(flan, model, settings, ROWS)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-4)
+    assert_same_gradients(found, expected)
+
+
+def test_gradient_under_dropout_is_the_slope_of_the_loss(flan, plain):
+    """Masks of forward and backward are the same everywhere: by finite differences, in one direction."""
+    model, settings = make_model(flan, 0.2)
+    fast = flan.FastT5(model, settings)
+    batch = fast.pack(as_rows(ROWS))
+    fast.key.fill_(1234)
+    fast.backward(batch)
+    direction, losses = torch.randn_like(fast.flat) / fast.flat.numel() ** 0.5, []
+    slope = float((fast.flat.grad * direction).sum())
+    for step in (0.02, -0.02):
+        fast.flat.data.add_(direction, alpha=step)
+        losses.append(float(fast.backward(batch)))
+        fast.flat.data.sub_(direction, alpha=step)
+    assert (losses[0] - losses[1]) / 0.04 == pytest.approx(slope, rel=0.02)
+
+
+def test_checkpointing_changes_no_gradient(flan, plain):
+    found = []
+    for flags in ({}, {"gradient_checkpointing": True}):
+        model, settings = make_model(flan, 0.2)
+        fast = flan.FastT5(model, dataclasses.replace(settings, **flags))
+        fast.key.fill_(7)
+        fast.backward(fast.pack(as_rows(ROWS)))
+        found.append(fast.flat.grad)
+    torch.testing.assert_close(*found)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_traced_by_the_compiler_the_gradients_stay(flan):
+    """What torch.compile sees; a version of it once lost gradients on the way."""
+    model, settings = make_model(flan)
+    _, expected = expected_gradients(model, ROWS)
+    fast = flan.FastT5(model, settings)
+    for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
+        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager"))
+    for rows in (ROWS[:2], ROWS):  # another size, without compiling again for each
+        fast.flat.grad.zero_()
+        fast.scale.fill_(1)
+        fast.backward(fast.pack(as_rows(rows)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: part for p, part in zip(fast.adapter, fast.split(fast.flat.grad), strict=True)}
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_weights_give_the_gradients_of_their_values(flan, plain, model_folder, quantization):
+    """Against a model whose plain weights are what bitsandbytes says that the quantised ones are."""
+    quantised, settings = make_model(flan, 0.0, quantization, model_folder)
+    plain_model, _ = make_model(flan, 0.0, None, model_folder)
+    modules = dict(quantised.named_modules())
+    for name, module in plain_model.named_modules():
+        of = modules.get(name)
+        if isinstance(of, flan.bitsandbytes.nn.Linear8bitLt):
+            module.weight.data = of.weight.data.float() * of.weight.SCB[:, None] / 127
+        elif isinstance(of, flan.bitsandbytes.nn.Linear4bit):
+            module.weight.data = flan.bitsandbytes.functional.dequantize_4bit(of.weight.data, of.weight.quant_state)
+    loss, expected = expected_gradients(plain_model, ROWS)
+    before = summed_loss(quantised, ROWS).detach()
+    found_loss, found = gradients(flan, quantised, settings, ROWS)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-3)
+    assert_same_gradients(found, expected, 1e-3)
+    torch.testing.assert_close(summed_loss(quantised, ROWS).detach(), before)  # bitsandbytes goes on, on shared weights
+
+
+# ---------- Packing ---------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_few_and_hardly_larger(flan):
+    sizes = [flan.size_class(n) for n in range(1, 5000)]
+    assert all(n <= size <= max(n + 63, n * 1.126) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 50
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 8), (64, 64)])
+def test_packed_rows_are_the_rows(flan, count, rows):
+    rng = flan.np.random.default_rng(0)
+    sources, targets = ([rng.integers(2, 99, rng.integers(1, most)).tolist() for _ in range(count)]
+                        for most in (513, 129))
+    batch = flan.pack(sources, targets, rows, (512, 128), 0)
+    for name, lists, most in (("source", sources, 512), ("labels", targets, 128)):
+        places = batch["source_rows" if name == "source" else "target_rows"].tolist()
+        assert [batch[name][slice(*place)].tolist() for place in places[:count]] == lists
+        assert places[0][0] == 0 and places[-1][1] == len(batch[name]) == flan.size_class(sum(map(len, lists)))
+        assert all(a[1] == b[0] and 0 <= b[1] - b[0] <= most for a, b in itertools.pairwise(places))
+        assert len(places) == rows + 1 + rows // 8
+    starts = batch["target_rows"].tolist()
+    assert [batch["target"][slice(*place)].tolist() for place in starts[:count]] == [[0, *t[:-1]] for t in targets]
+    assert (batch["labels"][starts[count - 1][1] :] == -100).all()
+
+
+# ---------- Optimiser -------------------------------------------------------------------------------------------------
+
+
+def test_the_optimiser_is_adamw_and_its_state_goes_back_and_forth(flan, plain, tmp_path):
+    """Three steps of the usual AdamW and three over one vector, with the state saved and loaded in between."""
+    torch.manual_seed(0)
+    models = [make_model(flan) for _ in range(2)]
+    options = {"lr": 1e-2, "fused": True, **flan.ADAMW}
+    trained = [[p for p in model.parameters() if p.requires_grad] for model, _ in models]
+    usual, saved = torch.optim.AdamW(trained[0], **options), None
+    noise = [[torch.randn_like(p) for p in trained[0]] for _ in range(6)]
+
+    def new_fast(state):
+        optimizer = flan.FlatAdamW(trained[1], **options)
+        if state:
+            optimizer.load_state_dict(state)
+        fast = flan.FastT5(*models[1])
+        optimizer.flatten(fast)
+        return fast, optimizer
+
+    fast, flat = new_fast(None)
+    for step, gradients in enumerate(noise):
+        places = {id(p): i for i, p in enumerate(trained[1])}
+        for p, gradient in zip(trained[0], gradients, strict=True):
+            p.grad = gradient
+        for p, part in zip(fast.adapter, fast.split(fast.flat.grad), strict=True):
+            part.copy_(gradients[places[id(p)]])
+        usual.found_inf = flat.found_inf = torch.tensor(float(step == 4))  # which skips the step
+        usual.step()
+        flat.step()
+        if step in (1, 3):  # as a checkpoint has it
+            torch.save(flat.state_dict(), tmp_path / "optimizer.pt")
+            saved = torch.load(tmp_path / "optimizer.pt")
+            fast, flat = new_fast(saved)
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
+    expected, found = usual.state_dict(), flat.state_dict()
+    assert found["state"].keys() == expected["state"].keys()
+    assert found["param_groups"][0]["params"] == expected["param_groups"][0]["params"]
+    for i, state in expected["state"].items():
+        for name, tensor in state.items():
+            torch.testing.assert_close(found["state"][i][name], tensor)
+    torch.optim.AdamW(trained[0], **options).load_state_dict(found)
+
+
+# ---------- Generation ------------------------------------------------------------------------------------------------
+
+
+def by_transformers(model, sources, new_tokens):
+    batch = padded([(source, [1]) for source in sources])
+    output = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+                            max_new_tokens=new_tokens, num_beams=1, pad_token_id=0, eos_token_id=1)[:, 1:].tolist()
+    return [row[: row.index(1) + 1] if 1 in row else row for row in output]
+
+
+def sources_of(flan, count):
+    rng = flan.np.random.default_rng(1)
+    return [[*rng.integers(2, 190, rng.integers(1, 60)).tolist(), 1] for _ in range(count)]
+
+
+def test_generated_tokens_are_those_of_transformers(flan, plain):
+    model, settings = make_model(flan)
+    model.eval()
+    sources = sorted(sources_of(flan, 70), key=len, reverse=True)
+    expected = by_transformers(model, sources, 20)
+    assert len({len(row) for row in expected}) > 5  # they end here and there
+    fast = flan.FastT5(model, settings)
+    config = flan.GenerationConfig(max_new_tokens=20, num_beams=1)
+    assert fast.generate(sources[:3], config) is None  # too few to compile for
+    found = [*fast.generate(sources[:60], config), *fast.generate(sources[60:], config)]
+    assert found == expected
+    assert fast.is_proved["generation"] is True
+
+
+@needs_triton
+def test_generation_with_the_kernels(flan):
+    model, settings = make_model(flan)
+    model.eval()
+    sources = sources_of(flan, 3)
+    expected = by_transformers(model, sources, 3)
+    fast = flan.FastT5(model, settings)
+    fast.refresh()
+    assert flan.Generator(fast, 3, flan.size_class(sum(map(len, sources))), 3)(sources) == expected
+
+
+def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
+    model, settings = make_model(flan)
+    model.eval()
+    fast = flan.FastT5(model, settings)
+    monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources: [[7, 8, 1] for _ in sources])
+    sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
+    assert fast.generate(sources, config) is None
+    assert "plain generate() is used" in capsys.readouterr().err
+    assert fast.generate(sources, config) is None
+
+
+# ---------- A training ------------------------------------------------------------------------------------------------
+
+
+FLAGS = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-new-tokens", "8", "--epochs", "2")
+
+
+@pytest.fixture
+def on_the_cpu(flan, plain, monkeypatch):
+    """The fast path without a GPU."""
+    monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings: "off" if settings.no_fast else None)
+
+
+def losses(flan, folder):
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in flan.read_metrics(folder)["curve"]]
+
+
+def test_a_training_without_dropout_equals_the_usual_one(flan, command, data, model_folder, tmp_path, on_the_cpu):
+    for name, flags in (("fast", ()), ("usual", ("--no-fast",))):
+        done = command("--model", no_dropout(model_folder, tmp_path), "--dataset", data, *FLAGS, "--lora-dropout", 0,
+                       "--output-dir", tmp_path / name, *flags, cwd=tmp_path)
+        assert done.code == 0, done
+        assert "is not used" not in done.out
+    for found, expected in zip(*(losses(flan, tmp_path / name) for name in ("fast", "usual")), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+    files = [{str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*") if "tfevents" not in p.name}
+             for name in ("fast", "usual")]
+    assert files[0] == files[1]
+    last = [tmp_path / name / "checkpoints" / "step-00000012" for name in ("fast", "usual")]
+    weights = [flan.load_file(folder / "weights.safetensors") for folder in last]
+    moments = [torch.load(folder / "optimizer.pt") for folder in last]
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=1e-2, atol=1e-3)
+    assert moments[0]["state"].keys() == moments[1]["state"].keys()
+    assert moments[0]["param_groups"] == moments[1]["param_groups"]
+
+
+def no_dropout(model_folder, tmp_path):
+    folder = tmp_path / model_folder.name
+    if not folder.exists():
+        shutil.copytree(model_folder, folder)
+        config = json.loads((folder / "config.json").read_text()) | {"dropout_rate": 0.0}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(flan, command, data, model_folder, tmp_path, on_the_cpu):
+    words = ("--model", model_folder, "--dataset", data, *FLAGS)
+    assert command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path).code == 0
+    receive = flan.StopSignal.receive
+
+    def stop_at(self, args, state, control, **more):
+        if state.global_step == 4:
+            receive(self.stop, 15, None)
+        return on_step_end(self, args, state, control, **more)
+
+    on_step_end, flan.Run.on_step_end = flan.Run.on_step_end, stop_at
+    try:
+        assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
+    finally:
+        flan.Run.on_step_end = on_step_end
+    assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
+    last = [tmp_path / name / "checkpoints" / "step-00000012" for name in ("whole", "halves")]
+    a, b = (flan.load_file(folder / "weights.safetensors") for folder in last)
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    a, b = (torch.load(folder / "optimizer.pt")["state"] for folder in last)
+    assert all(torch.equal(tensor, b[i][name]) for i, state in a.items() for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("fault", ["gradients", "error"])
+def test_a_step_that_is_wrong_is_not_used(flan, command, data, model_folder, tmp_path, on_the_cpu, monkeypatch, fault):
+    """The self-attention of one stack loses its gradient, as a compiler once lost it; or something raises."""
+    if fault == "gradients":
+        right = reference_attention
+        lost = lambda q, kv, *rest: right(q.detach() + 0 * q if kv is None and rest[-1] else q, kv, *rest)
+        monkeypatch.setattr(PlainAttention, "apply", staticmethod(lost))
+    else:
+        monkeypatch.setattr(flan, "gated_gelu", lambda both: 1 / 0)
+    command("--model", model_folder, "--dataset", data, *FLAGS, "--no-fast", "--output-dir", tmp_path / "usual",
+            "--max-steps", 3, cwd=tmp_path)
+    done = command("--model", model_folder, "--dataset", data, *FLAGS, "--output-dir", tmp_path / "fast",
+                   "--max-steps", 3, cwd=tmp_path)
+    assert done.code == 0
+    assert "the fast step is not used: " + ("it differs" if fault == "gradients" else "ZeroDivisionError") in done.out
+    assert losses(flan, tmp_path / "fast") == losses(flan, tmp_path / "usual")
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (("--no-fast",), "--no-fast"), ((), "CUDA"), (("--lora-targets", "q", "v"), "CUDA"), (("--full",), "CUDA"),
+])
+def test_why_it_does_not_apply(flan, flags, reason):
+    settings = flan.parse_settings(list(flags))
+    model = make_model(flan)[0]
+    assert reason in flan.fast_obstacle(model, settings)

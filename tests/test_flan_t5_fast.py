@@ -4,6 +4,7 @@ Its kernels run in Triton's interpreter where Triton is installed; elsewhere att
 a reference.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -60,13 +62,14 @@ def plain(flan, monkeypatch):
     monkeypatch.setattr(flan, "attention", lambda *args: (reference_attention(*args), None))
 
 
-def make_model(flan, dropout=0.0, quantization=None, model_folder=None):
+def make_model(flan, dropout=0.0, quantization=None, model_folder=None, device="cpu", dtype=torch.float32):
     """A small T5 with an adapter that is not zero, and settings for it."""
     settings = flan.parse_settings(["--lora-dropout", str(dropout), "--micro-batch-size", "4", "--batch-size", "8",
+                                    *([f"--{quantization}"] if quantization else []),
                                     "--max-source-length", "64", "--max-target-length", "64", "--max-new-tokens", "20"])
     flan.transformers.set_seed(0)
     if model_folder:
-        model = flan.load_base(model_folder, torch.device("cpu"), torch.float32, quantization)
+        model = flan.load_base(model_folder, torch.device(device), dtype, quantization)
         model.config.dropout_rate = dropout
     else:
         config = flan.transformers.T5Config(
@@ -76,6 +79,7 @@ def make_model(flan, dropout=0.0, quantization=None, model_folder=None):
         model.lm_head.weight = torch.nn.Parameter(torch.randn(200, 64))
         model.lm_head.weight.data[1] *= 2  # the end token comes now and then
         model.set_input_embeddings(model.shared)
+        model.to(device, dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -483,24 +487,45 @@ def no_dropout(model_folder, tmp_path):
 def test_a_resumed_training_equals_an_uninterrupted_one(flan, command, data, model_folder, tmp_path, on_the_cpu):
     words = ("--model", model_folder, "--dataset", data, *FLAGS)
     assert command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path).code == 0
-    receive = flan.StopSignal.receive
-
-    def stop_at(self, args, state, control, **more):
-        if state.global_step == 4:
-            receive(self.stop, 15, None)
-        return on_step_end(self, args, state, control, **more)
-
-    on_step_end, flan.Run.on_step_end = flan.Run.on_step_end, stop_at
-    try:
+    with stopped_after(flan, 4):
         assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
-    finally:
-        flan.Run.on_step_end = on_step_end
     assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
-    last = [tmp_path / name / "checkpoints" / "step-00000012" for name in ("whole", "halves")]
+    assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 12)
+
+
+@contextlib.contextmanager
+def stopped_after(flan, step):
+    """A SIGTERM comes in that step of a training."""
+    usual = flan.Run.on_step_end
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == step:
+            self.stop.receive(signal.SIGTERM, None)
+        return usual(self, args, state, control, **more)
+
+    flan.Run.on_step_end = on_step_end
+    try:
+        yield
+    finally:
+        flan.Run.on_step_end = usual
+
+
+def assert_same_end(flan, *runs_and_step):
+    """Weights and moments of two runs are the same bits."""
+    *runs, step = runs_and_step
+    last = [run / "checkpoints" / f"step-{step:08d}" for run in runs]
     a, b = (flan.load_file(folder / "weights.safetensors") for folder in last)
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     a, b = (torch.load(folder / "optimizer.pt")["state"] for folder in last)
     assert all(torch.equal(tensor, b[i][name]) for i, state in a.items() for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("flag", ["--int8", "--int4"])
+def test_quantised_weights_pass_the_comparison(command, data, model_folder, tmp_path, on_the_cpu, flag):
+    done = command("--model", model_folder, "--dataset", data, *FLAGS, flag, "--max-steps", 2, "--output-dir",
+                   tmp_path / "run", cwd=tmp_path)
+    assert done.code == 0
+    assert "is not used" not in done.out
 
 
 @pytest.mark.parametrize("fault", ["gradients", "error"])

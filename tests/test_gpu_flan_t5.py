@@ -1,0 +1,147 @@
+"""The fast path of flan-t5_samsum.py on a CUDA GPU: compiled, in graphs, in bf16, INT8 and NF4.
+
+    python -m pytest tests/test_gpu_flan_t5.py        # some minutes, most of them compilation; skipped without a GPU
+"""
+
+import json
+import shutil
+
+import pytest
+from test_flan_t5_fast import (
+    ROWS,
+    as_rows,
+    assert_same_end,
+    losses,
+    make_model,
+    padded,
+    sources_of,
+    stopped_after,
+)
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def gpu(flan, monkeypatch):
+    monkeypatch.setattr(flan, "get_device", flan.get_device_of_this_machine)
+    assert flan.triton is not None
+    return {"device": "cuda", "dtype": torch.bfloat16}
+
+
+def without_dropout(folder, target):
+    """A copy of a model folder, or of the tiny model, that trains without dropout."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | {"dropout_rate": 0.0}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def expected_gradients(flan, fast, rows):
+    batch = {name: tensor.cuda() for name, tensor in padded(rows).items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = flan.token_mean_loss(fast.model(**batch, use_cache=False), batch["labels"], 1)
+    return loss.detach(), torch.autograd.grad(loss, fast.adapter)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quantization):
+    """The first run of a size is compiled, the second recorded, the third replayed: the same bits, and those of
+    transformers but for rounding; no matrix loses its gradient. Other rows of the same size then have their own."""
+    model, settings = make_model(flan, 0.0, quantization, model_folder, **gpu)
+    fast = flan.FastT5(model, settings)
+    loss, expected = expected_gradients(flan, fast, ROWS)
+    other = [(source[::-1], target[::-1]) for source, target in ROWS]
+    other_loss, other_expected = expected_gradients(flan, fast, other)
+
+    def run(rows):
+        fast.flat.grad.zero_()
+        batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(rows)).items()}
+        found_loss = fast.run(batch).clone()
+        return found_loss, fast.flat.grad.clone()
+
+    runs = [run(ROWS) for _ in range(3)]
+    assert [value is not None for value in fast.graphs.values()] == [True]
+    for found_loss, found in runs[1:]:
+        assert torch.equal(found_loss, runs[0][0]) and torch.equal(found, runs[0][1])
+    tolerance = 0.3 if quantization == "int8" else 0.15
+    cases = (runs[2], loss, expected), (run(other), other_loss, other_expected)
+    for (found_loss, found), wanted_loss, wanted in cases:
+        assert float(found_loss) == pytest.approx(float(wanted_loss), rel=0.02)
+        for part, gradient in zip(fast.split(found), wanted, strict=True):
+            assert (part - gradient).norm() < tolerance * gradient.norm()
+
+
+def test_checkpointing_in_a_graph(flan, gpu):
+    model, settings = make_model(flan, 0.1, **gpu)
+    found = []
+    for flag in (False, True):
+        object.__setattr__(settings, "gradient_checkpointing", flag)
+        fast = flan.FastT5(model, settings)
+        batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(ROWS)).items()}
+        for _ in range(3):
+            fast.flat.grad.zero_()
+            fast.key.fill_(5)
+            fast.run(batch)
+        found.append(fast.flat.grad.clone())
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
+
+
+def test_dropout_changes_from_step_to_step_in_a_graph(flan, gpu):
+    model, settings = make_model(flan, 0.2, **gpu)
+    fast, found = flan.FastT5(model, settings), []
+    batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(ROWS)).items()}
+    for seed in (1, 1, 1, 2, 3, 1):
+        torch.manual_seed(seed)
+        fast.training_step(batch, torch.tensor(10, device="cuda"), True, True)
+        found.append(fast.flat.grad.clone())
+    assert [torch.equal(found[0], other) for other in found] == [True, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("flags", [(), ("--int8",), ("--int4",)], ids=["bf16", "int8", "int4"])
+def test_losses_of_fifty_steps_are_those_of_the_usual_step(flan, gpu, command, tmp_path, flags):
+    """Without dropout, the same rows: rounding alone, which a training makes larger, may tell them apart."""
+    model = without_dropout(flan.Path(flan.MODELS["tiny"]), tmp_path / "flan-t5-tiny")
+    curves = []
+    for name, more in (("fast", ()), ("usual", ("--no-fast",))):
+        done = command("--model", model, "--dataset", "sample", "--lr", "1e-3", "--max-steps", 50, "--lora-dropout", 0,
+                       "--limit", 400, "--max-new-tokens", 8, "--output-dir", tmp_path / name, *flags, *more,
+                       cwd=tmp_path)
+        assert done.code == 0, done
+        assert ("the fast step agrees" in done.out) == (name == "fast"), done.out
+        curves.append([loss for _, loss, _ in losses(flan, tmp_path / name)])
+    print(curves)
+    differences = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    assert max(differences) < 0.05 and sum(differences) / len(differences) < 0.02
+
+
+@pytest.mark.parametrize("flags", [(), ("--int4",)], ids=["bf16", "int4"])
+def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_folder, tmp_path, flags):
+    """With dropout and two micro-batches a step; the resumed run records its graphs at other steps."""
+    words = ("--model", model_folder, "--dataset", data, "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,
+             "--max-new-tokens", 8, "--epochs", 6, *flags)
+    assert command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path).code == 0
+    with stopped_after(flan, 20):
+        assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
+    assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
+    assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
+    """Of the tiny model, in a batch that is halved as rows end. A tie that rounding decides may change a row."""
+    folder = flan.Path(flan.MODELS["tiny"])
+    model, settings = make_model(flan, 0.0, quantization, folder, **gpu)
+    sources = sorted(sources_of(flan, 200), key=len, reverse=True)
+    config = flan.GenerationConfig(max_new_tokens=60, num_beams=1, do_sample=False)
+    fast = flan.FastT5(model, settings)
+    found = fast.generate(sources, config)
+    assert fast.is_proved["generation"] is True
+    assert found == fast.generate(sources, config)
+    batch = {name: tensor.cuda() for name, tensor in padded([(source, [1]) for source in sources]).items()}
+    output = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                            generation_config=config)[:, 1:].tolist()
+    expected = [row[: row.index(1) + 1] if 1 in row else row for row in output]
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    print(f"{same} of {len(found)} rows are the same")
+    assert same >= 0.9 * len(found)

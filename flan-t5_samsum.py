@@ -469,7 +469,8 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 def get_device() -> tuple[torch.device, torch.dtype]:
     """The device of this process, and the precision of its matrix products: bf16 where the hardware has it, else fp32.
 
-    Never fp16: activations of T5 overflow in it. A T4 or V100 only emulates bf16, hence the look at the capability.
+    Never fp16: activations of T5 overflow in it (only the inputs of INT8 layers, which follow a norm, pass through it
+    inside bitsandbytes). A T4 or V100 only emulates bf16, hence the look at the capability.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -579,7 +580,9 @@ def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torc
     """Cross-entropy in nats per target token: `logits` [batch, target, vocabulary], `labels` [batch, target].
 
     Divided by the tokens of the whole optimiser step, not of this micro-batch: a mean of means would weigh the tokens
-    of short micro-batches more. (The Trainer leaves the division to T5, which ignores it: transformers issue 47688.)
+    of short micro-batches more. `num_items_in_batch` counts those of all processes, and the Trainer multiplies by their
+    number, which DDP's mean over them takes back. (The Trainer leaves the division to T5, which ignores it:
+    transformers issue 47688.)
     """
     loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(),
                                              ignore_index=-100, reduction="sum")
@@ -589,7 +592,7 @@ def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torc
 def learning_rate_factor(step: int, steps: int) -> float:
     """What the peak learning rate is multiplied with in `step` (from 0) of `steps`: up from 0, then linearly to 0."""
     warmup = math.ceil(WARMUP * steps)
-    return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+    return step / warmup if step < warmup else max(0, steps - step) / max(1, steps - warmup)
 
 
 def number_of_steps(settings: Settings, rows: int) -> int:
@@ -601,9 +604,10 @@ def number_of_steps(settings: Settings, rows: int) -> int:
 class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     """A new permutation of the rows for each epoch, in which the rows of one optimiser step have similar lengths.
 
-    The rows are shuffled, cut into chunks of 50 batches, sorted by length within each chunk and shuffled again batch by
-    batch: little padding, nearly full randomness. The order is a function of seed and epoch alone (the Trainer's own
-    sampler draws from the global generator), so a resumed run sees the same batches.
+    The rows are shuffled, cut into chunks of 50 batches (at least four chunks, so that other rows meet in each epoch),
+    sorted by length within each chunk and shuffled again batch by batch: little padding, much randomness. The order is
+    a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a resumed run
+    sees the same batches.
 
     An epoch is filled up to a multiple of `multiple_of` rows with the index len(lengths), an empty row: where the last
     batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.
@@ -627,7 +631,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
 
     def order(self, epoch: int) -> list[int]:
         rng = np.random.default_rng([self.seed, epoch])
-        order, chunk = rng.permutation(len(self.lengths)), 50 * self.batch_size
+        order = rng.permutation(len(self.lengths))
+        chunk = max(1, min(50, len(order) // (4 * self.batch_size))) * self.batch_size
         batches = []
         for start in range(0, len(order), chunk):
             rows = sorted(order[start : start + chunk].tolist(), key=lambda i: -self.lengths[i])
@@ -635,7 +640,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
         batches = [batches[i] for i in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
-        if epoch == 0 and batches:  # memory that does not suffice shows in the first step
+        if epoch == 0 and batches:  # memory that does not suffice shows at once
             batches[0], batches[longest] = batches[longest], batches[0]
         empty = [len(self.lengths)] * (len(self) - len(self.lengths))
         return [i for batch in batches + last for i in batch] + empty
@@ -672,6 +677,10 @@ def training_arguments(settings: Settings, folder: Path, steps: int, device: tor
         "dataloader_pin_memory": device.type == "cuda", "accelerator_config": {"non_blocking": device.type == "cuda"},
     }
     return Seq2SeqTrainingArguments(**arguments | changes)
+
+
+class NoStepLeft(Exception):
+    """Raised in place of a step beyond the last one."""
 
 
 class SummarizationTrainer(Seq2SeqTrainer):
@@ -733,6 +742,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
                       ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, on the device."""
         step, packed = self.state.global_step, inputs.pop("packed", None)
+        if step >= self.state.max_steps:
+            raise NoStepLeft  # resumed after the last step; the Trainer would ask only behind one more
         is_first = not self.recent or self.recent[-1][0] != step  # micro-batch of a step
         if self.fast and not self.fast.is_proved["training"]:
             begin_fast(self, inputs)
@@ -872,7 +883,7 @@ class Summarizer:
         """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
         state = PartialState()
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-        order += order[: -len(order) % state.num_processes]  # as many for each process
+        order += (order * state.num_processes)[: -len(order) % state.num_processes]  # as many for each process
         mine, summaries, start = order[state.process_index :: state.num_processes], {}, 0
         bar = new_bar(len(mine), "summaries", "row")
         while start < len(mine):
@@ -880,6 +891,7 @@ class Summarizer:
             texts = self.generate([sources[i] for i in rows])
             no_room, is_stopping = agree(self.device, texts is None, self.stop is not None and self.stop.number)
             if is_stopping:
+                self.stop.number = self.stop.number or signal.SIGTERM  # maybe only another process was told
                 raise Interrupted
             if no_room:  # out here, as the exception would hold on to what it had computed
                 self.batch_size = len(rows) // 2
@@ -1627,11 +1639,11 @@ def train(settings: Settings) -> int:
             run.begin(checkpoint)
         status = "failed"
         try:
-            with contextlib.suppress(Interrupted), writing_to(folder, OSError):
+            with writing_to(folder, OSError), contextlib.suppress(NoStepLeft):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                status = "finished"
-            if run.stop.number:
-                status = "interrupted"
+            status = "interrupted" if run.is_stopping else "finished"
+        except Interrupted:
+            status = "interrupted"
         finally:
             if is_main_process():
                 with writing_to(folder):
@@ -2426,14 +2438,17 @@ def lr_find(settings: Settings) -> int:
 
 def with_rate(words: list[str], rate: float) -> list[str]:
     """The user's own command line, as a training with this learning rate."""
-    kept = [word for i, word in enumerate(words) if word not in ("--lr-find", "--lr") and not word.startswith("--lr=")
-            and (not i or words[i - 1] != "--lr")]
+    changed = ("--lr", "--output-dir")  # the folder is taken by the range test
+    kept = [word for i, word in enumerate(words) if word not in ("--lr-find", *changed)
+            and not word.startswith(tuple(f"{name}=" for name in changed)) and (not i or words[i - 1] not in changed)]
     return [*kept, "--lr", as_power_of_ten(rate)]
 
 
 def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
     """A tenth of the rate with the smallest smoothed loss: where it still falls steeply, and far from divergence."""
     finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        raise UserError("the loss is not finite even at the smallest learning rate: are the model's weights whole?")
     smallest = int(np.argmin(smoothed(finite)))
     return float(f"{rates[smallest] / 10:.1e}")
 

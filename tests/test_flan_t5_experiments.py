@@ -272,6 +272,11 @@ def test_the_suggestion_follows_the_curvature(flan):
     assert flat / steep == pytest.approx(100, rel=0.5)
 
 
+def test_no_finite_loss_gives_no_suggestion(flan):
+    with pytest.raises(flan.UserError, match="not finite"):
+        flan.suggest_learning_rate([1e-6], [float("nan")])
+
+
 def test_a_loss_that_is_not_finite_diverges(flan):
     assert flan.diverges([3.0, 2.0, float("nan")]) and flan.diverges([3.0, float("inf")])
     assert not flan.diverges([3.0, 2.0, 1.0]) and not flan.diverges([3.0] * 20)

@@ -223,6 +223,7 @@ def test_the_command_that_trains_with_a_rate_is_the_users_own(flan, monkeypatch)
     words = ["--lr-find", "--batch-size", "9", "--lr", "1e-3", "--source-column", "the text", "--lr=5e-3"]
     changed = flan.with_rate(words, 2.5e-4)
     assert changed == ["--batch-size", "9", "--source-column", "the text", "--lr", "2.5e-4"]
+    assert flan.with_rate([*words, "--output-dir", "x"], 2.5e-4) == changed  # the range test has taken that folder
     settings = flan.parse_settings(changed)
     assert (settings.mode, settings.lr, settings.batch_size) == ("train", 2.5e-4, 9)
 

@@ -1,6 +1,7 @@
 """flan-t5_samsum.py: what must hold for any text, any rows and any batch, tried with generated examples."""
 
 import csv
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -160,9 +161,12 @@ def test_an_epoch_is_a_permutation_in_whole_batches(flan, lengths, batch_size, s
     assert sorted(order[: len(lengths)]) == list(range(len(lengths))) and set(order[len(lengths) :]) <= {len(lengths)}
     batches = [order[: len(lengths)][i : i + batch_size] for i in range(0, len(lengths), batch_size)]
     assert all(len(batch) == batch_size for batch in batches[:-1])
-    if len(lengths) <= 50 * batch_size:  # one chunk: its batches side by side are the rows sorted by length
-        groups = sorted(([lengths[i] for i in batch] for batch in batches), reverse=True)
-        assert [length for group in groups for length in group] == sorted(lengths, reverse=True)
+    groups = [[lengths[i] for i in batch] for batch in batches]
+    assert all(group == sorted(group, reverse=True) for group in groups)
+    if 8 * batch_size <= len(lengths) < 12 * batch_size:  # chunks of two batches: between their lengths lies no other
+        whole = sorted((group for group in groups if len(group) == batch_size), reverse=True)
+        overlaps = sum(a[-1] < b[0] for a, b in itertools.combinations(whole, 2))
+        assert overlaps <= len(whole) * (len(whole) - 1) / 2 - len(whole) // 2
     again = sampler(epoch)  # as a resumed run makes it
     list(sampler(epoch + 1))
     assert list(again) == order and list(again) == order

@@ -45,6 +45,18 @@ def assert_same_end(run, reference, last):
     assert [line["step"] for line in lines if "validation" in line] == [e["step"] for e in found["epochs"]]
 
 
+def test_a_run_that_ended_in_mid_epoch_takes_no_further_step(command, data, model_folder, tmp_path):
+    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "4", *RECIPE, "--output-dir", "a")
+    assert command(*flags, cwd=tmp_path).code == 0
+    before = metrics(tmp_path / "a")
+    for _ in range(2):
+        done = command("--resume", "--output-dir", "a", cwd=tmp_path)
+        assert done.code == 0, done
+    after = metrics(tmp_path / "a")
+    assert after["status"] == "finished" and after["epochs"] == before["epochs"] and after["curve"] == before["curve"]
+    assert [step_of(path) for path in sorted((tmp_path / "a/checkpoints").iterdir())][-1] == 4
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In this process: the signal comes at exactly the wrong moment
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,6 +164,38 @@ def test_a_finished_run_has_nothing_left_to_do(command, trained, tmp_path):
     assert done.code == 0, done
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
     assert_same_end(run, trained.folder, 18)
+
+
+def test_a_stop_that_only_another_process_heard_is_one(flan, command, data, model_folder, tmp_path, monkeypatch):
+    """While scoring, too: the run is interrupted, not failed, and says how to go on."""
+    with monkeypatch.context() as patch:
+        summarise, agree, calls = flan.Summarizer.__call__, flan.agree, []
+        told = lambda device, *flags: [*agree(device, *flags)[:-1], True]
+
+        def call(self, sources):
+            calls.append(len(sources))
+            if len(calls) == 3:
+                patch.setattr(flan, "agree", told)
+            return summarise(self, sources)
+
+        patch.setattr(flan.Summarizer, "__call__", call)
+        done = command("--model", model_folder, "--dataset", data, *RECIPE, "--output-dir", "a", cwd=tmp_path)
+    assert done.code == 128 + signal.SIGTERM and "--resume --output-dir a" in done.out.splitlines()[-1], done
+    assert metrics(tmp_path / "a")["status"] == "interrupted"
+
+
+def test_a_signal_behind_the_last_scores_is_too_late(flan, command, data, model_folder, tmp_path, monkeypatch):
+    scored = flan.Run.on_scored
+
+    def on_scored(self, state, examples):
+        scored(self, state, examples)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(flan.Run, "on_scored", on_scored)
+    flags = ("--model", model_folder, "--dataset", data, "--max-steps", "2", *RECIPE, "--output-dir", "a")
+    assert command(*flags, cwd=tmp_path).code == 0
+    assert metrics(tmp_path / "a")["status"] == "finished"
 
 
 @pytest.mark.parametrize("flags", [("--lr", "1e-3"), ("--batch-size", "2"), ("--epochs", "4"), ("--lora-r", "8"),

@@ -1,10 +1,12 @@
 """flan-t5_samsum.py: generation keeps the order of the rows, and ROUGE with its interval is what it should be."""
 
 import json
+import types
 
 import fake_hub
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +214,19 @@ def test_score_compares_whole_references_row_by_row(flan, tokenizer, data, tmp_p
     assert [row["dialogue"] for row in examples] == [row["dialogue"].replace("\r\n", "\n") for row in originals]
     assert [row["reference"] for row in examples] == [row["summary"] for row in originals]
     assert [row["prediction"] for row in examples] == predictions
+
+
+@pytest.mark.parametrize("rows, processes", [(1, 4), (2, 8), (3, 8), (5, 3), (8, 4)])
+def test_all_processes_summarise_the_same_number_of_batches(flan, monkeypatch, rows, processes):
+    """One that has no row left would wait for ever for the others, which compare notes after every batch."""
+    calls, parts = [], [{i: str(i)} for i in range(rows)]
+    monkeypatch.setattr(flan.torch.distributed, "all_gather_object", lambda to, _: to.__setitem__(slice(None), parts))
+    monkeypatch.setattr(flan, "agree", lambda device, *flags: [bool(flag) for flag in flags])
+    monkeypatch.setattr(flan.Summarizer, "generate", lambda self, sources: calls.append(rank) or [""] * len(sources))
+    for rank in range(processes):
+        state = types.SimpleNamespace(num_processes=processes, process_index=rank, is_main_process=False)
+        monkeypatch.setattr(flan, "PartialState", lambda state=state: state)
+        summarizer = flan.Summarizer(None, None, flan.parse_settings([]), torch.device("cpu"), torch.float32)
+        summarizer.batch_size = 1
+        assert summarizer([[5]] * rows) == [str(i) for i in range(rows)]
+    assert {calls.count(rank) for rank in range(processes)} == {-(-rows // processes)}

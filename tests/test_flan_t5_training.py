@@ -227,6 +227,17 @@ def test_rows_of_a_batch_have_similar_lengths_but_batches_come_in_random_order(s
     assert 0.35 * len(longest) < rises < 0.65 * len(longest)
 
 
+@pytest.mark.parametrize("rows, most", [(96, 0.5), (400, 0.25), (2000, 0.15)])
+def test_few_rows_too_meet_other_rows(sample, rows, most):
+    """Sorted as one chunk, 96 rows would make the same batches in every epoch."""
+    def pairs(epoch):
+        _, order = sample(rows, epoch=epoch)
+        return {pair for i in range(0, rows, 8) for pair in itertools.combinations(sorted(order[i : i + 8]), 2)}
+
+    first, second = pairs(0), pairs(1)
+    assert len(first & second) < most * len(first)
+
+
 def test_rows_meet_other_rows_in_other_epochs(sample):
     """Sorting all rows by length would make the same batches in every epoch."""
     batches = [{frozenset(order[start : start + 8]) for start in range(0, 1000, 8)}

@@ -296,7 +296,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(start, undisturbed, small_disk, tmp_path):
-    """Two checkpoints fit (Muon has one moment where AdamW has two); the third has to be there before the first goes."""
+    """Two checkpoints fit (Muon has one moment where AdamW has two); the third must be there before the first goes."""
     disk = small_disk("size=950k")
     process = start(tmp_path, *RECIPE, "--output-dir", "disk/run")
     assert process.wait() == 2

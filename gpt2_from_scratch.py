@@ -53,7 +53,7 @@ from typing import Any, TypeVar
 # Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
 PRESETS = {
     "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 8e-3, "batch_tokens": 1024,
-             "max_steps": 1250, "vocab_size": 1024, "optimizer": "muon", "schedule": "linear"},
+             "max_steps": 1250, "vocab_size": 1024, "optimizer": "muon", "muon_lr": 0.015, "schedule": "linear"},
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 6e-4, "batch_tokens": 2**19},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "block_size": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
@@ -129,6 +129,8 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
     optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest "
                           "(default of nano)", choices=["adamw", "muon"])
+    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano without --lr: 0.015)",
+                                 number(float, 0, 10, above=True))
     schedule: str = flag("cosine", "cosine down to a tenth (default), linear to zero (default of nano), or "
                          "warm-up-stable-decay: constant, then linear to zero over the last fifth",
                          choices=["cosine", "linear", "wsd"])
@@ -576,7 +578,8 @@ def make_optimisers(model: GPT, settings: Settings, is_sharded: bool = False) ->
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if parameter not in hidden]
         muon_groups = [{"params": [p for p, n in hidden.items() if n == matrices], "matrices": matrices,
-                        "weight_decay": settings.weight_decay} for matrices in (1, 3)]
+                        "weight_decay": settings.weight_decay, "rate": (settings.muon_lr or settings.lr) / settings.lr}
+                       for matrices in (1, 3)]
         optimisers.append(make(Muon, muon_groups, lr=0.0))
     return [*optimisers, make(torch.optim.AdamW, groups, lr=0.0, betas=BETAS, fused=True)]
 
@@ -806,7 +809,7 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     skip = trainer.guard.judge(totals[0], norm, overflow)
     for optimiser in trainer.optimisers:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = learning_rate(step, settings) * group.get("rate", 1.0)
         local_part(optimiser).found_inf = skip  # where this is 1, weights and moments stay what they are
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -2041,8 +2044,9 @@ def describe(trainer: Trainer) -> None:
     rate = machine.matmul_rate / 1e12
     reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
-    other = [f"{name.replace('_', '-')} {getattr(settings, name)}" for name in ("dropout", "weight_decay", "optimizer",
-             "gradient_checkpointing", "shard_optimizer") if getattr(settings, name) != defaults[name]]
+    other = [f"{name.replace('_', '-')} {getattr(settings, name)}" for name in
+             ("dropout", "weight_decay", "optimizer", "muon_lr", "gradient_checkpointing", "shard_optimizer")
+             if getattr(settings, name) != defaults.get(name)]
     lines = [
         f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
         f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
@@ -2691,8 +2695,9 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     saved = saved_settings(given) if given.get("resume") else {}
     is_tuned = "init" in given and "model" not in given
     preset = FINE_TUNING if is_tuned else PRESETS[given.get("model") or saved.get("model") or "nano"]
-    if "epochs" in given:
-        preset = preset | {"max_steps": None}
+    for name, follows in (("epochs", "max_steps"), ("lr", "muon_lr")):
+        if name in given:
+            preset = preset | {follows: None}
     values = preset | saved | given
     values["cache_dir"] = str(Path(values.get("cache_dir", "cache")).resolve())
     settings = Settings(**values)

@@ -23,6 +23,8 @@ commands, 14 Helpers (printing, JSON, folders, locks), 15 Main.
 
 import argparse
 import contextlib
+import copy
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -129,7 +131,7 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
     optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest "
                           "(default of nano)", choices=["adamw", "muon"])
-    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano without --lr: 0.015)",
+    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano: 0.015)",
                                  number(float, 0, 10, above=True))
     schedule: str = flag("cosine", "cosine down to a tenth (default), linear to zero (default of nano), or "
                          "warm-up-stable-decay: constant, then linear to zero over the last fifth",
@@ -379,19 +381,19 @@ class GPT(nn.Module):
         for block in self.h:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, cache)
+            else:  # forward() itself is never compiled: a cache has another shape for every token
+                x = block.forward(x, cache) if cache else block(x)
         if cache:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
         # Padding rows must never be predicted: their logits become minus infinity. So their gradient is zero, and they
         # stay what initialise() makes them, zero.
         rows = torch.arange(self.config.padded_vocab_size, device=tokens.device)
-        bias = torch.where(rows < self.config.vocab_size, 0.0, -math.inf)
+        bias = torch.where(rows < self.config.vocab_size, 0.0, -math.inf).to(x.dtype)
         logits = F.linear(self.ln_f(x), self.wte.weight, bias)  # (B, T, C) @ (C, V)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def count_parameters(model: GPT) -> int:
@@ -734,13 +736,13 @@ class Machine:
     rank: int = 0  # number of this process, of `world`
     world: int = 1
     device: torch.device
-    dtype: torch.dtype  # of matrix products: bfloat16 or float16 by autocast, or float32
+    dtype: torch.dtype  # of matrix products: bfloat16 (see make_twin()), float16 (by autocast), or float32
     micro_batch_size: int  # sequences per forward pass and process
     mode: str = "eager"  # "compiled", or why not
     matmul_rate: float  # FLOP/s that a large matrix product reaches here; nan: other programs disturbed the measurement
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is torch.float16)
 
 
 @dataclass(kw_only=True)
@@ -751,11 +753,35 @@ class Trainer:
     machine: Machine
     data: TokenData
     order: TrainingOrder
-    model: GPT  # the weights: saved, sampled from
-    network: Callable  # the same model, compiled and wrapped for several processes: trained and evaluated through
+    model: GPT  # the float32 weights: optimised, saved, sampled from
+    twin: GPT  # what computes: see make_twin()
+    network: Callable  # the twin, perhaps compiled: trained and evaluated through
     optimisers: list[torch.optim.Optimizer]
     guard: Guard
     loss_scale: LossScale
+    is_last_pass: bool = False  # the backward pass during which processes exchange gradients
+    exchanges: list[dist.Work] = field(default_factory=list)  # that have been started
+
+    def __post_init__(self) -> None:
+        for parameter, twin in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+            twin.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, parameter))
+
+    def take_gradient(self, parameter: nn.Parameter, twin: nn.Parameter) -> None:
+        """Called when a backward pass has computed the gradient of one of the twin's parameters.
+
+        It is added up in float32. In the last pass of a step the processes add theirs while others are still computed.
+        """
+        if twin is not parameter:
+            parameter.grad = twin.grad.float() if parameter.grad is None else parameter.grad.add_(twin.grad)
+            twin.grad = None
+        if self.is_last_pass and self.machine.world > 1:
+            self.exchanges.append(dist.all_reduce(parameter.grad, async_op=True))
+
+    @torch.no_grad()
+    def refresh_twin(self) -> None:
+        """Round the weights to what computes, at the start of whatever computes with them."""
+        if self.twin is not self.model:
+            torch._foreach_copy_(list(self.twin.parameters()), list(self.model.parameters()))
 
     @property
     def sequences_per_step(self) -> int:
@@ -774,6 +800,15 @@ class Trainer:
         return (batch.pin_memory() if is_cuda else batch).to(self.machine.device, non_blocking=is_cuda)
 
 
+def make_twin(model: GPT, dtype: torch.dtype) -> GPT:
+    """What computes in this dtype: for bfloat16 a copy of the model in it, residual stream and all; else the model.
+
+    Autocast would convert the weights at every step and keep the residual stream in float32. The optimiser works on the
+    float32 weights, to which it can add what is too small for bfloat16 (Micikevicius et al. 2018, section 3.1).
+    """
+    return copy.deepcopy(model).to(dtype) if dtype is torch.bfloat16 else model
+
+
 STATS = ("loss", "norm", "skip", "overflow", "stop")  # what a training step returns, before Guard.FIELDS
 
 
@@ -787,21 +822,22 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
     # Every step seeds all generators: dropout depends on nothing that came before, so that resuming is exact.
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1, np.uint64)[0]))
+    trainer.refresh_twin()
     totals = torch.zeros(2, device=machine.device)  # loss and stop, summed over micro-batches and processes
     micro_batches = batch.split(machine.micro_batch_size)
     for sequences in micro_batches:
-        # Processes exchange gradients during the last backward pass only: before, they just add up.
-        is_last = sequences is micro_batches[-1]
-        with contextlib.nullcontext() if is_last or machine.world == 1 else trainer.network.no_sync():
-            with machine.autocast():
-                # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
-                loss = trainer.network(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
-            # DDP takes the mean over processes; times their number, it becomes the sum.
-            (loss * machine.world * trainer.loss_scale.scale).backward()
+        trainer.is_last_pass = sequences is micro_batches[-1]
+        with machine.autocast():
+            # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
+            loss = trainer.network(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
+        (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
+    trainer.is_last_pass = False
     totals[1] += float(stop)
     if machine.world > 1:
         dist.all_reduce(totals)
+        while trainer.exchanges:
+            trainer.exchanges.pop().wait()
     if trainer.loss_scale.enabled:
         torch._foreach_div_([parameter.grad for parameter in parameters], trainer.loss_scale.scale)
     norm = nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -828,9 +864,10 @@ def local_part(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def evaluate(trainer: Trainer) -> float:
     """Mean loss in nats over every token of the validation text but the first, of all processes together."""
     machine = trainer.machine
-    trainer.model.eval()
+    trainer.refresh_twin()
+    trainer.twin.eval()
     total = summed_loss(trainer.network, trainer.data.validation, trainer.order.block_size, machine)
-    trainer.model.train()
+    trainer.twin.train()
     if machine.world > 1:
         total = total.to(machine.device)
         dist.all_reduce(total)
@@ -966,8 +1003,6 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settin
 
 COMPILE_SECONDS = 60  # a run that would take longer without torch.compile is compiled: that takes half a minute
 EAGER_SHARE = 0.3  # of the matmul rate, that a run reaches without torch.compile, about
-SPLIT_GRAPH = True  # several processes: compile one graph per bucket of gradients, so that they are sent while others
-#                     are still computed; False: one graph for the whole model, which fuses more
 PATIENCE = timedelta(minutes=30)  # how long processes wait for one another in training before they give up
 # Dense bf16 (T4, V100: fp16) TFLOP/s of NVIDIA's data sheets, without sparsity, by a part of the device's name.
 DATA_SHEET = {"B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 149.7,
@@ -1110,10 +1145,11 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     model.to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
+    twin = make_twin(model, dtype)
     micro_batch_size = settings.micro_batch_size if settings.micro_batch_size != "auto" else 1
     machine = Machine(rank=rank, world=world, device=device, dtype=dtype, micro_batch_size=micro_batch_size,
                       matmul_rate=measure_matmul_rate(device, dtype))
-    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, network=model,
+    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, twin=twin, network=twin,
                       optimisers=make_optimisers(model, settings, settings.shard_optimizer and world > 1),
                       guard=Guard(device), loss_scale=LossScale(device, dtype is torch.float16))
     if settings.micro_batch_size == "auto":
@@ -1160,14 +1196,14 @@ def largest_micro_batch(trainer: Trainer) -> int:
     sizes = [size for size in range(share, 0, -1) if share % size == 0 and size * block_size <= limit] or [1]
     if not is_cuda:
         return sizes[0]
-    # Room for what comes later: the optimiser's moments, and the buffers in which processes exchange gradients.
-    moments = 2 / (machine.world if trainer.settings.shard_optimizer else 1) + (machine.world > 1)
+    # Room for what comes later: the optimiser's moments.
+    moments = 2 / (machine.world if trainer.settings.shard_optimizer else 1)
     reserve = torch.empty(int(moments * sum(p.numel() for p in trainer.model.parameters())), device=machine.device)
     limit = 0.95 * torch.cuda.get_device_properties(machine.device).total_memory / 2**30  # the rest is lost in gaps
     for size in sizes:
         torch.cuda.reset_peak_memory_stats()
         try:
-            forward_backward(trainer, trainer.model, size)
+            forward_backward(trainer, trainer.twin, size)
             if peak_memory(machine.device) < limit:
                 break
         except torch.OutOfMemoryError:
@@ -1190,36 +1226,33 @@ def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
 
 
 def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, str]:
-    """The model as it is trained through, wrapped for several processes; and in a few words how it runs.
+    """The twin as it is trained through, and in a few words how it runs.
 
     Compiled on a GPU, unless the run would take less than COMPILE_SECONDS without (`compiled`: see make_trainer()).
     """
-    settings, machine, model = trainer.settings, trainer.machine, trainer.model
-
-    def wrap(network: Callable) -> Callable:
-        if machine.world == 1:
-            return network
-        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-
+    settings, machine, model = trainer.settings, trainer.machine, trainer.twin
     if not settings.compile:
-        return wrap(model), "eager (--no-compile)"
+        return model, "eager (--no-compile)"
     if machine.device.type != "cuda":
-        return wrap(model), f"eager (compiling rarely pays on {machine.device.type.upper()})"
+        return model, f"eager (compiling rarely pays on {machine.device.type.upper()})"
     if compiled is None:
         flops = settings.max_steps * settings.batch_tokens * flops_per_token(model.config)
         seconds = agree(machine, flops / (EAGER_SHARE * machine.matmul_rate * machine.world), dist.ReduceOp.MAX)
         compiled = not seconds < COMPILE_SECONDS  # nan: the rate is not known
     if not compiled:
-        return wrap(model), "eager (so short a run is over before it is compiled)"
+        return model, "eager (so short a run is over before it is compiled)"
     try:
-        # The first call is inside DDP, which then says where to split the graph; checkpointed blocks it cannot split.
-        torch._dynamo.config.optimize_ddp = SPLIT_GRAPH and not settings.gradient_checkpointing
-        network = wrap(torch.compile(model, dynamic=False))
-        forward_backward(trainer, network, machine.micro_batch_size)
-        return network, "compiled"
+        # Block by block, which all share one graph: on an H100 2% slower than the whole model, but ready after 12
+        # seconds instead of 30.
+        for block in model.h:
+            block.compile(dynamic=False)
+        forward_backward(trainer, model, machine.micro_batch_size)
+        return model, "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
-        model.zero_grad(set_to_none=True)
-        return wrap(model), f"eager (torch.compile failed: {first_line(error)[:100]})"
+        for block in model.h:
+            block._compiled_call_impl = None  # what block.compile() has set
+        trainer.model.zero_grad(set_to_none=True)
+        return model, f"eager (torch.compile failed: {first_line(error)[:100]})"
 
 
 # ---------- 9. Text and token files -----------------------------------------------------------------------------------
@@ -2471,7 +2504,8 @@ def evaluate_text(settings: Settings) -> int:
                       micro_batch_size=max(1, 2**13 // block_size))
     if len(tokens) < 2:
         raise UserError(f"--evaluate {settings.evaluate}: too little text")
-    loss = summed_loss(model.to(device), tokens, block_size, machine).item() / (len(tokens) - 1)
+    network = make_twin(model.to(device), machine.dtype)
+    loss = summed_loss(network, tokens, block_size, machine).item() / (len(tokens) - 1)
     say(f"model: {folder}\ntext: {settings.evaluate or 'validation text of the run'}, {plural(len(tokens), 'token')}, "
         f"{plural(size, 'byte')}")
     for name, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))),
@@ -2523,7 +2557,8 @@ def plan(settings: Settings) -> int:
     moments /= machine.world if settings.shard_optimizer else 1
     tokens = settings.max_steps * settings.batch_tokens
     say(f"compute: {flops_per_token(model.config) / 1e9:.4f} GFLOP per token, forward and backward")
-    say(f"memory: {4 * (2 * stored + moments) / 2**30:.2f} GiB for weights, gradients and optimiser, 4 bytes each")
+    twin = 4 * stored if trainer.twin is not model else 0  # its weights and gradients, 2 bytes each
+    say(f"memory: {(4 * (2 * stored + moments) + twin) / 2**30:.2f} GiB for weights, gradients and optimiser")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
         f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps\neach evaluation reads "
@@ -2753,7 +2788,7 @@ def main(arguments: argparse.Namespace) -> int:
             return evaluate_text(settings)
         code = export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
         if dist.is_initialized():
-            gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
+            gc.collect()  # cycles may hold the process group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
         return code
     except UserError as error:

@@ -99,6 +99,16 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path, text):  # n
     assert {name for name, decay in of(adamw) if decay} == {"wte.weight", "wpe.weight"}
 
 
+def test_muon_has_a_learning_rate_of_its_own(tmp_path, text):  # noqa: F811
+    trainer = make_trainer(tmp_path, text, "--optimizer", "muon", "--muon-lr", "2e-2", "--warmup-steps", "4")
+    take_steps(trainer, 1)
+    muon, adamw = ([group["lr"] for group in optimiser.param_groups] for optimiser in trainer.optimisers)
+    assert muon == pytest.approx([2e-2 / 4] * 2) and adamw == pytest.approx([1e-2 / 4] * 2)
+    settings = lambda *words: gpt2.resolve_settings(gpt2.parse_arguments(words))
+    assert (settings().lr, settings().muon_lr) == (8e-3, 0.015)  # the default
+    assert settings("--lr", "1e-3").muon_lr is None  # as --lr, then
+
+
 def test_a_skipped_step_of_muon_changes_nothing(tmp_path, text):  # noqa: F811
     trainer = make_trainer(tmp_path, text, "--optimizer", "muon")
     take_steps(trainer, 2)
@@ -206,6 +216,16 @@ def test_resuming_is_exact_in_fp16(command, text, monkeypatch):  # noqa: F811
     run_and_resume(command, monkeypatch, ["--data", text, *SIZES, "--dropout", "0.2"], 7)
     scales = [weights_of(Path("run"), step)["training.safetensors:loss_scale"].tolist() for step in (8, 12)]
     assert scales[0] == [2.0**18, 2.0] and scales[1][0] != 2.0**16
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_exact_in_bf16(command, text, monkeypatch, optimizer):  # noqa: F811
+    """The checkpoint holds the float32 weights: what computes is rounded from them anew."""
+    monkeypatch.setattr(gpt2, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    monkeypatch.setattr(gpt2, "measure_matmul_rate", lambda device, dtype: 1e9)  # slow in bf16 on a CPU
+    run_and_resume(command, monkeypatch, ["--data", text, *SIZES, "--dropout", "0.2", "--optimizer", optimizer], 7)
+    weight = weights_of(Path("run"), 12)["model.safetensors:transformer.wte.weight"]
+    assert weight.dtype is torch.float32 and not torch.equal(weight, weight.bfloat16().float())
 
 
 @pytest.mark.parametrize(("capability", "wanted", "expected"), [

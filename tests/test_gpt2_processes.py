@@ -32,6 +32,11 @@ def torchrun(*words, cwd: Path, code: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
+IN_BF16 = """
+import torch
+gpt2.choose_dtype = lambda wanted, device: torch.bfloat16
+gpt2.measure_matmul_rate = lambda device, dtype: 1e9  # slow in bf16 on a CPU
+"""
 RECORD = """
 original = gpt2.make_trainer
 def make_trainer(*arguments):
@@ -74,6 +79,21 @@ def test_a_sharded_run_equals_a_plain_one_and_one_process_resumes_it(command, te
     # One process adds up in another order; Muon, which iterates in bf16, makes more of such a difference.
     atol = 1e-5 if optimizer == "adamw" else 5e-3
     assert all(torch.allclose(a[name], c[name], rtol=1e-3, atol=atol) for name in a)
+
+
+def test_two_processes_in_bf16_add_up_like_one(text, tmp_path):  # noqa: F811
+    """Gradients of the same sequences one by one, added up in float32: the order of the sums is all that differs."""
+    words = ["--data", str(text), *SIZES, "--optimizer", "adamw", "--micro-batch-size", "1"]
+    two = torchrun(*words, "--output-dir", "two", cwd=tmp_path, code=IN_BF16)
+    assert two.returncode == 0, two.stderr
+    (tmp_path / "one.py").write_text(DRIVER.format(folder=str(SCRIPT.parent), code=IN_BF16).replace(
+        'int(os.environ["RANK"])', "0"))  # fmt: skip
+    one = subprocess.run([sys.executable, "one.py", *words, "--output-dir", "one"], cwd=tmp_path, capture_output=True,
+                         text=True)  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    a, b = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert len(a) == len(b) and [x[2] for x in a] == pytest.approx([x[2] for x in b], rel=2e-4)
+    assert a[0][2] == pytest.approx(b[0][2], rel=1e-6)
 
 
 def test_an_error_of_any_process_is_shown(text, tmp_path):  # noqa: F811

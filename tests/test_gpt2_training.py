@@ -179,25 +179,40 @@ def test_dropout_of_a_step_does_not_depend_on_the_steps_before(tmp_path, text):
 
 
 def test_training_and_evaluation_compile_to_one_graph_each(tmp_path, text):
-    """Without a break, and without compiling anew when they take turns."""
+    """Of a block, for all blocks: without a break, and without compiling anew when they take turns."""
     trainer, graphs = make_trainer(tmp_path, text, "--dropout", "0.1"), []
+    assert len(trainer.model.h) > 1
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    trainer.network = torch.compile(trainer.model, dynamic=False, fullgraph=True, backend=backend)
+    for block in trainer.model.h:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
     for first in (0, 2):
         take_steps(trainer, 2, first)
         gpt2.evaluate(trainer)
+        list(gpt2.generate(trainer.model, [1, 2, 3], 2, 4, end=-1))  # as it is, whatever the cache holds
     assert len(graphs) == 2
     torch.compiler.reset()
 
 
-def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
-    one, two = (make_trainer(tmp_path, text) for _ in range(2))
-    two.machine = replace(two.machine, dtype=torch.bfloat16)
+@pytest.fixture
+def in_bf16(monkeypatch):
+    """in_bf16(): from now on trainers are made as on a GPU, with a twin in bf16."""
+
+    def switch() -> None:
+        monkeypatch.setattr(gpt2, "choose_dtype", lambda wanted, device: torch.bfloat16)
+        monkeypatch.setattr(gpt2, "measure_matmul_rate", lambda device, dtype: 1e9)  # slow in bf16 on a CPU
+
+    return switch
+
+
+def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text, in_bf16):
+    one = make_trainer(tmp_path, text)
+    in_bf16()
+    two = make_trainer(tmp_path, text)
     padding = two.model.wte.weight[257:]
     a, b = take_steps(one, 3), take_steps(two, 3)
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-2)
@@ -205,6 +220,39 @@ def test_a_step_in_bf16_is_close_to_one_in_float32(tmp_path, text):
     assert [x["norm"] for x in a] == pytest.approx([x["norm"] for x in b], rel=5e-2)
     assert padding.eq(0).all() and all(p.dtype is torch.float32 and p.isfinite().all() for p in two.model.parameters())
     assert gpt2.evaluate(two) == pytest.approx(gpt2.evaluate(one), rel=1e-2)
+
+
+def test_what_computes_in_bf16_is_the_rounded_weights(tmp_path, text, in_bf16):
+    """Also after weights were loaded, and small updates are not lost in it: they add up in float32."""
+    in_bf16()
+    trainer = make_trainer(tmp_path, text, lr=1e-6)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    take_steps(trainer, 5)
+    gpt2.evaluate(trainer)
+    for (name, parameter), twin in zip(trainer.model.named_parameters(), trainer.twin.parameters(), strict=True):
+        assert twin.dtype is torch.bfloat16 and torch.equal(twin, parameter.to(torch.bfloat16)), name
+        assert not torch.equal(parameter, before[name]), name
+    trainer.model.load_state_dict(before)
+    gpt2.evaluate(trainer)
+    assert torch.equal(trainer.twin.wpe.weight, before["wpe.weight"].to(torch.bfloat16))
+
+
+def test_gradients_of_micro_batches_in_bf16_add_up_in_float32(tmp_path, text, in_bf16, monkeypatch):
+    """The sum of what each micro-batch gives alone, to the last digit of float32."""
+    in_bf16()
+    trainer, seen = make_trainer(tmp_path, text, "--micro-batch-size", "1"), {}
+    monkeypatch.setattr(gpt2.nn.utils, "clip_grad_norm_", lambda parameters, norm: seen.update(
+        enumerate(p.grad.clone() for p in parameters)) or torch.zeros(()))  # fmt: skip
+    batch = trainer.fetch_batch(0)
+    gpt2.training_step(trainer, 0, batch)
+    trainer = make_trainer(tmp_path, text, "--micro-batch-size", "1")
+    expected = [torch.zeros_like(parameter) for parameter in trainer.model.parameters()]
+    for sequence in batch.split(1):
+        loss = trainer.twin(sequence[:, :-1], sequence[:, 1:]) / trainer.settings.batch_tokens
+        for total, gradient in zip(expected, torch.autograd.grad(loss, list(trainer.twin.parameters())), strict=True):
+            assert gradient.dtype is torch.bfloat16
+            total += gradient
+    assert all(torch.equal(seen[number], total) for number, total in enumerate(expected))
 
 
 def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
@@ -939,32 +987,6 @@ def test_mfu_is_given_only_for_a_rate_that_nothing_disturbed(tmp_path, text, mon
 def test_the_rate_of_the_data_sheet(name, tera):
     """NVIDIA's data sheets, dense bf16 (fp16 before Ampere). A card that is not named there has none."""
     assert gpt2.data_sheet_rate(name) == (tera and tera * 1e12)
-
-
-def test_ddp_is_compiled_from_inside(tmp_path, text, monkeypatch):
-    """The first call of the compiled model comes through the wrapper, so that the graph can be split."""
-    trainer, calls = make_trainer(tmp_path, text), []
-
-    class Wrapped:
-        def __init__(self, network, **options):
-            self.network = network
-
-        def __call__(self, *batch):
-            calls.append("inside")
-            return self.network(*batch)
-
-    def compiled(*batch):
-        calls.append("compiled")
-        return trainer.model(*batch)
-
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapped)
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
-    tokens = torch.zeros(1, 4, dtype=torch.long)
-    monkeypatch.setattr(gpt2, "forward_backward", lambda trainer, network, sequences: network(tokens, tokens))
-    trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=2, micro_batch_size=1)
-    network, mode = gpt2.compile_network(trainer, True)
-    assert mode == "compiled" and isinstance(network, Wrapped) and calls == ["inside", "compiled"]
-    assert torch._dynamo.config.optimize_ddp == gpt2.SPLIT_GRAPH
 
 
 def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_why(tmp_path, text, monkeypatch):

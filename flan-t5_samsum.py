@@ -18,6 +18,11 @@ How to read it: sections 2 to 6 are the method, in the order in which a row goes
 one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 15 make it safe and
 comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which runs the
 same step and the same generation on a GPU many times faster.
+
+Where to look: a long dialogue is cut in `encode`; the loss is normalised in `token_mean_loss`; the order of rows is
+`LengthGroupedSampler.order`; dropout is seeded in `SummarizationTrainer.training_step`; a step that is not finite is
+skipped in `_clip_grad_norm`; ROUGE's interval is `bootstrap_interval`; `train` (section 10) puts all together;
+`Run.on_step_end` (10) decides when a checkpoint is due and what a signal does, `save_checkpoint` (7) what is in it.
 """
 
 import argparse
@@ -164,7 +169,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="flan-t5_samsum.py", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="flan-t5_samsum.py", description=__doc__.split("\nHow to read")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     exclusive = {}
     for item in fields(Settings):
@@ -464,6 +469,16 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 
 
 # ---------- 3. Model: a base in bf16, INT8 or NF4, and its LoRA adapter -----------------------------------------------
+#
+#            base weights  trained, in fp32  products in training (autocast)   products in scoring
+# (default)  bf16          LoRA              bf16                              bf16, LoRA's fp32
+# --int8     INT8          LoRA              INT8, outliers fp16; LoRA's bf16  INT8, outliers fp16; LoRA's fp32
+# --int4     NF4           LoRA              NF4 to bf16, LoRA's bf16          NF4 to bf16, LoRA's fp32
+# --full     fp32          all               bf16                              bf16
+#
+# Where bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
+# The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
+# T5's own dropout (0.1) is on in training, as is LoRA's.
 
 
 def get_device() -> tuple[torch.device, torch.dtype]:
@@ -607,7 +622,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     The rows are shuffled, cut into chunks of 50 batches (at least four chunks, so that other rows meet in each epoch),
     sorted by length within each chunk and shuffled again batch by batch: little padding, much randomness. The order is
     a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a resumed run
-    sees the same batches.
+    sees the same batches, of which the Trainer skips those that its step says were taken.
 
     An epoch is filled up to a multiple of `multiple_of` rows with the index len(lengths), an empty row: where the last
     batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.

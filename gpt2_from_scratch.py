@@ -91,6 +91,8 @@ def count_or_auto(text: str) -> int | str:
 
 def flag(default: Any, help: str, kind: Callable | None = None, **options: Any) -> Any:
     """A field of Settings. `free`: may differ when a run is resumed; all other options are argparse's."""
+    if default is not None and not isinstance(default, bool):
+        help += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
     return field(default=default, metadata={"help": help, "free": False, "type": kind} | options)
 
 
@@ -103,81 +105,74 @@ class Settings:
     """
 
     # model
-    model: str | None = flag("nano", "a preset of the sizes below (default: nano)", choices=list(PRESETS))
-    init: str | None = flag(None, "start with these: a Hub id or a folder of a Hugging Face GPT-2, or a run (without "
-                            "--model: --lr 1e-4 and about 32768 --batch-tokens by default)", metavar="WHAT")
+    model: str | None = flag("nano", "the sizes below, with their recipe", choices=list(PRESETS))
+    init: str | None = flag(None, "start with these weights: a Hub id, a folder of a Hugging Face GPT-2, or a run "
+                            "(without --model: --lr 1e-4, about 32768 --batch-tokens)", metavar="WHAT")
     layers: int | None = flag(None, "transformer blocks", COUNT)
     heads: int | None = flag(None, "attention heads per block", COUNT)
     width: int | None = flag(None, "size of the residual stream", COUNT)
     block_size: int | None = flag(None, "tokens that the model sees at once", COUNT)
-    dropout: float = flag(0.0, "on embeddings, attention weights and residual branches (default: 0)",
-                          number(float, 0, 0.99))
+    dropout: float = flag(0.0, "on embeddings, attention weights and residual branches", number(float, 0, 0.99))
     # data
-    data: str = flag("stdlib", "stdlib (default); a text, .jsonl or .parquet file or a folder of such, also as .gz or "
-                     ".zst; or a data set on the Hub as owner/name or owner/name:subset, which is streamed",
-                     metavar="WHAT")
-    glob: str = flag("*", "files of a folder, for example '*.py' (default: every file with text)", metavar="PATTERN")
-    text_column: str = flag("text", "column of .jsonl, .parquet and Hub data (default: text)", metavar="NAME")
+    data: str = flag("stdlib", "Python's own source; a text, .jsonl or .parquet file or a folder of such, also .gz or "
+                     ".zst; or a data set on the Hub, owner/name or owner/name:subset, streamed", metavar="WHAT")
+    glob: str = flag("*", "which files of a folder, such as '*.py'", metavar="PATTERN")
+    text_column: str = flag("text", "column of .jsonl, .parquet and Hub data", metavar="NAME")
     limit: int | None = flag(None, "only the first N documents, to try things", COUNT)
-    split_on_eot: bool = flag(False, "take <|endoftext|> in a text as the border between two documents (by default it "
-                              "is text like any other)")
-    tokenizer: str | None = flag(None, "bpe, trained on the data (default; with --init: that model's own), bytes, gpt2 "
+    split_on_eot: bool = flag(False, "<|endoftext|> in a text is the border between two documents, not text")
+    tokenizer: str | None = flag(None, "bpe, trained on the data (default; with --init: the model's own), bytes, gpt2 "
                                  "(from the Hub), or a folder with tokenizer.json or vocab.json + merges.txt",
                                  metavar="WHAT")
-    vocab_size: int = flag(50257, "of --tokenizer bpe (default: 50257; nano: 1024)", number(int, 257, 2**20))
+    vocab_size: int = flag(50257, "of --tokenizer bpe; nano: 1024", number(int, 257, 2**20))
     val_fraction: float | None = flag(None, "share of the text held out for validation (default: 0.05, at most about "
                                       "20 million characters)", SHARE)
     # training
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
-    optimizer: str = flag("adamw", "adamw (default), or muon for the matrices of the blocks and adamw for the rest "
-                          "(default of nano)", choices=["adamw", "muon"])
+    optimizer: str = flag("adamw", "muon: for the matrices of the blocks, and adamw for the rest; nano: muon",
+                          choices=["adamw", "muon"])
     muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano: 0.015)",
                                  number(float, 0, 10, above=True))
-    schedule: str = flag("cosine", "cosine down to a tenth (default), linear to zero (default of nano), or "
-                         "warm-up-stable-decay: constant, then linear to zero over the last fifth",
-                         choices=["cosine", "linear", "wsd"])
+    schedule: str = flag("cosine", "after warm-up: cosine down to a tenth; linear to zero; constant, then linear to "
+                         "zero over the last fifth (wsd); nano: linear", choices=["cosine", "linear", "wsd"])
     warmup_steps: int | None = flag(None, "linear warm-up (default: a twentieth, at most 2000)", number(int, 0))
-    weight_decay: float = flag(0.1, "of matrices; the rest has none (default: 0.1)", number(float, 0, 10))
+    weight_decay: float = flag(0.1, "of matrices; the rest has none", number(float, 0, 10))
     batch_tokens: int | None = flag(None, "tokens per optimiser step, all processes together", COUNT)
-    micro_batch_size: int | str = flag("auto", "sequences per forward pass and process; the rest accumulates (default: "
-                                       "auto, what fits)", count_or_auto, free=True)
-    gradient_checkpointing: bool = flag(False, "keep one activation per block and compute the others anew in the "
+    micro_batch_size: int | str = flag("auto", "sequences per forward pass and process, the rest accumulates; auto: "
+                                       "what fits", count_or_auto, free=True)
+    gradient_checkpointing: bool = flag(False, "keep one activation per block and compute the others again in the "
                                         "backward pass: much less memory, a quarter to a third slower", free=True)
-    shard_optimizer: bool = flag(False, "several processes: each keeps the optimiser's state of its own share of the "
-                                 "parameters (ZeRO-1): less memory, one more exchange per step", free=True)
-    epochs: float = flag(1.0, "passes over the data (default: 1)", number(float, 0, above=True))
+    shard_optimizer: bool = flag(False, "each process keeps the optimiser's state of its share of the parameters "
+                                 "(ZeRO-1): less memory, one more exchange per step", free=True)
+    epochs: float = flag(1.0, "passes over the data", number(float, 0, above=True))
     max_steps: int | None = flag(None, "optimiser steps, whatever --epochs says (nano: 1250)", COUNT, free=True)
     eval_every: int | None = flag(None, "steps from one evaluation, sample and checkpoint to the next (default: a "
                                   "fifth of all, at most 1000)", COUNT)
-    seed: int = flag(42, "of everything that is random (default: 42)", number(int, 0, 2**32 - 1))
-    dtype: str = flag("auto", "default: bf16 on a GPU that has it, fp16 with a dynamic loss scale on an older one; on "
-                      "a GPU, fp32 is TF32", choices=["auto", "bf16", "fp16", "fp32"])
+    seed: int = flag(42, "of everything that is random", number(int, 0, 2**32 - 1))
+    dtype: str = flag("auto", "auto: bf16 on a GPU that has it, fp16 with a loss scale on an older one, else fp32 (on "
+                      "a GPU TF32)", choices=["auto", "bf16", "fp16", "fp32"])
     compile: bool = flag(True, "run eagerly, also where torch.compile works")
     deterministic: bool = flag(True, "let a GPU use faster kernels whose rounding varies from run to run: a resumed "
                                "one is then only close to an uninterrupted one")
     # files
-    output_dir: str | None = flag(None, "folder of this run (default: runs/gpt2-nano-<data>-lr=<lr>; of the other "
-                                  "presets: runs/<preset>-<data>-lr=<lr>)", metavar="DIR", free=True)
-    cache_dir: str = flag("cache", "token files, and downloads if given (default: cache, and Hugging Face's)",
-                          metavar="DIR", free=True)
+    output_dir: str | None = flag(None, "folder of this run (default: runs/<model>-<data>-lr=<lr>)", metavar="DIR",
+                                  free=True)
+    cache_dir: str = flag("cache", "token files, and downloads if given", metavar="DIR", free=True)
     resume: bool = flag(False, "go on from the last checkpoint of --output-dir (default: of the newest run)", free=True)
-    # instead of training
-    sample: str | None = flag(None, "continue PROMPT with the model of --init (default: the newest run); without "
-                              "PROMPT, every line of standard input", nargs="?", const="", metavar="PROMPT")
-    evaluate: str | None = flag(None, "loss, perplexity and bits per byte of the model of --init (default: the newest "
-                                "run) on all text of DATA, which is as for --data (default: the run's validation text)",
-                                nargs="?", const="", metavar="DATA")
-    export: str | None = flag(None, "write the model of --init (default: the newest run) for transformers",
-                              metavar="DIR")
-    plan: bool = flag(False, "print parameters, memory, FLOPs, speed, time to the end; the data is tokenised first: if "
-                      "it is large, add --limit")
+    # instead of training, with the model of --init (default: the newest run)
+    sample: str | None = flag(None, "continue PROMPT; without PROMPT, every line of standard input", nargs="?",
+                              const="", metavar="PROMPT")
+    evaluate: str | None = flag(None, "loss, perplexity and bits per byte on DATA, as for --data (default: the run's "
+                                "validation text)", nargs="?", const="", metavar="DATA")
+    export: str | None = flag(None, "write a folder for transformers", metavar="DIR")
+    plan: bool = flag(False, "say what training would take: parameters, memory, speed, time (the data is tokenised "
+                      "first: if it is large, add --limit)")
     # sampling
-    max_new_tokens: int = flag(200, "longest continuation (default: 200)", COUNT)
-    temperature: float = flag(0.8, "0 takes the likeliest token (default: 0.8)", number(float, 0, 100))
-    top_k: int = flag(50, "of the N likeliest tokens only; 0: of all (default: 50)", number(int, 0))
-    top_p: float = flag(1.0, "of the likeliest tokens that together reach probability P (default: 1)",
+    max_new_tokens: int = flag(200, "longest continuation", COUNT)
+    temperature: float = flag(0.8, "0 takes the likeliest token", number(float, 0, 100))
+    top_k: int = flag(50, "of the N likeliest tokens only; 0: of all", number(int, 0))
+    top_p: float = flag(1.0, "of the likeliest tokens that together reach probability X",
                         number(float, 0, 1, above=True))
-    num_samples: int = flag(1, "continuations in one batch (default: 1)", number(int, 1, 1024))
+    num_samples: int = flag(1, "continuations in one batch", number(int, 1, 1024))
     # no flags, but what resolve_settings() finds: the folder that --init means; where downloads go
     weights: str | None = None
     hub_cache: str | None = None
@@ -189,8 +184,9 @@ class Settings:
 
 
 FLAGS = {field.name: field for field in fields(Settings) if field.metadata}
-GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "files", "sample": "instead of training",
-          "max_new_tokens": "sampling"}  # which flag begins which group of --help
+GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "files",  # which flag begins a group
+          "sample": "instead of training, with the model of --init (default: the newest run)",
+          "max_new_tokens": "sampling"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1165,7 +1161,7 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
 
 def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> Settings:
     """Check the batch, and fill in what depends on the length of the data."""
-    block, found = order.block_size, {}
+    block = order.block_size
     batch = settings.batch_tokens or max(1, 2**15 // (block * world)) * block * world
     share, rest = divmod(batch, block * world)
     if rest:
@@ -1294,18 +1290,18 @@ class NotText(Exception):
 def open_source(settings: Settings) -> Source:
     """Find what --data names. Raises UserError when there is nothing, or nothing that can be read."""
     path, column = Path(settings.data), settings.text_column
-    if settings.data != "stdlib" and not path.exists():
-        return open_hub_source(settings)
     if settings.data == "stdlib":
-        root, name = Path(sysconfig.get_paths()["stdlib"]), "stdlib"
-        files = list_files(root, "*.py", STDLIB_SKIP)
+        path, name = Path(sysconfig.get_paths()["stdlib"]), "stdlib"
+        files = list_files(path, "*.py", STDLIB_SKIP)
     elif path.is_dir():
-        root, name, files = path, path.resolve().name, list_files(path, settings.glob)
+        name, files = path.resolve().name, list_files(path, settings.glob)
+    elif path.exists():
+        name, files = path.name.split(".")[0], [path]
     else:
-        root, name, files = path.parent, path.name.split(".")[0], [path]
+        return open_hub_source(settings)
     if not files:
         raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
-    identity = [[file.relative_to(root).as_posix(), *size_and_mtime(file)] for file in files]
+    identity = [[file.relative_to(path.parent).as_posix(), *size_and_mtime(file)] for file in files]
     has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
     return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
 
@@ -1328,7 +1324,7 @@ def size_and_mtime(file: Path) -> tuple[int, int]:
 
 def kind_of(file: Path) -> str:
     """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
 
 def read_file(file: Path, column: str) -> Iterator[Part]:
@@ -1376,43 +1372,42 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
-    line_number = 0
+    place = str(file)
     try:
         if kind_of(file) == ".parquet":
-            is_plain = file.suffix not in COMPRESSED
-            table = pyarrow.parquet.ParquetFile(file if is_plain else pyarrow.BufferReader(open_bytes(file).read()))
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(open_bytes(file).read()) if file.suffix in COMPRESSED
+                                                else file)
             columns = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=columns, batch_size=1000):
-                yield from ((str(file), row) for row in batch.to_pylist())
+                yield from ((place, row) for row in batch.to_pylist())
             return
         with open_bytes(file) as lines:
-            for line_number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):
+                place = f"{file}, line {number}"
                 if line.strip():
-                    yield f"{file}, line {line_number}", json.loads(line.decode("utf-8-sig"))
+                    yield place, json.loads(line.decode("utf-8-sig"))
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        place = f", line {line_number}" if line_number else ""
-        raise UserError(f"{file}{place} cannot be read ({first_line(error)})") from None
+        raise UserError(f"{place} cannot be read ({first_line(error)})") from None
 
 
 def open_hub_source(settings: Settings) -> Source:
     """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
     repo, _, subset = settings.data.partition(":")
-    if not is_hub_id(repo):
-        raise UserError(f"--data {settings.data}: no such file or folder, and no Hub id (owner/name) either")
     commit, reason = ask_hub(repo, "dataset", "--data")
+    unreachable = UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
+                            f"({reason}). {OFFLINE} --data FOLDER")
     last_used = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
     if commit:
         make_folder(last_used.parent)
         write_json(last_used, {"commit": commit})
     elif not last_used.exists():
-        raise UserError(f"--data {repo}: the Hub cannot be reached ({reason}). {OFFLINE} --data FOLDER")
+        raise unreachable
     rows, commit = None, read_json(last_used)["commit"]
 
     def read(position: dict | None) -> Iterator[Part]:
         nonlocal rows
         if reason:
-            raise UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
-                            f"({reason}). {OFFLINE} --data FOLDER")
+            raise unreachable
         import datasets
 
         try:
@@ -1583,17 +1578,14 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
         descriptor = lock(unfinished, wait=True)  # another run may be making the same files
         try:
             if unfinished.exists() and not folder.exists():
-                write_tokens(unfinished, source, settings, tokenizer, vocab_size)
-                finish_folder(unfinished, folder)
-        except Exception as error:
+                with new_folder(folder, is_kept=True):
+                    write_tokens(unfinished, source, settings, tokenizer, vocab_size)
+        except Exception:
             if source.files:  # of a stream, the shards that are finished stay
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
-                raise OSError(error.errno, error.strerror, str(folder)) from None
             raise
         finally:
-            if descriptor not in (None, -1):
-                os.close(descriptor)
+            os.close(descriptor)
     return fingerprint
 
 
@@ -1620,8 +1612,8 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
     elif tokenizer is None:
         shards = labelled_shards(source, split if source.files else Split(source, settings), settings)
         tokenizer = train_tokenizer(training_text(itertools.chain.from_iterable(shards)), vocab_size)
-        say(f"tokenizer: byte-level BPE with {vocabulary_size(tokenizer):,} tokens, trained on the training text in "
-            f"{time.perf_counter() - started:.1f} s")
+        say_wrapped(f"tokenizer: byte-level BPE, {vocabulary_size(tokenizer):,} tokens, trained on the training text "
+                    f"in {time.perf_counter() - started:.1f} s")
     tokenizer.save(str(folder / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = saved.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
@@ -1775,6 +1767,11 @@ def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
 
     Asked before any download, because the Hub's client tries again for minutes when nothing answers.
     """
+    # A mistyped path is no Hub id either: there the folder exists, or the name ends like a file's.
+    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COMPRESSED,
+                                                                  *COLUMN_FILES)
+    if is_path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(f"{flag} {name}: no such file, no such folder, and no Hub id (owner/name)")
     from huggingface_hub import HfApi, errors
 
     try:
@@ -1786,19 +1783,10 @@ def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
         return None, first_line(error)
 
 
-def is_hub_id(name: str) -> bool:
-    """owner/name, and no mistyped path: there the folder exists, or the name ends like a file's."""
-    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", ".gz", ".zst",
-                                                                  *COLUMN_FILES)
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not is_path
-
-
 def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> Path:
     """The folder `name`, or the files of that model on the Hub: from the cache when there is no connection."""
     if Path(name).is_dir():
         return Path(name)
-    if not is_hub_id(name):
-        raise UserError(f"{flag} {name}: no such folder, and no Hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 
     commit, reason = ask_hub(name, "model", flag)
@@ -1937,8 +1925,8 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     if settings.max_steps != before:
         old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
                     (before, settings.max_steps))
-        say(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate is "
-            f"{new:.2e} in place of {old:.2e}")
+        say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate "
+                    f"is {new:.2e} in place of {old:.2e}")
     return progress
 
 
@@ -1953,6 +1941,7 @@ def undo_decay(run: Path, start: int) -> None:
 
 
 def put_aside(folder: Path, reason: str) -> None:
+    """Under a name that says why it is no checkpoint."""
     target = folder.with_name(f"{folder.name}.{reason}")
     remove_folder(target)
     os.rename(folder, target)
@@ -1989,8 +1978,7 @@ class StopRequest:
 def train(settings: Settings) -> int:
     """Train, from the start or from where a run stopped. Returns the exit code: 0, or 130 / 143 after a signal."""
     folder = Path(settings.output_dir or "runs")
-    is_new = settings.output_dir and not settings.resume
-    if is_new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if settings.output_dir and not settings.resume and is_in_use(folder):
         way_out = "--resume continues the run in it; or " if is_run(folder) else ""
         raise UserError(f"--output-dir {folder} is not empty: {way_out}choose another")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -2002,7 +1990,7 @@ def train(settings: Settings) -> int:
         saved = read_json(folder / "metrics.json") if settings.resume else {}
         data = prepare_tokens(settings, saved.get("data", {}).get("fingerprint"))
         model = make_model(settings, data.tokenizer, saved.get("model"))
-        trainer = make_trainer(settings, processes, data, model, saved.get("device", {}).get("compiled"))
+        trainer = make_trainer(settings, processes, data, model, saved.get("mode") == "compiled" if saved else None)
         settings, progress = trainer.settings, Progress()
         if settings.resume:
             progress = resume(folder, trainer)
@@ -2022,19 +2010,15 @@ def train(settings: Settings) -> int:
         say(f"folder: {folder}\n")
         return Run(trainer, progress, folder, bigram, started).train()
     finally:
-        if is_main_process() and held not in (None, -1):
+        if is_main_process() and held is not None:
             os.close(held)
 
 
 def lock_run(folder: Path) -> int:
     """Take the lock of a run's folder: two processes must not write into one. The lock of a dead process is free."""
-    path = folder / "lock"
-    if not path.exists():
-        path.touch()
-    held = lock(path)
-    if held is None:
-        raise UserError(f"{folder} is in use: another process is training in it")
-    return held
+    if not (folder / "lock").exists():
+        (folder / "lock").touch()
+    return lock(folder / "lock")
 
 
 def new_run_folder(settings: Settings, data_name: str) -> Path:
@@ -2059,17 +2043,15 @@ def short(value: float) -> str:
 def make_model(settings: Settings, tokenizer: Tokenizer, saved: dict | None = None) -> GPT:
     """A fresh model, or that of --init. For a resumed run, one of the geometry that it had: resume() fills it."""
     size = vocabulary_size(tokenizer)
-    if saved:
-        model = GPT(GPTConfig(**saved))
-    elif settings.weights:
+    if settings.weights and not saved:
         model = load_pretrained(Path(settings.weights), settings.block_size, settings.dropout)
         if size > model.config.vocab_size:
             raise UserError(f"--tokenizer {settings.tokenizer} has {size} tokens, more than the "
                             f"{model.config.vocab_size} that the model of --init knows")
         return model
-    else:
-        names = ("block_size", "layers", "heads", "width", "dropout")
-        model = GPT(GPTConfig(size, **{name: getattr(settings, name) for name in names}))
+    names = ("block_size", "layers", "heads", "width", "dropout")
+    sizes = saved or {"vocab_size": size} | {name: getattr(settings, name) for name in names}
+    model = GPT(GPTConfig(**sizes))
     model.initialise(settings.seed)
     return model
 
@@ -2077,42 +2059,38 @@ def make_model(settings: Settings, tokenizer: Tokenizer, saved: dict | None = No
 def describe(trainer: Trainer) -> None:
     """Say on a few lines what is about to run where, and what looks wrong about it."""
     settings, machine, config, facts = trainer.settings, trainer.machine, trainer.model.config, trainer.data.facts
-    parameters, characters = count_parameters(trainer.model), facts["characters"]
-    is_tf32 = machine.dtype is torch.float32 and machine.device.type == "cuda"
-    dtype = str(machine.dtype).removeprefix("torch.") + (" (TF32 products)" if is_tf32 else "")
+    parameters, characters, tokens = count_parameters(trainer.model), facts["characters"], facts["tokens"]
+    epochs = settings.max_steps * trainer.sequences_per_step / trainer.order.per_epoch
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[machine.dtype]
+    dtype = "TF32" if (dtype, machine.device.type) == ("fp32", "cuda") else dtype
     rate = machine.matmul_rate / 1e12
     reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
-    other = [f"{name.replace('_', '-')} {getattr(settings, name)}" for name in
-             ("dropout", "weight_decay", "optimizer", "muon_lr", "gradient_checkpointing", "shard_optimizer")
-             if getattr(settings, name) != defaults.get(name)]
-    lines = [
-        f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
-        f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
-        f"{config.vocab_size:,})",
-        f"data: {facts['name']}, {facts['tokens']['train']:,} training and {facts['tokens']['validation']:,} "
-        f"validation tokens ({characters['train']:,} and {characters['validation']:,} characters: "
-        f"{characters['validation'] / sum(characters.values()):.2%} for validation)",
-        f"device: {machine.world} x {device_name(machine.device)}, {dtype}, {machine.mode}; matrix products {reach}",
-        f"training: {plural(settings.max_steps, 'step')} of {trainer.sequences_per_step} x {config.block_size} tokens "
-        f"({settings.max_steps * trainer.sequences_per_step / trainer.order.per_epoch:.2f} epochs), micro-batch "
-        f"{machine.micro_batch_size}, learning rate {short(settings.lr)} ({settings.schedule}, "
-        f"{plural(settings.warmup_steps, 'step')} warm-up), "
-        + ", ".join([f"seed {settings.seed}", *other]),
-    ]
-    if facts["left_out"]:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(facts["left_out"].values()).items())
-        names = [Path(file).name for file in facts["left_out"]]
-        lines.append(f"left out: {plural(len(names), 'file')} ({reasons}): {', '.join(names[:3])}"
-                     f"{', ...' if len(names) > 3 else ''}")
+    shown = ("dropout", "weight_decay", "optimizer", "muon_lr", "gradient_checkpointing", "shard_optimizer")
+    other = "".join(f", {name.replace('_', '-')} {getattr(settings, name)}" for name in shown
+                    if getattr(settings, name) != defaults.get(name))
+    say_wrapped(f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
+                f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
+                f"{config.vocab_size:,})")
+    say_wrapped(f"data: {facts['name']}, {tokens['train']:,} training and {tokens['validation']:,} validation tokens "
+                f"({characters['train']:,} and {characters['validation']:,} characters: "
+                f"{characters['validation'] / sum(characters.values()):.2%} for validation)")
+    say_wrapped(f"device: {machine.world} x {device_name(machine.device)}, {dtype}, {machine.mode}; matrix products "
+                f"{reach}")
+    say_wrapped(f"training: {plural(settings.max_steps, 'step')} of {trainer.sequences_per_step} x {config.block_size} "
+                f"tokens ({epochs:.2f} epochs), micro-batch {machine.micro_batch_size}, learning rate "
+                f"{short(settings.lr)} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), seed "
+                f"{settings.seed}{other}")
+    if left_out := facts["left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
+        names = ", ".join(Path(file).name for file in list(left_out)[:3])
+        say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
     if count := facts["end_of_text_in_text"]:
-        lines.append(f"note: {END_OF_TEXT} stands {plural(count, 'time')} in the text and is text like any other; if "
-                     "it is the border between documents, --split-on-eot")
-    if len(trainer.data.train) < parameters and not settings.weights:
-        lines.append(f"note: {plural(len(trainer.data.train), 'training token')} are few for {parameters:,} "
-                     "parameters: the model will learn them by heart; a smaller model or more text would do better")
-    for line in lines:
-        say_wrapped(line)
+        say_wrapped(f"note: {END_OF_TEXT} stands {plural(count, 'time')} in the text and is text like any other; if it "
+                    "is the border between documents, --split-on-eot")
+    if tokens["train"] < parameters and not settings.weights:
+        say_wrapped(f"note: {plural(tokens['train'], 'training token')} are few for {parameters:,} parameters: the "
+                    "model will learn them by heart; a smaller model or more text would do better")
 
 
 class Run:
@@ -2121,10 +2099,10 @@ class Run:
     def __init__(self, trainer: Trainer, progress: Progress, folder: Path, bigram: float, started: float):
         self.trainer, self.settings, self.progress = trainer, trainer.settings, progress
         self.folder, self.bigram, self.started, self.log = folder, bigram, started, None
-        self.report_every = max(1, self.settings.max_steps // 20)
-        self.decay_start = None  # the checkpoint from which a warm-up-stable-decay run can be made longer
-        if self.settings.schedule == "wsd":
-            self.decay_start = self.settings.max_steps - decay_steps(self.settings.max_steps)
+        steps = self.settings.max_steps
+        self.report_every = max(1, steps // 20)
+        # The step whose checkpoint a warm-up-stable-decay run can be made longer from.
+        self.decay_start = steps - decay_steps(steps) if self.settings.schedule == "wsd" else None
         self.reported = self.began = (progress.step, progress.seconds)
         self.validation_size = (len(trainer.data.validation), trainer.data.facts["bytes"]["validation"])
         # What samples begin with: a document, if the model sees enough of them to know how they begin.
@@ -2233,9 +2211,9 @@ class Run:
         """Say which text a step was skipped for, and return it for the log."""
         count, order = self.trainer.sequences_per_step, self.trainer.order
         starts = [str(order.start(position)) for position in range((step - 1) * count, step * count)]
-        say(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its sequences of "
-            f"{order.block_size} tokens begin at tokens {', '.join(starts[:8])}{', ...' if count > 8 else ''} of "
-            "train.bin (all of them: metrics.jsonl)")
+        say_wrapped(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its "
+                    f"sequences of {order.block_size} tokens begin at tokens {', '.join(starts[:8])}"
+                    f"{', ...' if count > 8 else ''} of train.bin (all of them: metrics.jsonl)")
         return {"skipped": values["skipped"], "sequences": " ".join(starts)}
 
     def last_checkpoint(self) -> Path | str:
@@ -2277,17 +2255,17 @@ class Run:
 
     def write_metrics(self, status: str) -> None:
         """metrics.json: what ran, with what, where, and what came out. --resume reads the configuration from it."""
-        trainer, machine, versions = self.trainer, self.trainer.machine, {"python": platform.python_version()}
-        versions |= {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
+        trainer, machine, name = self.trainer, self.trainer.machine, device_name(self.trainer.machine.device)
+        packages = ("torch", "tokenizers", "safetensors", "numpy")
         write_json(self.folder / "metrics.json", finite({
             "status": status,
             "configuration": asdict(self.settings) | {"micro_batch_size": machine.micro_batch_size},
             "model": asdict(trainer.model.config),
-            "versions": versions,
-            "device": {"name": device_name(machine.device), "processes": machine.world, "mode": machine.mode,
-                       "compiled": machine.mode == "compiled", "dtype": str(machine.dtype),
-                       "matmul_flops_per_second": machine.matmul_rate,
-                       "data_sheet_flops_per_second": data_sheet_rate(device_name(machine.device))},
+            "versions": {"python": platform.python_version()} | {package: importlib.metadata.version(package)
+                                                                 for package in packages},
+            "device": name, "processes": machine.world, "precision": str(machine.dtype).removeprefix("torch."),
+            "mode": machine.mode, "matmul_flops_per_second": machine.matmul_rate,
+            "data_sheet_flops_per_second": data_sheet_rate(name),
             "data": trainer.data.facts | {"fingerprint": trainer.data.fingerprint},
             "results": self.results(),
         }))
@@ -2297,14 +2275,14 @@ class Run:
         results, trainer = self.results(), self.trainer
         script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
         for name, value in results.items():
-            shown = "n/a" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-            shown = f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else shown
+            is_whole = isinstance(value, int) or (value or 0) >= 1000
+            shown = "n/a" if value is None else f"{value:,.0f}" if is_whole else f"{value:,.4f}"
             name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
             say(f"| {name:22} | {shown:>14} |")
         best = self.progress.best_loss
         if best is not None and best > self.bigram:
-            say("note: that is worse than the bigram model, which looks at one token only: the\n"
-                "  model has learnt too little. More steps, more text or a smaller model help.")
+            say_wrapped("note: that is worse than the bigram model, which looks at one token only: the model has "
+                        "learnt too little. More steps, more text or a smaller model help.")
         say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, self.settings)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
@@ -2380,11 +2358,10 @@ class RunLog:
 
 def read_log(run: Path) -> list[dict]:
     """The lines of metrics.jsonl. The last one of a killed run may be half a line: it is left out."""
-    lines = []
-    if (run / "metrics.jsonl").exists():
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+    lines, log = [], run / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
     return lines
 
 
@@ -2488,7 +2465,7 @@ def read_prompts() -> Iterator[str]:
 def export(settings: Settings) -> int:
     """Write a folder for transformers."""
     target = Path(settings.export)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_in_use(target):
         raise UserError(f"--export {target}: this is not empty, choose another folder")
     model, tokenizer, source = load_for_use(settings)
     make_folder(target.resolve().parent)
@@ -2626,21 +2603,21 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; UserError when it is missing or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
+        if isinstance(value, dict):
+            return value
+        reason = "no object"
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
+        reason = first_line(error)
+    what = f"{path} cannot be read as JSON ({reason})" if path.exists() else f"{path.parent} has no {path.name}"
+    raise UserError(what)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all: a reader finds the old content or the new."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
+    """Whole or not at all: a reader finds the old content or the new."""
     unfinished = path.with_name(f"{path.name}.incomplete")
     unfinished.write_text(text, encoding="utf-8")
     sync(unfinished)
@@ -2666,29 +2643,33 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether it is a file, or a folder with anything in it."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, called <name>.incomplete until it is whole and on disk. One that has the name is replaced."""
+def new_folder(folder: Path, is_kept: bool = False) -> Iterator[Path]:
+    """A folder to fill, called <name>.incomplete until it is whole and on disk. One that has the name is replaced.
+
+    `is_kept`: what is unfinished stays after an error, and the next start goes on with it.
+    """
     unfinished = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    if not is_kept:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
-        finish_folder(unfinished, folder)
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say where it is
+        for path in [*unfinished.iterdir(), unfinished]:
+            sync(path)
+        remove_folder(folder)
+        os.rename(unfinished, folder)
+    except BaseException as error:
+        if not is_kept:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
             raise OSError(error.errno, error.strerror, str(folder)) from None
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def finish_folder(unfinished: Path, folder: Path) -> None:
-    """Give a folder that is complete its name."""
-    for path in [*unfinished.iterdir(), unfinished]:
-        sync(path)
-    remove_folder(folder)
-    os.rename(unfinished, folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -2699,22 +2680,24 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def lock(path: Path, wait: bool = False) -> int | None:
-    """Take the lock of a file or folder: its descriptor, which holds it until it is closed or the process dies.
+def lock(path: Path, wait: bool = False) -> int:
+    """Take the lock of a file or folder: a descriptor, which holds it until it is closed or the process dies.
 
-    None when another process has it (with `wait`, wait for that one), and -1 where the system has no such locks.
+    Raises UserError when another process has it (with `wait`, waits for that one). Where the system has no such locks
+    nobody is kept out.
     """
-    descriptor = None
     try:
         import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return descriptor
-    except (ImportError, OSError) as error:  # Windows, some network file systems
-        if descriptor is not None:
+    except ImportError:  # Windows
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # of some network file systems
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             os.close(descriptor)
-        return None if isinstance(error, BlockingIOError) else -1
+            raise UserError(f"{path.parent} is in use: another process is training in it") from None
+    return descriptor
 
 
 # ---------- 15. GPU kernels -------------------------------------------------------------------------------------------
@@ -2787,7 +2770,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         if given[name] == "" and name not in ("sample", "evaluate"):  # as a shell passes on a variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
     if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
-        raise UserError("--output-dir is for training: --sample, --evaluate, --export take the run that --init names")
+        raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
     for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
         if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
@@ -2801,13 +2784,12 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
             preset = preset | {follows: None}
     values = preset | saved | given
     values["cache_dir"] = str(Path(values.get("cache_dir", "cache")).resolve())
-    settings = Settings(**values)
-    if settings.init and not saved:
+    if "init" in given and not saved:
         for name in {"layers", "heads", "width"} & given.keys():
-            raise UserError(f"--{name} cannot be chosen: --init {settings.init} has its own")
-        sizes = {"layers": None, "heads": None, "width": None, "block_size": given.get("block_size")}
-        settings = replace(settings, **sizes)  # None: those of the weights
-        settings = replace(settings, weights=str(find_weights(settings)))
+            raise UserError(f"--{name} cannot be chosen: --init {given['init']} has its own")
+        values |= {"layers": None, "heads": None, "width": None, "block_size": given.get("block_size")}
+        values["weights"] = str(find_weights(Settings(**values)))
+    settings = Settings(**values)
     return replace(settings, tokenizer=settings.tokenizer or settings.weights or "bpe")
 
 
@@ -2824,52 +2806,43 @@ def saved_settings(given: dict) -> dict:
         raise UserError(f"--resume: {run} was made by another version of this script")
     for name in given.keys() & FLAGS.keys():
         if saved[name] != given[name] and not FLAGS[name].metadata["free"]:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {saved[name]} in {run}, not {given[name]}, and a resumed run keeps its "
-                            f"settings: leave {flag} out, or start a new run")
+            raise UserError(f"--{name.replace('_', '-')} is {saved[name]} in {run}, not {given[name]}, and a resumed "
+                            "run keeps its settings: leave it out, or start a new run")
     return saved
 
 
 def is_first_to_say(message: str) -> bool:
     """Of several processes that meet the same error, one prints it: the first that asks torchrun's store for it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return True
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"said: {message}", 1) == 1
-    except Exception:  # whoever held the store has gone: better twice than not at all
+    except Exception:  # a process alone, or whoever held the store has gone: better twice than not at all
         return True
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the command line says. Returns the exit code."""
     sys.stdout.reconfigure(errors="replace")  # samples hold any character, and not every terminal has all of them
-    too_small = "choose a smaller --micro-batch-size, --block-size or --model, or --gradient-checkpointing"
     try:
         settings = resolve_settings(arguments)
-        if settings.sample is not None:
-            return sample(settings)
-        if settings.evaluate is not None:
-            return evaluate_text(settings)
-        code = export(settings) if settings.export else plan(settings) if settings.plan else train(settings)
+        commands = {"sample": sample, "evaluate": evaluate_text, "export": export, "plan": plan}
+        asked = [name for name in commands if getattr(settings, name) not in (None, False)]
+        code = commands[asked[0]](settings) if asked else train(settings)
         if dist.is_initialized():
             gc.collect()  # cycles may hold the process group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
         return code
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # who read the output has gone (`| head`); nothing more may be flushed to it at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as if ended by SIGPIPE
-    except OSError as error:  # a full disk, a file without permission: its text names the file and the reason
+    except (UserError, OSError) as error:  # the latter: a full disk, a file without permission, named in its text
+        if isinstance(error, BrokenPipeError):  # who read the output has gone (`| head`): flush nothing more to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + 13  # as if ended by SIGPIPE
         message = first_line(error)
-    except torch.OutOfMemoryError:
-        message = f"the GPU's memory is too small for this: {too_small}"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        message = f"the memory is too small for this: {too_small}"
+        message = ("the memory is too small for this: choose a smaller --micro-batch-size, --block-size or --model, or "
+                   "--gradient-checkpointing")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if is_first_to_say(message):

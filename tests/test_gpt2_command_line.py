@@ -282,6 +282,11 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
     "sample of an output folder": (lambda: ["--sample", "a", "--output-dir", "r"], "--init"),
     "export of an output folder": (lambda: ["--export", "there", "--output-dir", "r"], "--init"),
     "resume of nothing": (lambda: ["--resume", "--output-dir", "nowhere"], "no run"),
+    "a run without a checkpoint": (
+        lambda: ["--init", folder_of("r", {"metrics.json": "{}", "checkpoints/step-00000004.incomplete/x": ""}),
+                 "--sample", "a"],
+        "r has no finished checkpoint",
+    ),
     "no run to sample from": (lambda: ["--sample", "a"], "no run"),
     "no run to export": (lambda: ["--export", "there"], "no run"),
     "output is a file": (lambda: ["--data", "text.txt", "--output-dir", "text.txt"], "text.txt"),
@@ -326,6 +331,22 @@ def test_a_pickle_is_never_opened(command):
     torch.save({"wte.weight": Bomb()}, "model/pytorch_model.bin")
     code, _, error = command("--init", "model", "--data", "text.txt")
     assert code == 2 and "no model.safetensors" in error and not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+])  # fmt: skip
+def test_too_little_memory_is_one_line_with_the_way_out(command, monkeypatch, error):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr(gpt2, "train", fail)
+    code, _, said = command("--data", "text.txt")
+    assert code == 2 and "memory is too small" in said and "--micro-batch-size" in said and said.count("\n") == 1
+    error = RuntimeError("shape mismatch")  # a fault of the script, which shall be seen in full
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        command("--data", "text.txt")
 
 
 # Run folders
@@ -670,6 +691,11 @@ def test_plan_says_how_many_tokens_a_parameter_gets(command):
     _, out, _ = command("--data", "text.txt", *SIZES, "--plan")
     parameters = 300 * 32 + 32 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
     assert f"tokens: 1,024, {1024 / parameters:.1f} per parameter (usual: 20)" in out
+
+
+def test_a_plan_fits_80_columns(command):
+    out = command("--data", "text.txt", *SIZES, "--plan")[1] + command("--init", a_model(), "--evaluate", "text.txt")[1]
+    assert "to the end:" in out and "perplexity" in out and max(map(len, out.splitlines())) < 80
 
 
 def test_sampling_rounds_as_training_does(trained, monkeypatch):

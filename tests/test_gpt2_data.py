@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -179,6 +181,18 @@ def test_a_single_document_is_cut_at_its_end(tmp_path):
     assert len(validation) == pytest.approx(0.1 * len(text), abs=1)
 
 
+def test_a_long_document_begins_once_however_many_parts_it_is_read_in(tmp_path, monkeypatch):
+    """On both sides of the cut: an end-of-text token before each part would teach that texts end anywhere."""
+    monkeypatch.setattr(gpt2, "PIECE", 100)
+    file = tmp_path / "one.txt"
+    text = "".join(document(i) for i in range(30))
+    file.write_text(text)
+    data = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.3))
+    (train,), (validation,) = texts_of(data, "train"), texts_of(data, "validation")
+    assert train + validation == text and len(validation) > 10 * 100
+    assert data.facts["documents"] == {"train": 1, "validation": 1}
+
+
 def labelled_documents(texts: list[str], is_stream: bool, fraction: float | None) -> dict[str, list[str]]:
     """What each split gets, as texts; a document that is cut gives one to each."""
     read = lambda place: ((True, text) for text in texts)
@@ -217,6 +231,25 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path):
     file.write_text("".join(document(i) for i in range(40)) + "xylophones " * 200)
     data = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.2, vocab_size=400))
     assert len(gpt2.encode(data.tokenizer, "xylophones")) > 3
+
+
+def test_a_tokenizer_learns_from_the_beginning_of_much_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt2, "TOKENIZER_TEXT", 5000)
+    file = tmp_path / "texts.jsonl"
+    texts = [*(document(i) for i in range(40)), *(f"xylophones {i} " * 50 for i in range(40))]  # 16 and 32 kB
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.02, vocab_size=400))
+    assert len(gpt2.encode(data.tokenizer, "xylophones")) > 3 and len(gpt2.encode(data.tokenizer, " alpha")) == 1
+
+
+def test_unfinished_token_files_of_dead_processes_go_after_a_week(tmp_path):
+    old, new = (tmp_path / f"cache/tokens-{name}.incomplete" for name in ("old", "new"))
+    for folder, days in ((old, 8), (new, 6)):
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+    (tmp_path / "one.txt").write_text("".join(document(i) for i in range(30)))
+    gpt2.prepare_tokens(data_settings(tmp_path, tmp_path / "one.txt"))
+    assert new.exists() and not old.exists()
 
 
 def test_a_folder_gives_its_text_files_by_pattern(tmp_path):

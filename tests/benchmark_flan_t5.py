@@ -1,161 +1,334 @@
 """Speed of flan-t5_samsum.py beside the usual recipe, on this machine, in one run. Not collected by pytest.
 
-    python tests/benchmark_flan_t5.py                          # the tiny model on a CPU, XL's geometry on a GPU
-    python tests/benchmark_flan_t5.py --model xxl --int8       # another size, INT8 weights
-    python tests/benchmark_flan_t5.py --only generate
+    python tests/benchmark_flan_t5.py                            # everything that this machine can run
+    python tests/benchmark_flan_t5.py --only xl8,xl64,generate   # some parts, in this order
+    python tests/benchmark_flan_t5.py --json table.json          # and the figures in a file
 
-Weights are random, as speed does not depend on their values, and so are the tokens; lengths are spread as those of
-messenger dialogues are. The usual recipe: the same base and adapter in a plain loop, shuffled batches padded to their
-longest row, the model's own loss, fused AdamW; for summaries `generate` with the adapter beside the base (not merged),
-8 rows at a time in the order of the file. Every figure is printed with the ratio of the two.
+Three calls of ten minutes on an H100:
+
+    --only ceiling,xl8,xl8-warm,xl64,base8
+    --only ceiling,xl8-int8,xl8-int4,xl8-eager,generate
+    --only ceiling,xxl8-int8,xxl8-int4,xl16x2            # the last needs two GPUs
+
+Each part is a process of its own with a time limit (--timeout), so that one that fails or hangs costs no other. Weights
+are random, as speed does not depend on their values, and so are tokens; lengths are those of SAMSum (below). The usual
+recipe: the same base and adapter in a plain loop, shuffled batches padded to their longest row, the model's own loss,
+fused AdamW; for summaries `generate` with the adapter beside the base. Ours is the script's own Trainer with all that
+it does but evaluations and checkpoints, as it is after a while: the batches come three times, the third time counts.
+Without a GPU everything runs on a toy: a test of this file, no measurement.
 """
 
 import argparse
+import dataclasses
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+START = time.perf_counter()
 SCRIPT = Path(__file__).resolve().parents[1] / "flan-t5_samsum.py"
-spec = importlib.util.spec_from_file_location("flan_t5_samsum", SCRIPT)
-flan = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = flan
-spec.loader.exec_module(flan)
-np, torch = flan.np, flan.torch
+
+# name: flags, steps of each of the three passes, steps of the usual recipe
+PARTS = {
+    "ceiling": ("", 0, 0),
+    "xl8": ("--model xl", 40, 8),
+    "xl8-warm": ("--model xl", 4, 0),  # how long until the first step, now that the compiler's cache is there
+    "xl64": ("--model xl --batch-size 64", 12, 4),
+    "base8": ("--model base", 60, 12),
+    "xl8-int8": ("--model xl --int8", 30, 5),
+    "xl8-int4": ("--model xl --int4", 30, 5),
+    "xl8-eager": ("--model xl --no-fast", 8, 0),
+    "generate": ("--model xl", 0, 0),
+    "xxl8-int8": ("--model xxl --int8 --gradient-checkpointing", 4, 0),
+    "xxl8-int4": ("--model xxl --int4 --gradient-checkpointing", 4, 0),
+    "xl16x2": ("--model xl --batch-size 16", 40, 0),
+}
+
+# Tokens of source and target, Flan-T5's tokenizer, with the prefix "summarize: " and cut at 512 and 128: every 41st row
+# of SAMSum's training split, sorted by these two numbers. Means 149.5 and 28.9; of the whole split 149.8 and 28.7.
+TABLE = """
+    19,12 22,15 24,9 25,10 25,18 26,14 27,12 28,6 28,15 29,12 29,31 30,15 31,12 31,25 32,13 32,20 33,12 33,20 34,12
+    34,17 35,12 35,20 36,13 36,27 37,15 38,5 38,13 38,24 39,14 39,24 40,14 41,10 41,17 41,40 42,16 43,9 43,16 43,28
+    44,16 44,33 45,14 45,23 46,15 46,23 47,11 47,21 48,13 48,21 49,11 49,20 50,13 50,25 51,15 51,32 52,14 52,21 53,11
+    53,21 54,12 54,20 55,10 55,17 55,28 56,15 56,27 57,14 57,23 58,14 58,25 59,14 59,23 60,10 60,19 61,9 61,19 61,29
+    62,19 62,32 63,19 63,43 64,19 64,31 65,18 65,29 66,15 66,24 67,12 67,20 68,9 68,18 68,26 69,15 69,24 70,13 70,23
+    71,9 71,19 71,28 72,14 72,24 73,10 73,20 73,30 74,19 74,30 75,17 75,27 76,18 76,31 77,16 77,29 78,16 78,25 79,15
+    79,38 80,21 80,33 81,21 81,44 82,22 82,37 83,19 84,10 84,21 84,45 85,31 86,20 86,42 87,24 88,15 88,32 89,21 90,13
+    90,27 91,23 92,15 92,35 93,20 93,33 94,21 95,12 95,30 96,20 96,37 97,22 98,7 98,22 99,5 99,30 100,21 101,7 101,38
+    102,28 103,23 104,17 104,36 105,23 106,15 107,11 107,33 108,21 109,16 109,43 110,28 111,24 112,22 113,12 113,32
+    114,22 115,13 115,37 116,31 117,18 117,52 118,30 119,23 120,13 120,34 121,25 121,44 122,25 123,16 123,41 124,36
+    125,27 126,20 126,61 127,34 128,27 129,18 130,12 130,45 131,35 132,24 133,23 133,56 134,41 135,27 136,19 136,50
+    137,50 138,40 139,34 140,37 141,34 142,29 143,25 144,24 145,24 146,18 146,42 147,35 148,32 149,29 150,25 151,19
+    151,53 152,34 153,37 154,27 155,35 156,29 157,24 157,52 158,37 159,34 160,33 161,27 162,17 163,16 164,12 165,15
+    165,51 166,49 167,39 168,34 169,26 170,21 171,21 172,19 173,23 174,18 174,49 176,20 177,18 178,18 179,29 180,27
+    181,27 182,31 183,27 184,33 185,33 186,27 187,38 188,71 190,16 191,29 192,38 193,39 194,41 195,36 196,41 197,44
+    199,17 199,62 201,17 202,20 203,18 204,23 205,48 207,18 208,34 209,26 210,40 211,55 213,16 214,18 215,35 216,58
+    218,18 219,38 220,60 221,58 223,38 224,51 226,19 227,33 229,23 230,31 231,41 233,16 234,25 235,42 237,33 239,27
+    240,71 242,44 243,54 245,64 247,46 249,64 251,65 253,52 255,28 257,35 259,31 261,38 262,46 265,25 267,53 269,58
+    271,45 273,53 275,39 277,49 279,54 282,50 285,34 288,22 290,16 293,39 296,35 298,72 302,23 305,37 307,68 311,21
+    314,16 317,79 321,38 324,42 328,28 332,40 336,31 341,10 344,41 349,39 353,62 359,40 364,56 370,34 374,72 381,50
+    386,52 393,72 399,70 406,57 415,49 426,65 436,54 448,22 458,43 475,46 497,59 512,28 512,43 512,55 512,68
+"""
+LENGTHS = [tuple(map(int, pair.split(","))) for pair in TABLE.split()]
 
 
-def random_rows(tokenizer, count, seed):
-    """A tokenised split: sources of about 150 tokens, targets of about 28, as in SAMSum, at most 512 and 128."""
-    rng = np.random.default_rng(seed)
-    draw = lambda length: [*rng.integers(300, len(tokenizer), length - 1).tolist(), tokenizer.eos_token_id]
-    lengths = [np.clip(rng.lognormal(np.log(middle), 0.6, count), 8, most).astype(int)
-               for middle, most in ((125, 512), (24, 128))]
+def load_script():
+    spec = importlib.util.spec_from_file_location("flan_t5_samsum", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_rows(flan, count, seed, vocabulary):
+    """A tokenised split whose rows have SAMSum's lengths, shuffled."""
+    rng = flan.np.random.default_rng(seed)
+    order = rng.permutation(flan.np.arange(count) % len(LENGTHS))
+    draw = lambda length: [*rng.integers(300, vocabulary, length - 1).tolist(), 1]
     return flan.datasets.Dataset.from_dict({
-        "id": list(map(str, range(count))), "input_ids": [draw(n) for n in lengths[0]],
-        "labels": [draw(n) for n in lengths[1]], "truncated": [False] * count,
+        "id": list(map(str, range(count))), "input_ids": [draw(LENGTHS[i][0]) for i in order],
+        "labels": [draw(LENGTHS[i][1]) for i in order],
     })  # fmt: skip
 
 
-def random_model(args, folder, device, dtype):
-    """The script's own load_base and add_lora on a folder of random weights with the geometry of --model."""
-    config = flan.geometry(args)
+def random_model(flan, settings, device, dtype):
+    """What load_base and add_lora return, with random weights that are made where they stay, in seconds."""
+    torch = flan.torch
+    config = flan.geometry(settings) if device.type == "cuda" else flan.transformers.T5Config(
+        vocab_size=4096, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
         model = flan.transformers.T5ForConditionalGeneration(config)
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * config.d_model**-0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    del model
-    base = flan.load_base(folder, device, dtype, args.quantization)
-    return flan.add_lora(base, args)
+    torch.set_default_dtype(torch.float32)
+    model.set_input_embeddings(model.shared)
+    for parent in list(model.modules()) if settings.quantization else ():
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear and name not in ("lm_head", "wo"):
+                setattr(parent, name, quantised(flan, linear, settings, device, dtype))
+    flan_model = flan.add_lora(model.requires_grad_(False), settings)
+    for name, parameter in flan_model.named_parameters():
+        if "lora_B" in name:  # zero would leave out half of the gradients
+            torch.nn.init.normal_(parameter, 0, 0.01)
+    if settings.gradient_checkpointing:
+        flan_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return flan_model
 
 
-def synchronise(device):
-    if device.type == "cuda":
+def quantised(flan, linear, settings, device, dtype):
+    """As transformers and bitsandbytes load it."""
+    nn, shape = flan.bitsandbytes.nn, {"bias": False, "device": "meta"}
+    if settings.int8:
+        layer = nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0, **shape)
+        layer.weight = nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        layer.register_forward_hook(flan.forget_input)
+        return layer
+    layer = nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4",
+                          compress_statistics=False, **shape)
+    layer.weight = nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False,
+                                 module=layer)._quantize(device)
+    if device.type == "cpu":
+        layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def useful_flops(config, sources, targets):
+    """Of training on so many tokens: two for each weight and token forward, and as many backward (LoRA's are few)."""
+    attention = 4 * config.d_model * config.num_heads * config.d_kv
+    layer = attention + 3 * config.d_model * config.d_ff
+    source = config.num_layers * layer + config.num_decoder_layers * attention / 2  # k and v of cross-attention
+    target = config.num_decoder_layers * (layer + attention / 2) + config.vocab_size * config.d_model
+    return 4 * (source * sources + target * targets)
+
+
+def synchronise(torch):
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-class Clock(flan.TrainerCallback):
-    """Waits for the device and looks at the clock after `warm_up` steps and at the end."""
-
-    def __init__(self, warm_up):
-        self.warm_up, self.marks = warm_up, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (self.warm_up, state.max_steps):
-            synchronise(args.device)
-            self.marks.append(time.perf_counter())
-
-
-def our_training(args, model, tokenizer, rows, precision, steps, warm_up):
-    """Rows per second of the script's Trainer, everything included but evaluations and checkpoints."""
-    clock = Clock(warm_up)
-    data = {"train": rows, "validation": rows, "test": rows}
-    with tempfile.TemporaryDirectory() as folder:
-        run = flan.Run(args, Path(folder), {})
-        trainer = flan.SummarizationTrainer(run, model, tokenizer, data, steps, model.device, precision,
-                                            eval_strategy="no", eval_on_start=False)  # fmt: skip
-        trainer.add_callback(clock)
-        trainer.train()
-    return args.batch_size * (steps - warm_up) / (clock.marks[1] - clock.marks[0])
+def matmul_ceiling(torch):
+    """TFLOP/s of a large bf16 product."""
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (512, "cpu")
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for repeats in (5, 20):
+        synchronise(torch)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronise(torch)
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
 
 
-def usual_training(args, model, tokenizer, rows, precision, steps, warm_up):
-    """Rows per second of the plain loop."""
-    device = model.device
-    order = np.random.default_rng(1).permutation(len(rows))
-    collate = flan.DataCollatorForSeq2Seq(tokenizer, model=model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+def usual_training(flan, settings, model, rows, precision, steps, warm_up=2):
+    """Rows per second of the plain loop, and its peak memory; None where memory does not suffice."""
+    torch, device = flan.torch, model.device
+    order = flan.np.random.default_rng(1).permutation(len(rows))
+    collate = flan.DataCollatorForSeq2Seq(flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"]), model=model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
     model.train()
-    for step in range(steps):
-        if step == warm_up:
-            synchronise(device)
-            start = time.perf_counter()
-        chosen = order[np.arange(step * args.batch_size, (step + 1) * args.batch_size) % len(order)]
-        batch = collate([{key: rows[int(i)][key] for key in ("input_ids", "labels")} for i in chosen]).to(device)
-        with torch.autocast(device.type, precision, enabled=precision == torch.bfloat16):
-            model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    synchronise(device)
-    return args.batch_size * (steps - warm_up) / (time.perf_counter() - start)
+    try:
+        for step in range(steps + warm_up):
+            if step == warm_up:
+                synchronise(torch)
+                start = time.perf_counter()
+            chosen = order[flan.np.arange(step * settings.batch_size, (step + 1) * settings.batch_size) % len(order)]
+            batch = collate([{key: rows[int(i)][key] for key in ("input_ids", "labels")} for i in chosen]).to(device)
+            with torch.autocast(device.type, precision, enabled=precision == torch.bfloat16):
+                model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        synchronise(torch)
+        return steps * settings.batch_size / (time.perf_counter() - start), flan.peak_memory_gib(device)
+    except torch.OutOfMemoryError:
+        return None, None
+    finally:
+        model.zero_grad()
 
 
-def our_summaries(args, model, tokenizer, rows, precision):
-    with flan.merged_adapter(model.eval()):
-        flan.Summarizer(model, tokenizer, args, model.device, precision)(rows["input_ids"])
+def our_training(flan, settings, model, rows, precision, steps):
+    """The script's Trainer over the same `steps` batches three times."""
+    torch, marks = flan.torch, {}
+
+    class Clock(flan.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (1, 2 * steps, 3 * steps):
+                synchronise(torch)
+                marks[state.global_step] = time.perf_counter()
+            if state.global_step == 1:  # the comparison before it is not a step's memory
+                trainer.restart_clock()
+
+    tokenizer = flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"])
+    with tempfile.TemporaryDirectory() as folder:
+        run = flan.Run(settings, Path(folder), {})
+        begin = time.perf_counter()
+        data = dict.fromkeys(flan.SPLITS, rows)
+        trainer = flan.SummarizationTrainer(run, model, tokenizer, data, 3 * steps, model.device, precision,
+                                            eval_strategy="no", eval_on_start=False, logging_steps=10**6)
+        order = trainer.sampler.order(0)
+        trainer.sampler.order = lambda epoch: order
+        trainer.add_callback(Clock())
+        trainer.log = lambda *_: None
+        trainer.train()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else 0.0
+    reserved = torch.cuda.memory_reserved() / 2**30 if model.device.type == "cuda" else 0.0
+    return {
+        "rows_per_second": steps * settings.batch_size / (marks[3 * steps] - marks[2 * steps]),
+        "first_two_passes_seconds": marks[2 * steps] - begin, "first_step_seconds": marks[1] - begin,
+        "from_start_of_process_seconds": marks[1] - START, "peak_gib": peak, "reserved_gib": reserved,
+        "is_fast": trainer.fast is not None, "graphs": len(trainer.fast.graphs) if trainer.fast else 0,
+    }
 
 
-@torch.inference_mode()
-def usual_summaries(args, model, tokenizer, rows, precision):
-    model.eval()
-    for start in range(0, len(rows), 8):
-        batch = tokenizer.pad({"input_ids": rows["input_ids"][start : start + 8]}, return_tensors="pt").to(model.device)
-        with torch.autocast(model.device.type, precision, enabled=precision == torch.bfloat16):
-            output = model.generate(**batch, max_new_tokens=args.max_new_tokens, num_beams=1, do_sample=False)
-        tokenizer.batch_decode(output, skip_special_tokens=True)
-
-
-def rows_per_second(work, args, model, tokenizer, rows, precision):
-    work(args, model, tokenizer, rows.select(range(8)), precision)  # warms up
-    synchronise(model.device)
+def generation(flan, settings, model, precision, vocabulary):
+    """All 819 dialogues, which with random weights nearly never end before the last token; and 64 by generate()."""
+    torch, count = flan.torch, 819 if model.device.type == "cuda" else 40
+    sources = random_rows(flan, count, 1, vocabulary)["input_ids"]
+    tokenizer = flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"])
+    tokens = lambda summarizer, rows: [summarizer.generate(rows[i : i + summarizer.batch_size])
+                                       for i in range(0, len(rows), summarizer.batch_size)]
+    summarizer, result = flan.Summarizer(model.eval(), tokenizer, settings, model.device, precision), {}
+    for name in ("cold", "warm"):
+        start = time.perf_counter()
+        ours = summarizer(sources)
+        synchronise(torch)
+        result[f"{name}_seconds"] = time.perf_counter() - start
+    result["is_fast"] = bool(summarizer.fast and summarizer.fast.is_proved["generation"])
+    summarizer.fast = None
+    some = sorted(range(count), key=lambda i: -len(sources[i]))[::13]
     start = time.perf_counter()
-    work(args, model, tokenizer, rows, precision)
-    synchronise(model.device)
-    return len(rows) / (time.perf_counter() - start)
+    theirs = [text for part in tokens(summarizer, [sources[i] for i in some]) for text in part]
+    synchronise(torch)
+    result["usual_seconds_for_some"], result["some"] = time.perf_counter() - start, len(some)
+    result["same"] = sum(ours[i] == text for i, text in zip(some, theirs, strict=True))
+    return result
+
+
+def run_part(name):
+    """Measures one part, and prints its figures as a line of JSON."""
+    flags, steps, usual_steps = PARTS[name]
+    flan = load_script()
+    torch, has_gpu = flan.torch, flan.torch.cuda.is_available()
+    settings = flan.parse_settings(flags.split())
+    device, precision = flan.get_device()
+    flan.PartialState(cpu=not has_gpu)
+    result = {"part": name, "flags": flags, "device": flan.device_name(device)}
+    if name == "ceiling":
+        result["tflops"] = matmul_ceiling(torch)
+    else:
+        if not has_gpu:
+            steps, usual_steps = min(steps, 2), min(usual_steps, 2)
+            settings = dataclasses.replace(settings, max_new_tokens=5)
+        begin = time.perf_counter()
+        model = random_model(flan, settings, device, precision)
+        synchronise(torch)
+        result["built_seconds"] = time.perf_counter() - begin
+        vocabulary = min(4000, model.config.vocab_size)
+        if name == "generate":
+            result |= generation(flan, settings, model, precision, vocabulary)
+        else:
+            rows = random_rows(flan, steps * settings.batch_size, 0, vocabulary)
+            if usual_steps:
+                result["usual_rows_per_second"], result["usual_peak_gib"] = usual_training(
+                    flan, settings, model, rows, precision, usual_steps)
+                flan.gc.collect()
+                torch.cuda.empty_cache()
+            result |= our_training(flan, settings, model, rows, precision, steps)
+            tokens = [sum(map(len, rows[column])) for column in ("input_ids", "labels")]
+            flops = useful_flops(model.config, *tokens) / len(rows)
+            result["useful_tflops"] = flops * result["rows_per_second"] / 1e12
+    if flan.is_main_process():
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def show(result, ceiling):
+    """A part in a line or two."""
+    words = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()
+             if name not in ("part", "flags", "device")}
+    if result.get("usual_rows_per_second"):
+        words["ratio"] = f"{result['rows_per_second'] / result['usual_rows_per_second']:.1f}"
+    if ceiling and "useful_tflops" in result:
+        words["share of the ceiling"] = f"{result['useful_tflops'] / ceiling:.0%}"
+    print(f"{result['part']}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items()),
+          flush=True)
 
 
 def main():
-    has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="xl" if has_gpu else "tiny")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--int8", action="store_true")
-    parser.add_argument("--int4", action="store_true")
-    parser.add_argument("--steps", type=int, default=60 if has_gpu else 20)
-    parser.add_argument("--rows", type=int, default=800 if has_gpu else 200, help="summaries to generate")
-    parser.add_argument("--new-tokens", type=int, default=60 if has_gpu else 20, help="per summary")
-    parser.add_argument("--tokenizer", default=flan.MODELS["tiny"], help="folder")
-    parser.add_argument("--only", choices=["train", "generate"])
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), metavar="PART,...")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for each part (default: 240)")
+    parser.add_argument("--json", type=Path, help="write the figures there", metavar="FILE")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    words = ["--model", flags.model, "--batch-size", str(flags.batch_size), "--max-new-tokens", str(flags.new_tokens)]
-    args = flan.parse_settings([*words, *["--int8"] * flags.int8, *["--int4"] * flags.int4])
-    device, precision = flan.get_device()
-    flan.PartialState(cpu=device.type == "cpu")
-    tokenizer = flan.AutoTokenizer.from_pretrained(flags.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_model(args, Path(folder), device, precision)
-    print(f"{flags.model}, {flan.device_name(device)}, {precision}, batch {args.batch_size}", flush=True)
-    if flags.only != "generate":
-        rows = random_rows(tokenizer, 2 * flags.steps * flags.batch_size, seed=0)
-        usual = usual_training(args, model, tokenizer, rows, precision, flags.steps, flags.steps // 4)
-        ours = our_training(args, model, tokenizer, rows, precision, flags.steps, flags.steps // 4)
-        print(f"training:  {ours:8.1f} rows/s, the usual recipe {usual:8.1f}, ratio {ours / usual:.2f}", flush=True)
-    if flags.only != "train":
-        rows = random_rows(tokenizer, flags.rows, seed=1)
-        ours = rows_per_second(our_summaries, args, model, tokenizer, rows, precision)
-        usual = rows_per_second(usual_summaries, args, model, tokenizer, rows, precision)
-        print(f"summaries: {ours:8.1f} rows/s, the usual recipe {usual:8.1f}, ratio {ours / usual:.2f}", flush=True)
+    unknown = set(flags.only) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    if flags.part:
+        return run_part(flags.part)
+    results, ceiling = [], None
+    with tempfile.TemporaryDirectory() as cache:  # of the compiler: cold at first
+        folders = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        for name in flags.only:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name == "xl16x2" else []
+            command = [sys.executable, *launcher, __file__, "--part", name]
+            try:
+                done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True, timeout=flags.timeout)
+                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+                error = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
+            except subprocess.TimeoutExpired as expired:
+                lines, error = [], f"not done after {flags.timeout:.0f} s\n{(expired.stdout or b'')[-2000:]!r}"
+            result = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"part": name, "error": error}
+            results.append(result)
+            ceiling = result.get("tflops", ceiling)
+            show(result, ceiling)
+            if flags.json:
+                flags.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -421,7 +421,7 @@ def flops_per_token(config: GPTConfig) -> float:
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
-Part = tuple[bool, str]  # does a document begin here? And text of it: a large one never has to fit the memory
+Part = tuple[bool, str]  # does a document begin here? And text of it: a large file comes in many
 PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
 LINE_END = re.compile(r"\S\n(?=\S)")
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
@@ -470,14 +470,14 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
-    text, searched = "", 0
+    text, start, searched = "", 0, 0
     for more in texts:
-        text += more
-        while match := LINE_END.search(text, max(PIECE, searched)):
-            yield text[: match.end()]
-            text, searched = text[match.end() :], 0
-        searched = max(0, len(text) - 2)
-    yield text
+        text, start = text[start:] + more, 0
+        while match := LINE_END.search(text, max(start + PIECE, searched)):
+            yield text[start : match.end()]
+            start = match.end()
+        searched = max(0, len(text) - start - 2)
+    yield text[start:]
 
 
 def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) -> Iterator[tuple]:
@@ -492,10 +492,11 @@ def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) ->
 
 
 def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
-    """Documents whose hash is below this threshold are held out, and of those that have just this hash the end.
+    """(threshold, end): whole documents whose hash is below the threshold are held out until `share` of the text is.
 
-    How much of them (0 to 1) comes second. So `share` is one of the text and not of the documents, as a few large ones
-    may hold most of it (a single one is cut); and equal documents, having equal hashes, are on one side.
+    Of the document that has just this hash, the last `end` (0 to 1) of its text is held out: a single file gives its
+    end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share. Equal
+    documents have equal hashes, so they are on one side, or are cut alike.
     """
     values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
     totals = np.bincount(index, lengths)
@@ -524,9 +525,9 @@ class TrainingOrder:
     """Which sequences each training step reads: a seeded permutation, without replacement.
 
     An epoch cuts the token stream at a random offset into sequences of `block_size` + 1 tokens that overlap by one (so
-    each token is a target once), and visits all of them in random order. A position in this endless order is one whole
-    number, so the step tells where a resumed run is, and neither micro-batch nor processes change what a step learns
-    from.
+    each token is a target at most once), and visits all of them in random order. A position in this endless order is
+    one whole number, so the step tells where a resumed run is, and neither micro-batch nor processes change which text
+    a step learns from (masks of dropout do depend on both).
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, seed: int):
@@ -589,10 +590,9 @@ def make_optimisers(model: GPT, settings: Settings, is_sharded: bool = False) ->
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is replaced by the nearest orthogonal one (Jordan et al. 2024).
 
-    The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, section 2.2: an update is
-    as large as AdamW's, so both take the same learning rate), but `found_inf`, as for fused AdamW, skips a step without
-    asking the device; a parameter may hold several matrices, one below the other; and those of one shape are handled
-    together.
+    But for rounding the same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, section
+    2.2: it is as large as one of AdamW). Here `found_inf`, as for fused AdamW, skips a step without asking the device;
+    a parameter may hold several matrices, one below the other; and those of one shape are handled together.
     """
 
     STATE = ("momentum_buffer",)
@@ -643,10 +643,10 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 def learning_rate(step: int, settings: Settings) -> float:
     """For step 0, 1, ...: linear warm-up, then cosine to a tenth, linear to zero, or constant and then linear (wsd)."""
     warmup, last = settings.warmup_steps, settings.max_steps
+    if settings.schedule == "wsd":  # Hu et al. 2024 (MiniCPM), section 4
+        return settings.lr * min(1.0, (step + 1) / max(1, warmup), (last - step) / decay_steps(last))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    if settings.schedule == "wsd":  # Hu et al. 2024 (MiniCPM), section 4
-        return settings.lr * min(1.0, (last - step) / decay_steps(last))
     progress = (step - warmup) / max(1, last - warmup)
     if settings.schedule == "linear":
         return settings.lr * (1 - progress)
@@ -846,7 +846,7 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     for optimiser in trainer.optimisers:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, settings) * group.get("rate", 1.0)
-        local_part(optimiser).found_inf = skip  # where this is 1, weights and moments stay what they are
+        local_part(optimiser).found_inf = skip  # what torch's GradScaler sets: at 1, weights and moments stay
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     return torch.cat([torch.stack([totals[0], norm, skip, overflow.float(), totals[1]]), trainer.guard.state])
@@ -1456,7 +1456,7 @@ class Split:
     """
 
     def __init__(self, source: Source, settings: Settings):
-        self.left_out, self.characters, self.cuts = {}, None, None  # of files: see measure()
+        self.files, self.left_out, self.characters, self.cuts = [], {}, None, None  # of files: see measure()
         self.threshold = (settings.val_fraction or 0.05) * 2**64  # this and the next two: of a stream
         self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf  # characters that may still follow
         self.held_out = set()  # hashes below the threshold so far
@@ -1468,6 +1468,8 @@ class Split:
         hashes, lengths = array("Q"), array("Q")
         for file in source.files:
             known = len(hashes)
+            if settings.limit and known == settings.limit:
+                break
             try:
                 for begins, text in documents_of(source.read(file), settings, known):
                     if begins:
@@ -1481,10 +1483,10 @@ class Split:
             except NotText as error:
                 reason = str(error)
                 del hashes[known:], lengths[known:]
-            if settings.limit and known == settings.limit:
-                break
             if reason:
                 self.left_out[file] = reason
+            else:
+                self.files.append(file)
         if not hashes:
             if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
                 raise UserError(f"{source.files[0]} is not UTF-8 text")
@@ -1524,8 +1526,7 @@ def labelled_shards(source: Source, split: Split, settings: Settings, position: 
                     before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
     """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
     if source.files:
-        files = (source.read(file) for file in source.files if file not in split.left_out)
-        yield split.label(documents_of(itertools.chain.from_iterable(files), settings))
+        yield split.label(documents_of(itertools.chain.from_iterable(map(source.read, split.files)), settings))
         return
     rows = source.read(position)
     while (shard := list(itertools.islice(rows, SHARD))) and before < (settings.limit or math.inf):
@@ -2223,7 +2224,7 @@ class Run:
         """Validation loss and a sample, to the terminal and the log. `is_saved`: a checkpoint of this step follows."""
         trainer, progress = self.trainer, self.progress
         progress.validation_loss = loss = evaluate(trainer)
-        if is_saved and (progress.best_loss is None or loss < progress.best_loss):
+        if is_saved and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
         if self.log:
             few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
@@ -2418,7 +2419,11 @@ def find_weights(settings: Settings) -> Path:
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
     for folder in find_checkpoints(run):
-        best = read_json(folder / "training.json").get("best_step")
+        try:
+            best = read_json(folder / "training.json").get("best_step")
+        except UserError as error:
+            print(f"passed over {folder.name}: {error}", file=sys.stderr)
+            continue
         return checkpoint_folder(run, best) if best is not None and checkpoint_folder(run, best).exists() else folder
     raise UserError(f"{run} has no finished checkpoint")
 
@@ -2501,8 +2506,7 @@ def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray
     """All tokens of the data that --evaluate names, and how many bytes of text they are."""
     settings = replace(settings, data=settings.evaluate)
     source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
-    left_out = Split(source, settings).left_out
-    places = [file for file in source.files if file not in left_out] if source.files else [None]
+    places = Split(source, settings).files if source.files else [None]
     parts = documents_of(itertools.chain.from_iterable(map(source.read, places)), settings)
     for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
         arrays.append(np.array(tokens, np.uint32))

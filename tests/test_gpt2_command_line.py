@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,18 @@ def trained(tmp_path_factory):
     finally:
         os.chdir(before)
     return folder
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_by_all_commands(command, trained, tmp_path):
+    shutil.copytree(trained / "runs", "runs")
+    (run,) = Path("runs").iterdir()
+    newest, before = gpt2.find_checkpoints(run)[:2]
+    (newest / "training.json").write_text("{")
+    best = json.loads((before / "training.json").read_text())["best_step"]
+    folder = gpt2.find_weights(gpt2.Settings())
+    assert folder in (before, gpt2.checkpoint_folder(run, best))
+    code, out, err = command("--sample", "a", "--max-new-tokens", "3")
+    assert code == 0 and f"passed over {newest.name}" in err, (out, err)
 
 
 def test_help_and_wrong_flags_are_answered_before_torch_is_loaded(tmp_path):

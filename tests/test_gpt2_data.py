@@ -289,6 +289,22 @@ def test_limit_takes_the_first_documents(tmp_path):
     rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(10)])
 
 
+@pytest.mark.parametrize("limit", [2, 3, 4, None])
+def test_files_behind_the_limit_need_not_be_text(tmp_path, limit):
+    texts = [document(i) for i in range(4)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in zip("abcf", texts, strict=True):
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "d.bin").write_bytes(b"\0\xff" * 100)
+    (folder / "e.txt").write_bytes(b"")
+    (folder / "g.bin").write_bytes(b"\0\xff" * 100)
+    data = gpt2.prepare_tokens(data_settings(tmp_path, folder, limit=limit, val_fraction=0.2))
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), texts[:limit])
+    _, size = gpt2.tokens_of_text(gpt2.Settings(evaluate=str(folder), limit=limit), data.tokenizer)
+    assert size == sum(len(text.encode()) for text in texts[:limit])
+
+
 def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypatch):
     calls = []
     original = gpt2.write_tokens

@@ -1,6 +1,7 @@
 """Training with gpt2_from_scratch.py: steps, evaluation, guard, checkpoints, interruption and resuming, processes."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -157,6 +158,9 @@ def test_learning_rate_schedules():
     assert [rate(step, "linear") for step in (4, 10, 60, 110)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
     assert [rate(step, "wsd") for step in (0, 10, 87, 88)] == pytest.approx([0.2, 2.0, 2.0, 2.0])
     assert [rate(step, "wsd") for step in (99, 109)] == pytest.approx([1.0, 2 / 22])
+    late = [gpt2.learning_rate(step, gpt2.Settings(lr=2.0, schedule="wsd", warmup_steps=90, max_steps=100))
+            for step in range(100)]  # fmt: skip
+    assert max(abs(b - a) for a, b in itertools.pairwise(late)) < 0.11 and late[-1] == 0.1  # no jump, down to the end
 
 
 def test_flops_are_those_that_torch_counts():

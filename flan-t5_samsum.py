@@ -3320,33 +3320,34 @@ class FastT5:
         if is_small or config.num_beams > 1 or self.is_proved["generation"] is None:
             return None
         self.refresh()
-        room = size_class(sum(map(len, sources)))
-        if self.generator is None or not self.generator.fits(len(sources), room):
-            self.generator = None  # its memory first
-            self.generator = Generator(self, len(sources), room, config.max_new_tokens)
+        room, problem = size_class(sum(map(len, sources))), "its tokens are not those of transformers' model"
         try:
+            if self.generator is None or not self.generator.fits(len(sources), room):
+                self.generator = None  # its memory first
+                self.generator = Generator(self, len(sources), room, config.max_new_tokens)
             summaries = self.generator(sources)
+            if self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
+                self.is_proved["generation"] = True
+                return summaries
         except torch.OutOfMemoryError:
             self.generator = None
             raise
-        if not self.is_proved["generation"]:
-            self.is_proved["generation"] = self.agrees(sources[:8], summaries[:8]) or None
-            if self.is_proved["generation"] is None:
-                say("fast generation does not agree with transformers' here: plain generate() is used", file=sys.stderr)
-                self.generator = None
-                return None
-        return summaries
+        except Exception as error:  # of the compiler, as in begin_fast
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        self.generator, self.is_proved["generation"] = None, None
+        say(f"plain generate() is used, not the fast one: {problem}", file=sys.stderr)
+        return None
 
     def agrees(self, sources: list[Tokens], summaries: list[Tokens]) -> bool:
-        """Whether transformers' model, after the same beginning, would go on with the same token in 95% of the places
-        of `summaries`; in the others two tokens may be as likely but for rounding."""
+        """Whether transformers' model, after the same beginning, would go on with the same token in 85% of the places
+        of `summaries`; in the others two tokens may be as likely but for rounding, above all that of INT8."""
         pad = torch.nn.utils.rnn.pad_sequence
         ids, chosen = (pad([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1).to(self.device)
                        for rows in (sources, summaries))
         before = F.pad(chosen[:, :-1], (1, 0), value=self.start).clamp(min=0)
         seen = (ids >= 0).long()
         logits = self.model(input_ids=ids.clamp(min=0), attention_mask=seen, decoder_input_ids=before).logits
-        return bool((logits.argmax(-1) == chosen)[chosen >= 0].float().mean() >= 0.95)
+        return bool((logits.argmax(-1) == chosen)[chosen >= 0].float().mean() >= 0.85)
 
 
 def bias_by_distance(attention: torch.nn.Module) -> torch.Tensor:
@@ -3511,7 +3512,10 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
             loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)
         expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
         fast.scale.fill_(1)
-        found_loss = fast.backward({name: tensor.to(fast.device) for name, tensor in fast.pack(lists).items()})
+        batch = {name: tensor.to(fast.device) for name, tensor in fast.pack(lists).items()}
+        for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: it is the last that counts
+            fast.flat.grad.zero_()
+            found_loss = fast.run(batch)
         found = fast.split(fast.flat.grad)
         norms, errors = (torch.stack([g.norm() for g in gradients]) for gradients in (
             expected, [a - b for a, b in zip(found, expected, strict=True)]))

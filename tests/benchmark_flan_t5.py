@@ -318,7 +318,8 @@ def main():
             launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if name == "xl16x2" else []
             command = [sys.executable, *launcher, __file__, "--part", name]
             try:
-                done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True, timeout=flags.timeout)
+                done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True,
+                                      timeout=flags.timeout)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 error = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
             except subprocess.TimeoutExpired as expired:

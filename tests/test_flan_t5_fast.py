@@ -435,7 +435,7 @@ def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
     monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources: [[7, 8, 1] for _ in sources])
     sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
     assert fast.generate(sources, config) is None
-    assert "plain generate() is used" in capsys.readouterr().err
+    assert "plain generate() is used, not the fast one: its tokens" in capsys.readouterr().err
     assert fast.generate(sources, config) is None
 
 

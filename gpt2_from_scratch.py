@@ -1269,6 +1269,7 @@ VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at mo
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
+TOKEN_FILES = "3"  # version of what is in them: to be raised when the same text would give others
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 
@@ -1456,10 +1457,12 @@ class Split:
     """
 
     def __init__(self, source: Source, settings: Settings):
-        self.files, self.left_out, self.characters, self.cuts = [], {}, None, None  # of files: see measure()
-        self.threshold = (settings.val_fraction or 0.05) * 2**64  # this and the next two: of a stream
-        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf  # characters that may still follow
-        self.held_out = set()  # hashes below the threshold so far
+        # Of files; measure() fills these: with text, without and why, characters, what of each document to train on.
+        self.files, self.left_out, self.characters, self.cuts = [], {}, None, None
+        # Of a stream: hashes below this are held out, so many more characters of them, and what they have been so far.
+        self.threshold = (settings.val_fraction or 0.05) * 2**64
+        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
+        self.held_out = set()
         if source.files:
             self.measure(source, settings)
 
@@ -1564,8 +1567,8 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
         name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
         tokenizer = load_tokenizer(fetch(name, TOKENIZER_FILES, "--tokenizer", settings.hub_cache))
     kind = tokenizer.to_str() if tokenizer else vocab_size
-    identity = ["2", source.identity, settings.limit, settings.val_fraction, settings.split_on_eot, kind]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    identity = [source.identity, settings.limit, settings.val_fraction, settings.split_on_eot, kind]
+    fingerprint = hashlib.sha256(json.dumps([TOKEN_FILES, *identity]).encode()).hexdigest()[:16]
     if expected not in (None, fingerprint):
         raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
                         f"longer in {cache}: start a new run")
@@ -1579,7 +1582,7 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
         descriptor = lock(unfinished, wait=True)  # another run may be making the same files
         try:
             if unfinished.exists() and not folder.exists():
-                with new_folder(folder, is_kept=True):
+                with new_folder(folder, is_kept=True):  # which `unfinished` then becomes
                     write_tokens(unfinished, source, settings, tokenizer, vocab_size)
         except Exception:
             if source.files:  # of a stream, the shards that are finished stay
@@ -1611,6 +1614,7 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
         tokenizer, split.room, split.held_out = load_tokenizer(folder), saved["room"], set(saved["held_out"])
         say(f"going on behind the {plural(sum(saved['facts']['tokens'].values()), 'token')} of the last start")
     elif tokenizer is None:
+        # Of a stream with a Split of its own, because labelling counts what is held out.
         shards = labelled_shards(source, split if source.files else Split(source, settings), settings)
         tokenizer = train_tokenizer(training_text(itertools.chain.from_iterable(shards)), vocab_size)
         say_wrapped(f"tokenizer: byte-level BPE, {vocabulary_size(tokenizer):,} tokens, trained on the training text "
@@ -1935,7 +1939,7 @@ def undo_decay(run: Path, start: int) -> None:
     """Put aside the checkpoints of a learning rate's decay that began at step `start`, if one from before is there."""
     numbers = {int(folder.name.removeprefix("step-")): folder for folder in find_checkpoints(run)}
     if any(number <= start for number in numbers) and any(number > start for number in numbers):
-        say(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
+        say_wrapped(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
         for number, folder in numbers.items():
             if number > start:
                 put_aside(folder, "decayed")
@@ -2461,7 +2465,7 @@ def read_prompts() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="surrogateescape")  # as in the command line's arguments: sample() refuses both
     if is_terminal:
-        say("Type the beginning of a text and press Enter. An empty line begins a new document, Ctrl-D ends.")
+        say("Type the beginning of a text (an empty line: a new document). Ctrl-D ends.")
     with contextlib.suppress(EOFError):
         while True:
             yield input("> " if is_terminal else "")
@@ -2476,7 +2480,7 @@ def export(settings: Settings) -> int:
     make_folder(target.resolve().parent)
     with new_folder(target.resolve()) as folder:
         save_pretrained(model, tokenizer, folder)
-    say(f"{source} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+    say_wrapped(f"{source} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
     return 0
 
 
@@ -2494,8 +2498,9 @@ def evaluate_text(settings: Settings) -> int:
         raise UserError(f"--evaluate {settings.evaluate}: too little text")
     network = make_twin(model.to(device), machine.dtype)
     loss = summed_loss(network, tokens, block_size, machine).item() / (len(tokens) - 1)
-    say(f"model: {folder}\ntext: {settings.evaluate or 'validation text of the run'}, {plural(len(tokens), 'token')}, "
-        f"{plural(size, 'byte')}")
+    text = settings.evaluate or "validation text of the run"
+    say(f"model: {folder}")
+    say_wrapped(f"text: {text}, {plural(len(tokens), 'token')}, {plural(size, 'byte')}")
     for name, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))),
                         ("bits per byte", bits_per_byte(loss, len(tokens), size))):
         say(f"| {name:13} | {value:12,.4f} |")
@@ -2539,7 +2544,7 @@ def plan(settings: Settings) -> int:
     settings, machine, model = trainer.settings, trainer.machine, trainer.model
     describe(trainer)
     parameters, stored = count_parameters(model), sum(parameter.numel() for parameter in model.parameters())
-    moments = sum(p.numel() * len([name for name in state_names(optimiser) if name != "step"])
+    moments = sum(p.numel() * len(set(state_names(optimiser)) - {"step"})
                   for optimiser in trainer.optimisers for group in optimiser.param_groups for p in group["params"])
     moments /= machine.world if settings.shard_optimizer else 1
     tokens = settings.max_steps * settings.batch_tokens
@@ -2548,8 +2553,8 @@ def plan(settings: Settings) -> int:
     say(f"memory: {(4 * (2 * stored + moments) + twin) / 2**30:.2f} GiB for weights, gradients and optimiser")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
-        f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps\neach evaluation reads "
-        f"{plural(len(data.validation), 'token')}")
+        f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps")
+    say(f"each evaluation reads {plural(len(data.validation), 'token')}")
     seconds = seconds_per_step(trainer)
     values, rest = speed(trainer, 1, seconds), timedelta(seconds=round(seconds * settings.max_steps))
     mfu, sheet = ("n/a" if value is None else f"{value:.0%}" for value in (values["mfu"], values["mfu_of_data_sheet"]))

@@ -451,6 +451,16 @@ def test_streamed_text_is_the_sampled_text(trained):
     assert "".join(heard) == text and len(heard) > 10
 
 
+def test_another_seed_draws_another_text_and_the_same_seed_the_same(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    said = []
+    for seed in (1, 1, 2):
+        words = ["--sample", "Line", "--max-new-tokens", "20", "--temperature", "2", "--seed", str(seed)]
+        assert gpt2.main(gpt2.parse_arguments(words)) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
 def test_export_loads_in_transformers(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     assert gpt2.main(gpt2.parse_arguments(["--export", str(tmp_path / "out/model")])) == 0
@@ -706,9 +716,11 @@ def test_plan_says_how_many_tokens_a_parameter_gets(command):
     assert f"tokens: 1,024, {1024 / parameters:.1f} per parameter (usual: 20)" in out
 
 
-def test_a_plan_fits_80_columns(command):
+def test_plan_evaluate_and_export_fit_80_columns(command):
     out = command("--data", "text.txt", *SIZES, "--plan")[1] + command("--init", a_model(), "--evaluate", "text.txt")[1]
-    assert "to the end:" in out and "perplexity" in out and max(map(len, out.splitlines())) < 80
+    out += command("--init", "model", "--export", "exported")[1]
+    assert all(word in out for word in ("to the end:", "perplexity", "from_pretrained"))
+    assert max(map(len, out.splitlines())) < 80
 
 
 def test_sampling_rounds_as_training_does(trained, monkeypatch):

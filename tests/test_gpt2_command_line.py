@@ -734,6 +734,13 @@ def test_sampling_rounds_as_training_does(trained, monkeypatch):
     assert chosen == ["high"]
 
 
+def test_the_run_says_what_was_left_out(command):
+    folder_of("d", {"a.txt": TEXT, "b.png": b"PNG\r\n\0\0", "c.txt": b"caf\xe9", "d.txt": b"caf\xe9", "e.txt": b""})
+    code, out, error = command("--data", "d", *SIZES, "--output-dir", "run")
+    assert code == 0, error
+    assert "left out: 4 files (1 binary, 2 not UTF-8, 1 empty): b.png, c.txt, d.txt, ..." in " ".join(out.split())
+
+
 def test_the_run_says_when_it_meets_end_of_text(command):
     Path("stories.txt").write_text("<|endoftext|>\n".join(TEXT.splitlines(keepends=True)))
     said = r"<\|endoftext\|> stands (\d+) times in the text and is text like any other"

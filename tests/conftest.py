@@ -3,7 +3,9 @@
 Nothing here touches the network, a GPU or the user's own cache.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -26,6 +28,7 @@ os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COU
 import fake_hub  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[1] / "flan-t5_samsum.py"
+FORKED = str(Path(__file__).with_name("forked.py"))
 
 
 class Done(NamedTuple):
@@ -74,11 +77,24 @@ def command(flan):
     return run
 
 
+@functools.cache
+def python() -> list[str]:
+    """The words that run Python: `[*python(), script, ...]` for a process that has its imports from forked.py."""
+    if not hasattr(os, "fork"):
+        return [sys.executable]
+    address = os.path.join(CACHE.name, "forked")
+    server = subprocess.Popen([sys.executable, FORKED, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(server.communicate)  # closes its input, at which it ends
+    return [sys.executable, "-S", FORKED, address]
+
+
 def start(*words, cwd, env=None, launcher=()):
     """The script as a process of its own, without a GPU; `env` adds to (or, as None, takes from) the environment."""
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), *map(str, words)], cwd=cwd,
+        [*([sys.executable] if launcher else python()), *launcher, str(SCRIPT), *map(str, words)], cwd=cwd,
         env={key: value for key, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
@@ -96,7 +112,7 @@ def wait(process, timeout=120):
 
 @pytest.fixture(scope="session")
 def process():
-    """process(*words, cwd=folder, env={...}): the script in a fresh interpreter."""
+    """process(*words, cwd=folder, env={...}): the script in a process of its own."""
     return lambda *words, timeout=120, **options: wait(start(*words, **options), timeout)
 
 

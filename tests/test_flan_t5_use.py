@@ -8,14 +8,14 @@ import io
 import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
-from conftest import RECIPE, ROWS, SCRIPT
+from conftest import RECIPE, ROWS, SCRIPT, python
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file
 
@@ -173,7 +173,7 @@ def test_dialogues_typed_at_a_terminal_are_answered_one_by_one(trained, rows):
     """An empty line ends a dialogue, which is summarised before the next is typed; Ctrl-D ends the last and leaves."""
     terminal, stdin = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--summarize"], cwd=trained.home, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        [*python(), str(SCRIPT), "--summarize"], cwd=trained.home, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
     patience = threading.Timer(100, process.kill)
@@ -249,6 +249,6 @@ def test_evaluating_an_adapter_without_a_run_around_it(flan, command, trained, d
 
 def test_a_reader_that_has_gone_is_no_error(tmp_path):
     """`| head` closes the pipe when it has enough."""
-    words = f"set -o pipefail; {sys.executable} {SCRIPT} --model small --plan | true"
+    words = f"set -o pipefail; {shlex.join(python())} {SCRIPT} --model small --plan | true"
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")

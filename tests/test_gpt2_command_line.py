@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import python
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -48,7 +50,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def process(*words, cwd, **options) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(SCRIPT), *map(str, words)]
+    words = [*python(), str(SCRIPT), *map(str, words)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -616,14 +618,14 @@ def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, wor
 
 def test_a_reader_that_has_gone_is_no_error(trained):
     """`| head` closes the pipe when it has enough."""
-    words = f"set -o pipefail; {sys.executable} {SCRIPT} --sample Line | true"
+    words = f"set -o pipefail; {shlex.join(python())} {SCRIPT} --sample Line | true"
     done = subprocess.run(["bash", "-c", words], cwd=trained, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
 def test_a_reader_that_goes_while_a_run_trains_is_no_error(command, tmp_path):
     """It has seen the first step."""
-    words = [sys.executable, str(SCRIPT), "--data", "text.txt", *SIZES]
+    words = [*python(), str(SCRIPT), "--data", "text.txt", *SIZES]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.startswith("step 1/") for line in process.stdout)
         process.stdout.close()
@@ -634,14 +636,15 @@ def test_a_terminal_that_lacks_characters_ends_nothing(trained):
     """As on Windows, where not every terminal is UTF-8."""
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
     words = ["--sample", "\u4e2d\u6587", "--max-new-tokens", "1", "--temperature", "0"]
-    done = process(*words, cwd=trained, env=environment, encoding="cp1252")
+    done = subprocess.run([sys.executable, SCRIPT, *words], cwd=trained, env=environment, capture_output=True,
+                          encoding="cp1252", timeout=120)  # fmt: skip
     assert done.returncode == 0 and "\n??" in done.stdout, done.stderr
 
 
 def test_prompts_that_are_not_utf8_are_one_line(trained):
     for words, prompts in ((["--sample", os.fsdecode(b"caf\xe9")], None), (["--sample"], b"caf\xe9\n")):
         done = subprocess.run(
-            [sys.executable, SCRIPT, *words], cwd=trained, input=prompts, capture_output=True, timeout=120
+            [*python(), SCRIPT, *words], cwd=trained, input=prompts, capture_output=True, timeout=120
         )
         assert done.returncode == 2
         assert done.stderr == b"error: the prompt 'caf\\udce9' is not UTF-8 text\n"

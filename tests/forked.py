@@ -1,0 +1,122 @@
+"""Python processes that do not pay for their imports: each is forked from a server that has imported torch and the like.
+
+    python forked.py ADDRESS                       the server: imports, prints a line, and serves until its input ends
+    python -S forked.py ADDRESS SCRIPT WORDS...    as `python SCRIPT WORDS...`, in this folder, with this environment,
+                                                   standard input, output and error, signals and exit code
+
+Nothing of Hugging Face that reads the environment when it is imported is imported by the server. A second process, as
+light as an interpreter can be, stands for the forked one: signals are passed on, and if it is killed, so is the other.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+HEAVY = """numpy pandas pyarrow pyarrow.dataset pyarrow.parquet matplotlib.figure nltk rouge_score.rouge_scorer yaml
+aiohttp requests xxhash dill safetensors.torch tokenizers tqdm.auto torch torch._dynamo torch.distributed.checkpoint
+torch.distributed.fsdp torch.distributed.optim torch.distributed.tensor torch.utils.checkpoint torch.utils.tensorboard
+""".split()
+
+
+def serve(address: str) -> None:
+    import contextlib
+    import gc
+    import importlib
+
+    for name in HEAVY:
+        with contextlib.suppress(ImportError):  # where a package is missing, the scripts say so
+            importlib.import_module(name)
+    gc.freeze()  # else collecting in a fork copies all these pages
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    print("ready", flush=True)
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            stand_by(connection)  # does not return, but in the process that is to run the script
+            return
+        connection.close()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def stand_by(connection: socket.socket) -> None:
+    """Fork once more and run the script there; here, tell its process id and how it ended, or kill it."""
+    data, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
+    order = json.loads(receive(connection, int.from_bytes(data, "big")))
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        run(order, descriptors)
+        return
+    for descriptor in {0, 1, 2, *descriptors}:
+        os.close(descriptor)  # who reads from them waits until everybody has
+    connection.sendall(pid.to_bytes(8, "big"))
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if select.select([connection], [], [], 0.01)[0]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os._exit(0)
+    connection.sendall(ended[1].to_bytes(8, "big"))
+    os._exit(0)
+
+
+def run(order: dict, descriptors: list) -> None:
+    import runpy
+
+    os.setsid()
+    kinds = [(stream.encoding, stream.errors) for stream in (sys.stdin, sys.stdout, sys.stderr)]
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, encoding=encoding, errors=errors, closefd=False, buffering=1 if number == 2 else -1)
+        for number, mode, (encoding, errors) in zip(range(3), "rww", kinds, strict=True)
+    )  # fmt: skip
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    sys.argv = order["words"]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def receive(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count and (more := connection.recv(count - len(data))):
+        data += more
+    return data
+
+
+def ask(address: str, words: list[str]) -> None:
+    """Have the script run, and end as it does."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    order = json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom to pass them on to
+    socket.send_fds(connection, [len(order).to_bytes(8, "big")], [0, 1, 2])
+    connection.sendall(order)
+    pid = int.from_bytes(receive(connection, 8), "big")
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    status = os.waitstatus_to_exitcode(int.from_bytes(receive(connection, 8), "big"))
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        serve(sys.argv[1])
+    else:
+        ask(sys.argv[1], sys.argv[2:])

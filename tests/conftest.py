@@ -90,11 +90,17 @@ def python() -> list[str]:
     return [sys.executable, "-S", FORKED, address]
 
 
+def torchrun(*options) -> list[str]:
+    """The words of torchrun with these options, for `[*torchrun(), script, ...]`: it and its processes are forked."""
+    options = options or ("--standalone", "--nproc_per_node=2")
+    return [*python(), importlib.util.find_spec("torch.distributed.run").origin, *options, "--no-python", *python()]
+
+
 def start(*words, cwd, env=None, launcher=()):
     """The script as a process of its own, without a GPU; `env` adds to (or, as None, takes from) the environment."""
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.Popen(
-        [*([sys.executable] if launcher else python()), *launcher, str(SCRIPT), *map(str, words)], cwd=cwd,
+        [*(launcher or python()), str(SCRIPT), *map(str, words)], cwd=cwd,
         env={key: value for key, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Python processes that do not pay for their imports: each is forked from a server that has imported torch and the like.
+"""Python processes that do not pay for their imports: each is forked from a server that has imported torch and more.
 
     python forked.py ADDRESS                       the server: imports, prints a line, and serves until its input ends
     python -S forked.py ADDRESS SCRIPT WORDS...    as `python SCRIPT WORDS...`, in this folder, with this environment,
@@ -15,10 +15,11 @@ import signal
 import socket
 import sys
 
-HEAVY = """numpy pandas pyarrow pyarrow.dataset pyarrow.parquet matplotlib.figure nltk rouge_score.rouge_scorer yaml
+HEAVY = """
+numpy pandas pyarrow pyarrow.dataset pyarrow.parquet matplotlib.figure nltk rouge_score.rouge_scorer yaml
 aiohttp requests xxhash dill safetensors.torch tokenizers tqdm.auto torch torch._dynamo torch.distributed.checkpoint
 torch.distributed.fsdp torch.distributed.optim torch.distributed.tensor torch.utils.checkpoint torch.utils.tensorboard
-""".split()
+"""
 
 
 def serve(address: str) -> None:
@@ -26,7 +27,7 @@ def serve(address: str) -> None:
     import gc
     import importlib
 
-    for name in HEAVY:
+    for name in HEAVY.split():
         with contextlib.suppress(ImportError):  # where a package is missing, the scripts say so
             importlib.import_module(name)
     gc.freeze()  # else collecting in a fork copies all these pages
@@ -76,9 +77,9 @@ def run(order: dict, descriptors: list) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding=encoding, errors=errors, closefd=False, buffering=1 if number == 2 else -1)
+        open(number, mode, encoding=encoding, errors=errors, closefd=False, buffering=1 if number == 2 else -1)  # noqa: SIM115
         for number, mode, (encoding, errors) in zip(range(3), "rww", kinds, strict=True)
-    )  # fmt: skip
+    )
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["folder"])

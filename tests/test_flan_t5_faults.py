@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import fake_hub
 import pytest
 import torch
@@ -687,7 +688,7 @@ def torchrun(tmp_path, data, model_folder):
 
     def torchrun(*words, step_8=""):
         (tmp_path / "wrapper.py").write_text(WRAPPER)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "wrapper.py")
+        launcher = [*conftest.torchrun(), tmp_path / "wrapper.py"]
         words = words or ("--model", model_folder, "--dataset", data, "--epochs", "3", *RECIPE, "--cache-dir", "cache")
         return start(*words, cwd=tmp_path, launcher=launcher, env={"STEP_8": step_8})
 

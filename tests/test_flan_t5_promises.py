@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import RECIPE, start, wait
+from conftest import RECIPE, start, torchrun, wait
 from safetensors.torch import load_file
 from test_flan_t5_resume import assert_same_end, metrics
 
@@ -329,9 +329,9 @@ def test_two_machines_are_two_processes(data, model_folder, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
-    agents = [start(*words, cwd=tmp_path, launcher=(
-        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}",
-        "--rdzv-backend=c10d", "--rdzv-id=chats")) for _ in range(2)]  # fmt: skip
+    agents = [start(*words, cwd=tmp_path, launcher=torchrun(
+        "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d",
+        "--rdzv-id=chats")) for _ in range(2)]  # fmt: skip
     done = [wait(agent, 240) for agent in agents]
     assert [end.code for end in done] == [0, 0], done
     assert metrics(tmp_path / "run")["processes"] == 2
@@ -343,8 +343,7 @@ def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_p
     """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
     (tmp_path / "slow.py").write_text(SLOW)
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
-    process = start(*words, cwd=tmp_path, launcher=("-m", "torch.distributed.run", "--standalone",
-                                                    "--nproc-per-node=2", tmp_path / "slow.py"))  # fmt: skip
+    process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
     while process.poll() is None and not (tmp_path / "scoring").exists():
         pass
     process.send_signal(signal.SIGTERM)

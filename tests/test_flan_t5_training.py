@@ -8,7 +8,7 @@ import shutil
 
 import fake_hub
 import pytest
-from conftest import start, wait, write_jsonl
+from conftest import start, torchrun, wait, write_jsonl
 from safetensors.torch import load_file
 
 
@@ -341,8 +341,7 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
              "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4")  # fmt: skip
     one = command(*flags, "--output-dir", tmp_path / "one", cwd=tmp_path)
     assert one.code == 0, one
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = process(*flags, "--output-dir", tmp_path / "two", cwd=tmp_path, launcher=launcher, timeout=240)
+    two = process(*flags, "--output-dir", tmp_path / "two", cwd=tmp_path, launcher=torchrun(), timeout=240)
     assert two.code == 0, two
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert [m["processes"] for m in metrics] == [1, 2]
@@ -406,7 +405,7 @@ def test_sharded_over_two_processes_is_one(command, no_dropout, tmp_path, kind):
              "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4",
              *(["--full"] if kind == "full" else []))  # fmt: skip
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "sharded.py")
+    launcher = [*torchrun(), tmp_path / "sharded.py"]
 
     def sharded(*words, **env):
         return wait(start(*words, cwd=tmp_path, launcher=launcher, env=FSDP | env), 240)

@@ -11,6 +11,7 @@ import pty
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 
 import numpy as np

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import torchrun
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -429,7 +430,7 @@ sys.exit(gpt2.main(gpt2.parse_arguments()))
 def start_two_ranks(text: Path, folder: Path, seconds: int) -> subprocess.Popen:
     """A run of two processes, of which the second one waits in its sixth step."""
     (folder / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent), seconds=seconds))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
+    launcher = [*torchrun(), "driver.py"]
     words = [*launcher, "--data", str(text), "--cache-dir", str(text.parent / "cache"), *RECIPE, "--output-dir", "run"]
     process = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(folder / "pid", seconds=120)
@@ -460,7 +461,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_after_the_same_step(text, tmp_path,
     last = max(int(folder.name.removeprefix("step-")) for folder in (tmp_path / "run/checkpoints").glob("step-*"))
     assert 6 <= last < 14  # it comes in step 6 or soon after, and takes up to two steps to be agreed on
     assert "best validation loss" in out and (tmp_path / "run/training_loss.png").exists()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
+    launcher = [*torchrun(), "driver.py"]
     done = subprocess.run([*launcher, *told.split()], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (tmp_path / "straight").mkdir()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from test_gpt2_training import SCRIPT, command, losses_of, text, weights_of  # noqa: F401 - two fixtures
@@ -27,8 +28,7 @@ sys.exit(gpt2.main(gpt2.parse_arguments()))
 
 def torchrun(*words, cwd: Path, code: str = "") -> subprocess.CompletedProcess:
     (cwd / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent), code=code))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, "driver.py", *map(str, words)]
+    words = [*conftest.torchrun(), "driver.py", *map(str, words)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 

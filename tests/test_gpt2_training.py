@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -791,8 +792,7 @@ sys.exit(gpt2.main(gpt2.parse_arguments()))
 
 def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
     (cwd / "driver.py").write_text(DRIVER.format(folder=str(SCRIPT.parent)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, "driver.py", *map(str, words)]
+    words = [*conftest.torchrun(), "driver.py", *map(str, words)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 

@@ -86,7 +86,8 @@ def python() -> list[str]:
     server = subprocess.Popen([sys.executable, FORKED, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     assert server.stdout.readline() == b"ready\n"
-    atexit.register(server.communicate)  # closes its input, at which it ends
+    atexit.register(server.wait, 60)
+    atexit.register(server.stdin.close)  # called first: with its input the server ends
     return [sys.executable, "-S", FORKED, address]
 
 

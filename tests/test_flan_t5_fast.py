@@ -77,7 +77,7 @@ def make_model(flan, dropout=0.0, quantization=None, model_folder=None, device="
             feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=dropout)
         model = flan.transformers.T5ForConditionalGeneration(config)
         model.lm_head.weight = torch.nn.Parameter(torch.randn(200, 64))
-        model.lm_head.weight.data[1] *= 2  # the end token comes now and then
+        model.lm_head.weight.data[1] *= 9  # the end token comes now and then
         model.set_input_embeddings(model.shared)
         model.to(device, dtype)
     for module in model.modules():
@@ -412,8 +412,9 @@ def test_generated_tokens_are_those_of_transformers(flan, plain):
     fast = flan.FastT5(model, settings)
     config = flan.GenerationConfig(max_new_tokens=20, num_beams=1)
     assert fast.generate(sources[:3], config) is None  # too few to compile for
-    found = [*fast.generate(sources[:60], config), *fast.generate(sources[60:], config)]
-    assert found == expected
+    found = fast.generate(sources[:40], config)
+    assert min(fast.generator.graphs) < fast.generator.rows == 64  # it went on with fewer rows as others ended
+    assert [*found, *fast.generate(sources[40:], config)] == expected
     assert fast.is_proved["generation"] is True
 
 

@@ -156,11 +156,17 @@ class Settings:
         return {name: getattr(self, name) for name in names[: names.index("output_dir")]}
 
 
+DEFAULTS = {item.name: item.metadata["default"] for item in fields(Settings)}
 PRECISIONS, MODES = ([item.name for item in fields(Settings) if item.metadata.get("excludes") == kind]
                      for kind in ("precision", "mode"))
 USES = ("summarize", "evaluate", "export")  # the modes that use a result
 # They change memory, speed and the end of a run; the result else only by rounding and by other masks of dropout.
 FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps", "no_fast")
+
+
+def recipe_of(model: str) -> dict[str, Any]:
+    """The defaults that depend on --model."""
+    return RECIPE | PRESETS.get(model, {})
 
 
 class Parser(argparse.ArgumentParser):
@@ -206,9 +212,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if name in given and given[name] not in presets and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
     run = find_run(given, is_use)
-    defaults = {item.name: item.metadata["default"] for item in fields(Settings)}
     saved = {name: value for name, value in (read_metrics(run)["configuration"] if run else {}).items()
-             if name in defaults}
+             if name in DEFAULTS}
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -216,13 +221,13 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
                         "leave it out, or start a new run")
     if any(name in given for name in PRECISIONS):  # one that is given replaces that of the run
         saved |= dict.fromkeys(PRECISIONS, False)
-    if run:
-        given["output_dir" if "resume" in given else "adapter"] = run if "resume" in given else given.get(
-            "adapter", str(run))
+    if run and "resume" in given:
+        given["output_dir"] = run
+    elif run:
+        given.setdefault("adapter", str(run))
     elif given.get("adapter", "none") != "none" and "model" not in given:
         given["model"] = base_of_adapter(Path(given["adapter"]))
-    recipe = RECIPE | PRESETS.get(given.get("model", saved.get("model", RECIPE["model"])), {})
-    values = defaults | recipe | saved | given
+    values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
     processes = int(os.environ.get("WORLD_SIZE", 1))
     values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
     if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:
@@ -233,14 +238,14 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def base_of_adapter(folder: Path) -> str:
     """The --model that an adapter without a run around it was trained on, as PEFT noted it; "tiny" if it is none."""
-    path = next((path for path in (folder / "adapter", folder) if (path / "adapter_config.json").is_file()), None)
+    path = next((path / "adapter_config.json" for path in (folder / "adapter", folder)
+                 if (path / "adapter_config.json").is_file()), None)
     if path is None:
         return "tiny"  # load_for_use says what is wrong, or loads a whole model
     try:
-        name = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        Path(name)
+        name = os.fspath(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'adapter_config.json'} names no base: give it, --model NAME") from None
+        raise UserError(f"{path} names no base: give it, --model NAME") from None
     return next((preset for preset, value in MODELS.items() if value == name), name)
 
 
@@ -257,8 +262,8 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
 
 
 def newest_run(*contents: str) -> Path:
-    runs = [run for run in Path("runs").glob("*") for name in contents if any(run.glob(name))]
-    runs = [run for run in runs if (run / "metrics.json").is_file()]
+    runs = [run for run in Path("runs").glob("*") if (run / "metrics.json").is_file()
+            and any(any(run.glob(name)) for name in contents)]
     if not runs:
         raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
                         "train first, or name one (--adapter DIR, --output-dir DIR)")
@@ -307,6 +312,7 @@ import gc
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import logging
 import math
 import pickle
@@ -1010,6 +1016,10 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
+def change_json(path: Path, **values: Any) -> None:
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -1026,6 +1036,19 @@ def replace_folder(written: Path, folder: Path) -> None:
         folder.rename(old)
     written.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, aside, which takes the place of `folder` when that is done."""
+    written = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    try:
+        yield written
+        replace_folder(written, folder)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def remove_incomplete(folder: Path) -> None:
@@ -1085,16 +1108,12 @@ def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     weights, moments = trained_weights(model), optimizer.state_dict()
     moments["state"] = {i: {name: on_host(tensor) for name, tensor in values.items()}
                         for i, values in moments["state"].items()}
-    folder = run / "checkpoints" / f"step-{state.global_step:08d}"
-    temporary = folder.with_name(folder.name + ".incomplete")
     if is_main_process():
         with writing_to(run):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(weights, temporary / "weights.safetensors")
-            torch.save(moments, temporary / "optimizer.pt")
-            state.save_to_json(str(temporary / "trainer_state.json"))
-            replace_folder(temporary, folder)
+            with new_folder(run / "checkpoints" / f"step-{state.global_step:08d}") as folder:
+                save_file(weights, folder / "weights.safetensors")
+                torch.save(moments, folder / "optimizer.pt")
+                state.save_to_json(str(folder / "trainer_state.json"))
             for old in checkpoints(run)[:-2]:
                 shutil.rmtree(old)
     PartialState().wait_for_everyone()
@@ -1140,8 +1159,8 @@ def find_checkpoint(run: Path) -> Path | None:
                 pass
             torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
-            reason = "it has code in it, which is not run" if isinstance(
-                error, pickle.UnpicklingError) else first_line(error)
+            has_code = isinstance(error, pickle.UnpicklingError)
+            reason = "it has code in it, which is not run" if has_code else first_line(error)
             aside = checkpoint.with_name(checkpoint.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
@@ -1159,22 +1178,17 @@ def result_name(settings: Settings) -> str:
 
 def save_result(run: Path, model: torch.nn.Module, tokenizer: Any, settings: Settings) -> None:
     """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
-    weights, folder = trained_weights(model), run / result_name(settings)
+    weights = trained_weights(model)
     if not is_main_process():
         return
-    temporary = folder.with_name(folder.name + ".incomplete")
-    with writing_to(run):
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing_to(run), new_folder(run / result_name(settings)) as folder:
         if not isinstance(model, PeftModel):
-            save_model(model, tokenizer, temporary, settings, weights)
-            return replace_folder(temporary, folder)
-        model.save_pretrained(temporary, state_dict=weights, save_embedding_layers=False)
+            return save_model(model, tokenizer, folder, settings, weights)
+        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
         # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub.
-        path, base = temporary / "adapter_config.json", MODELS.get(settings.model, settings.model)
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        tokenizer.save_pretrained(temporary)
-        replace_folder(temporary, folder)
+        change_json(folder / "adapter_config.json", base_model_name_or_path=MODELS.get(settings.model, settings.model))
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        tokenizer.save_pretrained(folder)
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: Settings,
@@ -1188,8 +1202,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: S
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        path = folder / "config.json"
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False})
+        change_json(folder / "config.json", tie_word_embeddings=False)
 
 
 @contextlib.contextmanager
@@ -1239,51 +1252,56 @@ def fetch(repo_id: str, repo_type: str, cache_dir: Path | None = None, weights: 
                         f"not in the cache. Offline, copy it here and give the folder: --{repo_type} FOLDER") from None
 
 
-hub_is_silent = threading.Event()  # then it is not waited for a second time
+hub_silence: list[str] = []  # why the Hub is not waited for a second time
 
 
 def ask_hub(repo_id: str, repo_type: str) -> tuple[str | None, list[str]]:
     """None or the reason why the Hub does not answer, and the names of the files in a repository.
 
-    Its own functions try again for minutes, or wait without end where a server is silent or a name cannot be looked up.
-    So they are called once, in a thread that is left behind after 8 seconds (3, if the name is not known by then).
+    The functions that download would try again for minutes. And looking up a name may take without end, so that is
+    done first, in a thread which is left behind after 3 seconds.
     """
-    if huggingface_hub.constants.HF_HUB_OFFLINE or hub_is_silent.is_set():
-        return "no answer within 8 seconds" if hub_is_silent.is_set() else "HF_HUB_OFFLINE is set", []
-    host, is_known, answer = huggingface_hub.constants.ENDPOINT.split("//")[-1].split(":")[0], threading.Event(), []
+    if huggingface_hub.constants.HF_HUB_OFFLINE or hub_silence:
+        return (hub_silence or ["HF_HUB_OFFLINE is set"])[0], []
+    host = huggingface_hub.constants.ENDPOINT.split("//")[-1].split(":")[0]
 
-    def ask() -> None:
-        try:
-            if not urllib.request.getproxies():  # a proxy looks names up by itself
-                socket.getaddrinfo(host, None)
-            is_known.set()
-            answer.append(huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type))
-        except Exception as error:
-            answer.append(error)
+    def look_up() -> None:
+        with contextlib.suppress(OSError):  # the next request says it better
+            socket.getaddrinfo(host, None)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(3)
-    if is_known.is_set():
-        thread.join(5)
-    if not answer:
-        hub_is_silent.set()
-        return "no answer within 8 seconds" if is_known.is_set() else f"the name {host} cannot be looked up", []
-    if isinstance(answer[0], (huggingface_hub.errors.RepositoryNotFoundError,
-                              huggingface_hub.errors.HFValidationError)):
-        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)")
-    if isinstance(answer[0], Exception):
-        return first_line(answer[0]), []
-    return None, [file.rfilename for file in answer[0].siblings]
+    thread = threading.Thread(target=look_up, daemon=True)
+    if not urllib.request.getproxies():  # a proxy looks names up by itself
+        thread.start()
+        thread.join(3)
+    if thread.is_alive():
+        hub_silence.append(f"the name {host} cannot be looked up")
+        return hub_silence[0], []
+    try:
+        return None, [file.rfilename for file in huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type,
+                                                                                   timeout=5).siblings]
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+        raise UserError(f"there is no {repo_type} {repo_id} on the Hub (or it is private: `hf auth login`)") from None
+    except Exception as error:
+        if type(error).__name__.endswith("Timeout"):
+            hub_silence.append("no answer within 5 seconds")
+        return (hub_silence or [first_line(error)])[0], []
 
 
-def looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(tuple(SUFFIXES)) or name.count("/") > 1
+def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path | None, weights: bool = True) -> Path:
+    """Where --model or --dataset is on this machine: a preset, a path, or a Hub id, which is downloaded."""
+    path = Path(presets.get(name, name))
+    if path.is_dir() or (path.is_file() and kind == "dataset"):
+        return path
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(tuple(SUFFIXES)) or name.count("/") > 1
+    if looks_like_path or "/" not in str(path):
+        raise UserError(f"no {kind} {name}: give one of {', '.join(presets)}, a Hub id (owner/name) or "
+                        f"{'a folder' if kind == 'model' else 'a file or folder'}")
+    return fetch(str(path), kind, cache_dir, weights)
 
 
 def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
     """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
-    path = Path(DATASETS.get(name, name))
+    path = find_on_disk("dataset", name, DATASETS, cache_dir)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: only {', '.join(SUFFIXES)} files can be read")
@@ -1293,10 +1311,6 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]
             raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
         return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
-    if not path.is_dir():
-        if looks_like_path(name) or "/" not in str(path):
-            raise UserError(f"no dataset {name}: give samsum, sample, a Hub id (owner/name), or a file or folder")
-        path = fetch(str(path), "dataset", cache_dir)
     files = find_files(path)
     missing = [split for split in SPLITS if split not in files]
     if missing:
@@ -1364,13 +1378,7 @@ def explain(path: Path) -> None:
     """UserError with the place of what is wrong in a .jsonl, .json or .csv file; returns if nothing is found."""
     if path.suffix == ".parquet":
         return
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}): convert it") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    text = decode(path)
     if path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -1383,22 +1391,28 @@ def explain(path: Path) -> None:
             raise UserError(f"{path}:{line}: broken CSV ({error})") from None
         if max(widths) > widths[0]:
             raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
-    elif path.suffix == ".json":
-        rows = parse_json(path, 1, text)
-        for i, row in enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]:
-            if not isinstance(rows, list) or not isinstance(row, dict):
-                place = f"row {i}" if i else "1"
-                raise not_a_row(path, place, "a list of them", row)
+        return
+    if path.suffix == ".jsonl":
+        rows, form, content = read_json_lines(path, text), "one a line", None
     else:
-        for i, row in read_json_lines(path, text):
-            if not isinstance(row, dict):
-                raise not_a_row(path, i, "one a line", row)
+        content, form = parse_json(path, 1, text), "a list of them"
+        rows = [(f"row {i}", row) for i, row in enumerate(content, 1)] if isinstance(content, list) else [(1, content)]
+    for place, row in rows:
+        if not isinstance(row, dict) or row is content:
+            found = "an object" if isinstance(row, dict) else type(row).__name__
+            raise UserError(f'{path}:{place}: expected rows such as {{"dialogue": ..., "summary": ...}} ({form}), '
+                            f"found {found}")
 
 
-def not_a_row(path: Path, place: str | int, expected: str, found: Any) -> UserError:
-    kind = "an object" if isinstance(found, dict) else type(found).__name__
-    return UserError(f'{path}:{place}: expected rows such as {{"dialogue": ..., "summary": ...}} ({expected}), '
-                     f"found {kind}")
+def decode(path: Path, content: bytes | None = None) -> str:
+    """The text of a file, or `content` in its place; UserError with the place if it is none."""
+    try:
+        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x}): convert it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
@@ -1435,13 +1449,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def find_model(name: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
-    """The local folder of --model: a preset, a folder or a Hub id (downloaded, with or without its weights)."""
-    path = Path(MODELS.get(name, name))
-    if not path.is_dir():
-        if name not in MODELS and (looks_like_path(name) or "/" not in name):
-            raise UserError(f"no model {name}: give one of {', '.join(MODELS)}, a Hub id (owner/name) or a folder")
-        path = fetch(str(path), "model", cache_dir, weights)
-    return path
+    """The local folder of --model, with or without its weights."""
+    return find_on_disk("model", name, MODELS, cache_dir, weights)
 
 
 def load_tokenizer_and_config(folder: Path) -> tuple[Any, transformers.PretrainedConfig]:
@@ -1515,7 +1524,7 @@ def load_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{misfit}: {lines['size mismatch' in str(error) and len(lines) > 1][:200]}") from None
 
-# ---------- 9. Processes and signals ----------------------------------------------------------------------------------
+# ---------- 9. Processes, signals and what is printed -----------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -1554,6 +1563,19 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def check_sharding(settings: Settings) -> None:
+    """UserError where FSDP could not do what is asked for; and each T5 block is to be gathered by itself."""
+    if not is_sharded():
+        return
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if str(PartialState().distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
+        raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
+    if settings.quantization or settings.mode not in ("train", "lr_find"):
+        raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
+
+
 def agree(device: torch.device, *flags: Any) -> list[bool]:
     """For each flag whether it is set in any process; all of them must ask together."""
     if PartialState().num_processes == 1:
@@ -1584,20 +1606,30 @@ def launcher() -> str:
 
 def say(*lines: str, file: Any = None) -> None:
     """Prints, once, however many processes there are."""
-    if is_main_process():
+    if lines and is_main_process():
         print(*lines, sep="\n", file=file or sys.stdout, flush=True)
 
 
-def say_list(label: str, items: Iterable[str], separator: str = ", ") -> None:
+def say_list(label: str, items: Iterable[str]) -> None:
     """Prints `label: item, item, ...` in lines of at most 79 characters that break between items."""
-    lines = [label]
-    for i, item in enumerate(items):
-        if i:
-            lines[-1] += separator.rstrip()
-        if len(lines[-1]) + len(item) > 77:
-            lines.append(" ")
-        lines[-1] += " " + item
-    say(*lines)
+    joined = ", ".join(item.replace(" ", "\0") for item in items)  # no break inside an item
+    say(textwrap.fill(f"{label} {joined}", 79, subsequent_indent="  ", break_long_words=False,
+                      break_on_hyphens=False).replace("\0", " "))
+
+
+def table(header: list[str], rows: Iterable[list[str]], text: tuple[int, ...] = (0,)) -> str:
+    """A Markdown table as wide as its widest cells, with the numbers of the columns that hold text."""
+    columns = []
+    for i, cells in enumerate(zip(header, *rows, strict=True)):
+        width, is_text = max(map(len, cells)), i in text
+        head, *rest = (f" {cell:{'<' if is_text else '>'}{width}} " for cell in cells)
+        columns.append([head, ":" * is_text + "-" * (width + 1) + ":" * (not is_text), *rest])
+    return "\n".join(f"|{'|'.join(line)}|" for line in zip(*columns, strict=True))
+
+
+def is_wide() -> bool:
+    """Whether the terminal has room for the interval of each score."""
+    return shutil.get_terminal_size().columns >= 140
 
 
 def first_line(error: BaseException) -> str:
@@ -1632,6 +1664,9 @@ def device_name(device: torch.device) -> str:
 # ---------- 10. A run: its folder, what it shows while it goes, and its report ----------------------------------------
 
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient end a run
+# Dense bf16 TFLOP/s of NVIDIA's data sheets, without sparsity, by a part of the card's name; the first that fits.
+DATA_SHEET = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 149.7, "A10": 125,
+              "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71}
 
 
 def train(settings: Settings) -> int:
@@ -1675,18 +1710,34 @@ def describe_run(settings: Settings, model: torch.nn.Module, data: datasets.Data
     # PEFT counts packed 4-bit weights as what they are, two to a byte.
     trainable, total = [model.num_parameters()] * 2 if settings.full else model.get_nb_trainable_parameters()
     packages = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "rouge_score", "accelerate")
+    rate = next((tera * 1e12 for card, tera in DATA_SHEET.items() if card in device_name(device)), None)
     return {
         "configuration": settings.configuration,
         "optimizer": {"name": "AdamW", **ADAMW, "max_grad_norm": MAX_GRAD_NORM, "peak_learning_rate": settings.lr,
                       "schedule": "linear", "warmup": WARMUP,
                       "steps": number_of_steps(settings, len(data["train"]))},
-        "versions": {"python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name)
+                                                             for name in packages},
         "device": device_name(device), "processes": PartialState().num_processes,
         "precision": str(precision).removeprefix("torch."), "parameters": total, "trainable_parameters": trainable,
+        "flops_per_row": flops_per_row(model, data["train"], settings.full),
+        "data_sheet_flops_per_second": rate if precision == torch.bfloat16 else None,
         "scoring": describe_scoring(settings, data),
         "data": {split: fingerprint(rows.to_dict()) for split, rows in data.items()},
     }
+
+
+def flops_per_row(model: torch.nn.Module, rows: datasets.Dataset, full: bool) -> float:
+    """What one training row of mean length costs: for each weight and token 2 FLOP forward and 2 for the gradient of
+    the layer's input; 2 more for that of the weight, if it is trained. Padding, LoRA's and attention's own products,
+    a few percent here, are not counted: MFU (PaLM, Chowdhery et al. 2022) is about the model, not about what ran."""
+    tokens = {column: float(np.mean([len(row) for row in rows[column]])) for column in ("input_ids", "labels")}
+    total = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in name:
+            sees_target = re.search(r"lm_head|decoder\.(?!.*EncDecAttention\.[kv]\b)", name)
+            total += layer.in_features * layer.out_features * tokens["labels" if sees_target else "input_ids"]
+    return (6 if full else 4) * total
 
 
 def describe_scoring(settings: Settings, data: dict[str, datasets.Dataset]) -> dict[str, Any]:
@@ -1715,22 +1766,21 @@ def scoring_in_words(scoring: dict[str, Any]) -> str:
 
 def show_description(description: dict[str, Any], settings: Settings, steps: int, folder: Path) -> None:
     """A run's settings in a few lines: model, data, device, and which flags are not at their defaults."""
-    preset = {item.name: item.metadata["default"] for item in fields(Settings)} | RECIPE
-    preset |= PRESETS.get(settings.model, {}) | {"model": settings.model, "dataset": settings.dataset}
-    preset["micro_batch_size"] = max(1, settings.batch_size // description["processes"])
-    changed = {name: value for name, value in settings.configuration.items() if value != preset[name]}
-    total, trained = description["parameters"], description["trainable_parameters"]
+    total, trained, processes = (description[name] for name in ("parameters", "trainable_parameters", "processes"))
     say_list("model:", [settings.model, f"{total:,} parameters", f"trained {trained:,} ({trained / total:.2%})"])
     say(f"dataset: {settings.dataset}")
     say_list("rows:", rows_in_words(description["scoring"], SPLITS))
-    processes, epochs = description["processes"], settings.epochs
     say_list("device:", [description["device"], description["precision"],
                          f"{processes} process{'es' * (processes > 1)}"])
-    say(f"training: {epochs} epoch{'s' * (epochs > 1)}, lr {as_power_of_ten(settings.lr)}, "
+    say(f"training: {settings.epochs} epoch{'s' * (settings.epochs > 1)}, lr {as_power_of_ten(settings.lr)}, "
         f"batch {settings.batch_size}, seed {settings.seed}")
+    usual = DEFAULTS | recipe_of(settings.model) | {"model": settings.model, "dataset": settings.dataset}
+    usual["micro_batch_size"] = max(1, settings.batch_size // processes)
+    changed = {"--" + name.replace("_", "-"): value for name, value in settings.configuration.items()
+               if value != usual[name]}
     if changed:
-        say_list("flags:", [f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value))
-                            if isinstance(value, list) else f" {value}") for name, value in changed.items()])
+        say_list("flags:", [flag if value is True else f"{flag} {' '.join(value) if isinstance(value, list) else value}"
+                            for flag, value in changed.items()])
     say(f"steps: {steps}", f"run: {folder}", "")
 
 
@@ -1754,8 +1804,8 @@ def new_run_folder(settings: Settings, name: str) -> Path:
     wanted = settings.output_dir or Path("runs") / name
 
     def make() -> Path:
-        for suffix in ("", *(f"-{n}" for n in range(2, 10000))):
-            folder = wanted.with_name(wanted.name + suffix) if suffix else wanted
+        for n in itertools.count(1):
+            folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
             try:
                 folder.mkdir(parents=True)
                 return folder
@@ -1766,7 +1816,6 @@ def new_run_folder(settings: Settings, name: str) -> Path:
                     raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
             except OSError as error:
                 raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
-        raise UserError(f"{wanted} and 9,999 more exist: choose an --output-dir")
 
     return from_main_process(make)
 
@@ -1806,7 +1855,7 @@ class Run(TrainerCallback):
             return
         remove_incomplete(self.folder)
         log = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["log_history"] if checkpoint else []
-        # Its thread prints a traceback when the disk is full; the same error is then raised in ours as well.
+        # TensorBoard's thread prints a traceback when the disk is full; the same error then comes in ours as well.
         is_tensorboard = lambda thread: type(thread).__module__.startswith("tensorboard.")
         threading.excepthook = lambda hook: is_tensorboard(hook.thread) or threading.__excepthook__(hook)
         first_step = step_of(checkpoint) + 1 if checkpoint else 0
@@ -1845,19 +1894,25 @@ class Run(TrainerCallback):
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(state.log_history[-1], ensure_ascii=False) + "\n")
-        for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second",
-                     "peak_memory_gib"):
-            if name in logs:
-                self.board.add_scalar(f"train/{name}", logs[name], state.global_step)
-        for split in ("validation", "test"):
-            for kind in ROUGE_TYPES if split in logs else ():
-                self.board.add_scalar(f"{split}/{kind}", logs[split][kind], state.global_step)
+        scalars = {f"train/{name}": logs.get(name) for name in (
+            "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gib")}
+        scalars["train/mfu"] = self.mfu(logs["samples_per_second"]) if "samples_per_second" in logs else None
+        scalars |= {f"{split}/{kind}": logs[split][kind] for split in ("validation", "test") if split in logs
+                    for kind in ROUGE_TYPES}
+        for tag, value in scalars.items():
+            if value is not None:
+                self.board.add_scalar(tag, value, state.global_step)
         if "loss" in logs:
             self.bar.set_description_str(f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s")
             if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
                 self.last_line = time.monotonic()
                 say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
                     f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.1f} rows/s")
+
+    def mfu(self, rows_per_second: float) -> float | None:
+        """Model FLOPs utilisation, of what the card's maker promises; None for a card that is not in the table."""
+        rate = self.description["data_sheet_flops_per_second"]
+        return rate and self.description["flops_per_row"] * rows_per_second / (rate * self.description["processes"])
 
     def report_skipped(self, trainer: SummarizationTrainer, step: int, loss: float, in_a_row: int) -> None:
         """Names a step that changed nothing, because its loss or gradient was not finite, and its rows; ends the run
@@ -1884,12 +1939,11 @@ class Run(TrainerCallback):
             return
         entry = self.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
         for split, rows in examples.items():
-            write_jsonl(self.folder / "predictions" / f"{split}-epoch-{entry['epoch']:.9g}.jsonl", rows)
+            write_jsonl(predictions_file(self.folder, split, entry["epoch"]), rows)
         self.write(state.log_history, "running")
         checkpoint = self.folder / "checkpoints" / f"step-{state.global_step:08d}" / "trainer_state.json"
         if checkpoint.exists():
-            content = json.loads(checkpoint.read_text("utf-8")) | {"log_history": state.log_history}
-            write_json(checkpoint, content)
+            change_json(checkpoint, log_history=state.log_history)
         text = "\n\n---\n\n".join(
             f"**{row['id']}**\n\n{textwrap.indent(row['dialogue'], '    ')}\n\n**reference:** {row['reference']}\n\n"
             f"**prediction:** {row['prediction']}" for row in examples["validation"][:5])
@@ -1911,27 +1965,32 @@ class Run(TrainerCallback):
                                "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
                 losses = []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
-        for entry in result:
-            entry["best"] = entry is best
-        return result
+        return [entry | {"best": entry is best} for entry in result]
+
+    def results(self, log: list[dict[str, Any]]) -> dict[str, Any]:
+        """What has come out so far, for metrics.json."""
+        curve, epochs = [entry for entry in log if "loss" in entry], self.epochs(log)
+        seconds = sum(entry["seconds"] for entry in curve)
+        mean = lambda name: round(sum(e[name] * e["seconds"] for e in curve) / seconds, 2) if seconds else None
+        best = next((entry for entry in epochs if entry["best"]), None)
+        return {
+            "steps": curve[-1]["step"] if curve else 0, "epochs": round(curve[-1]["epoch"], 4) if curve else 0,
+            "skipped_steps": sum(entry.get("skipped_steps", 0) for entry in log),
+            "training_seconds": round(seconds, 3),
+            "evaluation_seconds": round(sum(entry["seconds"] for entry in epochs), 1),
+            "samples_per_second": mean("samples_per_second"), "tokens_per_second": mean("tokens_per_second"),
+            "mfu": self.mfu(mean("samples_per_second") or 0) or None,
+            "peak_memory_gib": max((entry["peak_memory_gib"] for entry in curve), default=None),
+            "best_epoch": best and best["epoch"], "best_step": best and best["step"],
+            **{f"{split}_{kind}": best and best[split][kind] for split in ("validation", "test")
+               for kind in ROUGE_TYPES},
+        }
 
     def write(self, log: list[dict[str, Any]], status: str) -> dict[str, Any]:
         """Writes metrics.json and the plots; returns what it holds."""
         curve, epochs = [entry for entry in log if "loss" in entry], self.epochs(log)
-        seconds, training = sum(entry["seconds"] for entry in curve), {}
-        if seconds:
-            mean = lambda name: round(sum(e[name] * e["seconds"] for e in curve) / seconds, 2)
-            training = {
-                "steps": curve[-1]["step"], "seconds": round(seconds, 3),
-                "samples_per_second": mean("samples_per_second"), "tokens_per_second": mean("tokens_per_second"),
-                "peak_memory_gib": max(e["peak_memory_gib"] for e in curve),
-                "evaluation_seconds": round(sum(e["seconds"] for e in epochs), 1),
-            }
-        metrics = {
-            "status": status, **self.description, "best_epoch": next((e["epoch"] for e in epochs if e["best"]), None),
-            "skipped_steps": sum(entry.get("skipped_steps", 0) for entry in log), "training": training,
-            "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve,
-        }
+        metrics = {"status": status, **self.description, "results": self.results(log),
+                   "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve}
         write_json(self.folder / "metrics.json", metrics)
         if curve:
             plot_loss(curve, self.folder / "training_loss.png", self.folder.name)
@@ -1942,7 +2001,7 @@ class Run(TrainerCallback):
     def before_and_after(self, epochs: list[dict[str, Any]], count: int = 2) -> list[dict[str, str]]:
         """Held-out dialogues with what the model said before training and in the best epoch."""
         names = [epochs[0]["epoch"], next(e["epoch"] for e in epochs if e["best"])] if epochs else []
-        files = [self.folder / "predictions" / f"test-epoch-{epoch:.9g}.jsonl" for epoch in names]
+        files = [predictions_file(self.folder, "test", epoch) for epoch in names]
         if len(epochs) < 2 or not all(file.is_file() for file in files):
             return []
         before, after = ([json.loads(line) for line in file.read_text("utf-8").splitlines()[:count]] for file in files)
@@ -1955,30 +2014,35 @@ class Run(TrainerCallback):
             self.bar.close()
         remove_incomplete(self.folder)  # room, if the disk is full
         metrics = self.write(log, status)
-        epochs = metrics["epochs"]
+        epochs, results = metrics["epochs"], metrics["results"]
         if epochs:
-            best = next(e for e in epochs if e["best"])
-            values = {key: str(value) for key, value in self.settings.configuration.items()} | {"lr": self.settings.lr}
-            scores = {f"{split}/best_rouge1": best[split]["rouge1"] for split in ("validation", "test")}
-            self.board.add_hparams(values, scores, run_name=".")
-            text = [in_words(example) for example in metrics["examples"]]
-            self.board.add_text("test/before_and_after", "\n\n".join(textwrap.indent(t, "    ") for t in text),
-                                best["step"])
-            say("", score_table(epochs), "", scoring_in_words(self.description["scoring"]))
-            if best["step"] == 0 and len(epochs) > 1:
-                say("No epoch was better than the model before training: another --lr, or more --epochs?")
-            for i, example in enumerate(text, 1):
-                say("", f"Held-out dialogue {i}:", textwrap.indent(example, "  "))
+            self.report_scores(metrics)
         self.board.close()
-        if metrics["skipped_steps"]:
-            say("", f"{metrics['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
+        if results["skipped_steps"]:
+            say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
         if epochs and status != "failed":
             result = self.folder / result_name(self.settings)
-            say("", f"{result.name + '/':18} best epoch on validation ({best['epoch']:g})",
+            say("", f"{result.name + '/':18} best epoch on validation ({results['best_epoch']:g})",
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
                 f"all in {self.folder}", "", f"use it:    python flan-t5_samsum.py --summarize --adapter {result}",
                 "watch it:  tensorboard --logdir runs")
+            say_if_toy(self.settings, self.description["parameters"])
+
+    def report_scores(self, metrics: dict[str, Any]) -> None:
+        """The table, and two held-out dialogues before and after; both, with the settings, in TensorBoard as well."""
+        epochs, results = metrics["epochs"], metrics["results"]
+        values = {key: str(value) for key, value in self.settings.configuration.items()} | {"lr": self.settings.lr}
+        scores = {f"{split}/best_rouge1": results[f"{split}_rouge1"] for split in ("validation", "test")}
+        self.board.add_hparams(values, scores, run_name=".")
+        examples = [in_words(example) for example in metrics["examples"]]
+        self.board.add_text("test/before_and_after", "\n\n".join(textwrap.indent(text, "    ") for text in examples),
+                            results["best_step"])
+        say("", score_table(epochs), "", scoring_in_words(self.description["scoring"]))
+        if results["best_step"] == 0 and len(epochs) > 1:
+            say("No epoch was better than the model before training: another --lr, or more --epochs?")
+        for i, example in enumerate(examples, 1):
+            say("", f"Held-out dialogue {i}:", textwrap.indent(example, "  "))
 
 
 def in_words(example: dict[str, str]) -> str:
@@ -1987,6 +2051,12 @@ def in_words(example: dict[str, str]) -> str:
     shown = [textwrap.shorten(line, 76) for line in lines[:8]] + ["..."] * (len(lines) > 8)
     return "\n".join([*shown, fill("reference:", example["reference"]), fill("before:   ", example["before"]),
                       fill("after:    ", example["after"])])
+
+
+def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
+    if settings.model == "tiny":
+        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: python flan-t5_samsum.py --model base",
+            file=file)
 
 
 def epoch_number(epoch: float | None) -> float | int:
@@ -1998,32 +2068,58 @@ def epoch_number(epoch: float | None) -> float | int:
     return next((n for n in (round(epoch, digits) for digits in (3, 6)) if n != round(epoch)), round(epoch, 9))
 
 
+def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
+    return run / "predictions" / f"{split}-epoch-{epoch:.9g}.jsonl"
+
+
 def evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in log if "validation" in entry]
 
 
 def score_table(epochs: list[dict[str, Any]]) -> str:
-    """The scores as a Markdown table: two rows per epoch; where there is room, each with its 95% interval."""
-    wide = shutil.get_terminal_size().columns >= 140
-    names = " | ".join(f"{name:{20 if wide else 0}}" for name in ROUGE_TYPES.values())
-    lines = [f"| {'epoch':11} | {'loss':6} | {'split':10} | {names} |", "|------------:|-------:|:-----------|"
-             + "".join(f"{'-' * (len(name) + 1)}:|" for name in names.split(" | "))]
+    """Two rows per epoch. All cells have a width of their own, so that rows fit under those that came before."""
+    rows = []
     for entry in epochs:
-        loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
         epoch = f"{entry['epoch']:.{0 if isinstance(entry['epoch'], int) else 2}f}" + " (best)" * entry["best"]
-        for split in ("validation", "test"):
-            lines.append(f"| {epoch:>11} | {loss:>6} | {split:10} | {score_cells(entry[split], wide)} |")
-    return "\n".join(lines)
+        loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
+        rows += [[epoch, loss, split, *score_cells(entry[split])] for split in ("validation", "test")]
+    return table([f"{'epoch':11}", f"{'loss':6}", f"{'split':10}", *score_names()], rows, text=(2,))
 
 
-def score_cells(scores: Scores, wide: bool) -> str:
-    if not wide:
-        return " | ".join(f"{scores[kind]:{len(name)}.2f}" for kind, name in ROUGE_TYPES.items())
-    intervals = {kind: "[{:.1f}, {:.1f}]".format(*scores[kind + "_interval"]) for kind in ROUGE_TYPES}
-    return " | ".join(f"{scores[kind]:5.2f} {intervals[kind]:>14}" for kind in ROUGE_TYPES)
+def score_names() -> list[str]:
+    return [f"{name:{20 if is_wide() else 0}}" for name in ROUGE_TYPES.values()]
+
+
+def score_cells(scores: Scores) -> list[str]:
+    """The scores in the order of `ROUGE_TYPES`; where there is room, each with its 95% interval."""
+    intervals = {kind: " {:>14}".format("[{:.1f}, {:.1f}]".format(*scores[kind + "_interval"])) if is_wide() else ""
+                 for kind in ROUGE_TYPES}
+    return [f"{scores[kind]:5.2f}{intervals[kind]}" for kind in ROUGE_TYPES]
+
+
+def out_of_memory_advice(settings: Settings) -> str:
+    """What makes room, in flags that are accepted in place of those given."""
+    share = settings.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    smaller = [n for n in range(1, settings.micro_batch_size) if share % n == 0]
+    is_training, is_export = settings.mode not in USES, settings.mode == "export"
+    can_quantise = not (is_export or settings.full or is_sharded())
+    flags = {
+        f"--micro-batch-size {max(smaller, default=1)}": is_training and smaller,
+        "--gradient-checkpointing": is_training and not settings.gradient_checkpointing,
+        "no --full": is_training and settings.full,
+        "--int8": can_quantise and not settings.quantization,
+        "--int4": can_quantise and not settings.int4,
+        "--num-beams 1": settings.num_beams > 1,
+        f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not is_export,
+        "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
+        "a smaller --model": is_training,
+    }
+    return f"out of GPU memory: try {', '.join(flag for flag, helps in flags.items() if helps)}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
+
+LOSS_AXES = {"xlabel": "optimiser step", "ylabel": "training loss (nats per token)"}
 
 
 @contextlib.contextmanager
@@ -2045,11 +2141,10 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
 
 def smallest_loss(curve: list[dict[str, Any]], name: str) -> int:
     """Index of the smallest finite training loss of the run `name`; UserError if none is finite."""
-    losses = np.array([e["loss"] for e in curve], dtype=float)
-    losses[~np.isfinite(losses)] = np.nan
-    if np.isnan(losses).all():
+    finite = [i for i, entry in enumerate(curve) if math.isfinite(entry["loss"])]
+    if not finite:
         raise UserError(f"{name}: no logged training loss is finite, so there is nothing to plot")
-    return int(np.nanargmin(losses))
+    return min(finite, key=lambda i: curve[i]["loss"])
 
 
 def smoothed(values: Iterable[float], reach: int = 3) -> list[float]:
@@ -2057,16 +2152,56 @@ def smoothed(values: Iterable[float], reach: int = 3) -> list[float]:
     return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
 
 
-def plot_loss(curve: list[dict[str, Any]], path: Path, title: str) -> None:
+def around(curve: list[dict[str, Any]], place: int, reach: int = 40) -> list[dict[str, Any]]:
+    return curve[max(0, place - reach) : place + reach + 1]
+
+
+def common_limits(curves: list[list[dict[str, Any]]], **axes: str) -> dict[str, tuple[float, float]]:
+    """{"ylim": (low, high)} for ylim="loss": one scale for several plots, if there are several; 5% more at each end."""
+    limits = {}
+    for axis, name in axes.items() if len(curves) > 1 else ():
+        values = [entry[name] for curve in curves for entry in curve if math.isfinite(entry[name])]
+        margin = 0.05 * (max(values) - min(values))
+        limits[axis] = (min(values) - margin, max(values) + margin)
+    return limits
+
+
+def plot_loss(curve: list[dict[str, Any]], path: Path, title: str, **limits: Any) -> None:
     """Raw and smoothed training loss over steps; the smallest raw value is marked with its step and learning rate."""
-    steps, losses = [e["step"] for e in curve], np.array([e["loss"] for e in curve])
+    steps, losses = [e["step"] for e in curve], [e["loss"] for e in curve]
     low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
     label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
-    with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
+    with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
         axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
         axes.plot(steps[low], losses[low], "o", color="tab:red", label=label)
+
+
+def plot_smallest(curve: list[dict[str, Any]], low: int, path: Path, title: str, **limits: Any) -> None:
+    """The neighbourhood of the smallest loss, with the learning rate there."""
+    near, point = around(curve, low), curve[low]
+    steps = [e["step"] for e in near]
+    with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
+        axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
+        axes.plot(point["step"], point["loss"], "o", color="tab:red",
+                  label=f"smallest: {point['loss']:.4f}\nat step {point['step']}")
+        if point["learning_rate"] is not None:
+            right = axes.twinx()
+            right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange")
+            right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
+            right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
+
+
+def plot_range_test(rates: list[float], losses: list[float], best: float, default: float, path: Path, title: str
+                    ) -> None:
+    with new_plot(path, title=title, **LOSS_AXES | {"xlabel": "learning rate"}) as axes:
+        axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
+        axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
+        axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
+        axes.axvline(default, color="grey", linestyle=":", label=f"without it: {as_power_of_ten(default)}")
+        axes.set_xscale("log")
+        axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
 
 
 def plot_rouge(epochs: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -2081,6 +2216,24 @@ def plot_rouge(epochs: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
         axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best}")
         axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_comparison(runs: list[dict[str, Any]], path: Path) -> None:
+    """Left: test ROUGE-1 after each epoch. Right: that of the chosen epoch, with its 95% interval."""
+    with new_plot(path, columns=2, xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)",
+                  title="after each epoch (dot: chosen on validation)") as (left, right):
+        for i, run in enumerate(runs):
+            epochs, scores = zip(*((e["epoch"], e["test"]["rouge1"]) for e in run["epochs"]), strict=True)
+            best, score = run["best"]["epoch"], run["best"]["test"]["rouge1"]
+            left.plot(epochs, scores, ".-", color=f"C{i}", label=run["name"])
+            left.plot(best, score, "o", color=f"C{i}")
+            right.plot([i, i], run["best"]["test"]["rouge1_interval"], color=f"C{i}", linewidth=3)
+            right.plot(i, score, "o", color=f"C{i}")
+            right.annotate(f" {score:.2f}", (i, score))
+        right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
+        right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
+        left.xaxis.get_major_locator().set_params(integer=True)
+
 
 # ---------- 12. Use: base (quantised or not) + adapter, eval(), nothing else: no Trainer is built ---------------------
 
@@ -2115,12 +2268,7 @@ def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
         yield from split_at_blank_lines(sys.stdin)
         return
     path = Path("standard input" if name == "-" else name)
-    try:
-        text = (sys.stdin.buffer.read() if name == "-" else path.read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    text = decode(path, sys.stdin.buffer.read() if name == "-" else None)
     if path.suffix == ".jsonl" or (path.suffix != ".txt" and text.lstrip().startswith('{"')):
         rows = read_json_lines(path, text)
         present = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
@@ -2134,16 +2282,10 @@ def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
 
 
 def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of lines that are not blank, joined."""
-    block: list[str] = []
-    for line in lines:
-        if line.strip():
-            block.append(line.strip())
-        elif block:
-            yield "\n".join(block)
-            block = []
-    if block:
-        yield "\n".join(block)
+    """Runs of lines that are not blank, joined; each as soon as it has ended."""
+    for is_blank, block in itertools.groupby(lines, lambda line: not line.strip()):
+        if not is_blank:
+            yield "\n".join(line.strip() for line in block)
 
 
 def summarize(settings: Settings) -> int:
@@ -2157,9 +2299,7 @@ def summarize(settings: Settings) -> int:
             name = "standard input" if settings.summarize == "-" else settings.summarize
             raise UserError(f"{name} holds no dialogue")
     model, tokenizer, summarizer = load_for_use(settings)
-    if settings.model == "tiny":
-        say(f"This is a toy of {model.num_parameters() / 1e6:.1f} million parameters. A real one, on a GPU: "
-            "python flan-t5_samsum.py --model base", file=sys.stderr)
+    say_if_toy(settings, model.num_parameters(), file=sys.stderr)
     done = 0
     with merged_adapter(model):
         for group in groups:
@@ -2180,9 +2320,8 @@ def evaluate_split(settings: Settings) -> int:
     rows = tokenize(datasets.DatasetDict({settings.split: data[settings.split]}), tokenizer, settings)
     with merged_adapter(model):
         scores, _ = score(summarizer, rows[settings.split])
-    wide = shutil.get_terminal_size().columns >= 140
-    say("| split | " + " | ".join(ROUGE_TYPES.values()) + " |", "|:---|" + "---:|" * len(ROUGE_TYPES),
-        f"| {settings.split} | {score_cells(scores, wide)} |", "", scoring_in_words(describe_scoring(settings, rows)))
+    say(table(["split", *score_names()], [[settings.split, *score_cells(scores)]]), "",
+        scoring_in_words(describe_scoring(settings, rows)))
     return 0
 
 
@@ -2198,13 +2337,8 @@ def export(settings: Settings) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the embeddings are no longer tied: they never were
             model = model.merge_and_unload(safe_merge=True)
-    temporary = folder.with_name(folder.name + ".incomplete")
-    try:
-        with writing_to(folder.parent):
-            save_model(model.to(torch.bfloat16), tokenizer, temporary, settings)
-            replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing_to(folder.parent), new_folder(folder) as temporary:
+        save_model(model.to(torch.bfloat16), tokenizer, temporary, settings)
     say(f"exported: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r}) loads it")
     return 0
 
@@ -2228,8 +2362,7 @@ def geometry(settings: Settings) -> transformers.T5Config:
     d_model, d_ff, layers, heads = T5_SIZES[settings.model]
     return transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
-        num_heads=heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-    )
+        num_heads=heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
 
 
 def without_weights(config: transformers.T5Config) -> transformers.PreTrainedModel:
@@ -2298,60 +2431,48 @@ def plan(settings: Settings) -> int:
     model = without_weights(config)
     weights = {name: weight_bytes(model, name) for name in PRECISION_NAMES}
     total = model.num_parameters()
-    trainable = total if settings.full else add_lora(model, settings).get_nb_trainable_parameters()[0]
-    say(f"{base_name(settings)}: {total:,} parameters, {trainable:,} trained ({trainable / total:.2%})")
+    trained = total if settings.full else add_lora(model, settings).get_nb_trainable_parameters()[0]
+    say(f"{base_name(settings)}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say_list("weights:", [f"{PRECISION_NAMES[name]} {size / GIB:.2f} GiB" for name, size in weights.items()])
     source, target = plan_data(settings)
     if settings.full or set(settings.lora_targets) != {"q", "k", "v", "o"}:
         say("peak memory is predicted for LoRA on q k v o only")
-        return 0
-    if config.feed_forward_proj not in ("gated-gelu", "relu"):
+    elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
-        return 0
-    rows = plan_memory(settings, config, weights, trainable, source, target)
-    plain, checkpointed = (activation_bytes(config, settings.lora_r, settings.micro_batch_size, source, target, c) / GIB
-                           for c in (False, True))
-    say(f"activations of {settings.micro_batch_size} rows of {source} + {target} tokens (the longest batch): "
-        f"{plain:.2f} GiB,", f"  with --gradient-checkpointing {checkpointed:.2f} GiB", "",
-        "predicted peak memory in GiB:",
-        "| micro-batch | checkpointing | " + " | ".join(PRECISION_NAMES[name] for name in rows[0][2]) + " |",
-        "|---:|:---|" + "---:|" * len(rows[0][2]))
-    say(*(f"| {micro_batch} | {'yes' if checkpointing else 'no'} | "
-          + " | ".join(f"{size:.2f}" for size in sizes.values()) + " |" for micro_batch, checkpointing, sizes in rows))
-    say("", *advice(rows))
+    else:
+        rows = plan_memory(settings, config, weights, trained, source, target)
+        say(f"longest batch: {settings.micro_batch_size} rows of {source} + {target} tokens", "",
+            "predicted peak memory in GiB:",
+            table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
+                  [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
+                   for size, checkpointing, peaks in rows], text=()), "", *advice(rows))
     return 0
 
 
 def plan_data(settings: Settings) -> tuple[int, int]:
     """Prints steps, tokens and truncated rows; returns the padded length of the longest source and target."""
-    source, target = settings.max_source_length, settings.max_target_length
     try:
         folder = find_model(settings.model, settings.cache_dir, weights=False)
-        data = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)
+        train = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)["train"]
     except UserError as error:
         say(f"data: not counted, so the longest rows allowed are assumed: {error}")
-        return source, target
-    train = data["train"]
-    lengths = {column: [len(tokens) for tokens in train[column]] for column in ("input_ids", "labels")}
-    steps = number_of_steps(settings, len(train))
-    tokens = sum(map(sum, lengths.values()))
+        return settings.max_source_length, settings.max_target_length
+    sources, targets = ([len(tokens) for tokens in train[column]] for column in ("input_ids", "labels"))
+    tokens, steps = sum(sources) + sum(targets), number_of_steps(settings, len(train))
     epochs = steps * settings.batch_size / len(train)
     say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
-        f"truncated to {source} tokens",
+        f"truncated to {settings.max_source_length} tokens",
         f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
-    padded = lambda length: 64 * math.ceil(length / 64)
-    return padded(max(lengths["input_ids"])), padded(max(lengths["labels"]))
+    return 64 * math.ceil(max(sources) / 64), 64 * math.ceil(max(targets) / 64)
 
 
-PlanRow = tuple[int, bool, dict[str, float]]  # micro-batch, checkpointing, {precision: predicted peak in GiB}
+def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trained: int, source: int,
+                target: int) -> list[tuple[int, bool, dict[str, float]]]:
+    """[(micro-batch, checkpointing, {precision: peak in GiB})], the fastest first.
 
-
-def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trainable: int, source: int,
-                target: int) -> list[PlanRow]:
-    """The fastest first. A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32."""
-    precisions = ["bf16", "int8", "int4"]
-    if torch.cuda.is_available() and get_device()[1] == torch.float32:  # no bf16 on this GPU
-        precisions[0] = "fp32"
+    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
+    """
+    no_bf16 = torch.cuda.is_available() and get_device()[1] == torch.float32
     sizes = [settings.micro_batch_size]
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
@@ -2359,19 +2480,19 @@ def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict
     for checkpointing in (False, True):
         for size in sizes:
             activations = activation_bytes(config, settings.lora_r, size, source, target, checkpointing)
-            peak = {name: (weights[name] + 16 * trainable + activations) / GIB for name in precisions}
-            rows.append((size, checkpointing, peak))
+            rows.append((size, checkpointing, {name: (weights[name] + 16 * trained + activations) / GIB
+                                               for name in ("fp32" if no_bf16 else "bf16", "int8", "int4")}))
     return rows
 
 
-def advice(rows: list[PlanRow]) -> list[str]:
+def advice(rows: list[tuple[int, bool, dict[str, float]]]) -> list[str]:
     """Lines that say which flags make the run fit where, and whether INT8 helps."""
 
     def fitting_flags(memory: float) -> list[str] | None:
         """The fastest way to fit into `memory` GiB, or None. INT8 and NF4 cost most time, small micro-batches least."""
         for precision in rows[0][2]:
-            for micro_batch, checkpointing, sizes in rows:
-                if sizes[precision] + GPU_RESERVE <= memory:
+            for micro_batch, checkpointing, peaks in rows:
+                if peaks[precision] + GPU_RESERVE <= memory:
                     return [*[f"--{precision}"] * (precision in PRECISIONS),
                             *[f"--micro-batch-size {micro_batch}"] * (micro_batch < rows[0][0]),
                             *["--gradient-checkpointing"] * checkpointing]
@@ -2386,11 +2507,10 @@ def advice(rows: list[PlanRow]) -> list[str]:
         lines.append(f"on {name}: " + ("does not fit" if flags is None else " ".join(flags) or "fits as it is"))
         if flags == []:
             break
-    least = list(rows[-1][2].values())[:2]  # unquantised and INT8, in the smallest configuration
-    card = [next((size for size in GPU_SIZES if size >= need + GPU_RESERVE), None) for need in least]
-    if card[0] is not None and card[0] == card[1]:
-        lines.append(f"INT8 does not help at this size: a GPU of {card[0]} GiB is needed with and without it, "
-                     "and it is slower")
+    plain, int8 = (next((size for size in GPU_SIZES if size >= least + GPU_RESERVE), None)
+                   for least in list(rows[-1][2].values())[:2])  # in the smallest configuration
+    if plain is not None and plain == int8:
+        lines.append(f"INT8 does not help at this size: it is slower, and needs a GPU of {plain} GiB like bf16")
     return lines
 
 
@@ -2398,7 +2518,7 @@ RANGE_TEST = np.geomspace(1e-6, 1, 100)  # the learning rates of --lr-find, one 
 
 
 class RangeTest(TrainerCallback):
-    """Takes the place of a Run: notes the loss of every step, and ends when it diverges: twice the lowest, smoothed."""
+    """Takes the place of a Run: notes the loss of every step, and ends when it diverges."""
 
     def __init__(self, settings: Settings):
         self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
@@ -2417,6 +2537,7 @@ class RangeTest(TrainerCallback):
 
 
 def diverges(losses: list[float]) -> bool:
+    """Whether the smoothed loss is twice its lowest, or the last one is no number."""
     smooth = smoothed(losses)
     return not math.isfinite(losses[-1]) or (len(losses) > 7 and smooth[-1] > 2 * min(smooth))
 
@@ -2437,16 +2558,18 @@ def lr_find(settings: Settings) -> int:
         say("interrupted: nothing is kept", file=sys.stderr)
         return 128 + (test.stop.number or signal.SIGTERM)
     folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
-    rates = RANGE_TEST[: len(test.losses)].tolist()
-    best = suggest_learning_rate(rates, test.losses)
+    rates, losses = RANGE_TEST[: len(test.losses)].tolist(), test.losses
+    best = suggest_learning_rate(rates, losses)
+    there = np.interp(math.log(settings.lr), np.log(rates), smoothed(losses), right=math.nan)  # nan: diverged before
     if is_main_process():
-        plot_range_test(rates, test.losses, best, settings.lr, folder / "lr_find.png", folder.name)
+        plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
         write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
-                                             "learning_rates": rates, "losses": test.losses})
-    say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {test.losses[0]:.3f}) to {rates[-1]:.1e} "
-        f"(loss {test.losses[-1]:.3f})",
-        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss "
-        f"(without it: {as_power_of_ten(settings.lr)})", f"plot:  {folder / 'lr_find.png'}",
+                                             "learning_rates": rates, "losses": losses})
+    say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {losses[0]:.3f}) to {rates[-1]:.1e} "
+        f"(loss {losses[-1]:.3f})",
+        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss",
+        f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
+        f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}", f"plot:  {folder / 'lr_find.png'}",
         f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
     return 0
 
@@ -2464,32 +2587,22 @@ def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
     finite = [loss for loss in losses if math.isfinite(loss)]
     if not finite:
         raise UserError("the loss is not finite even at the smallest learning rate: are the model's weights whole?")
-    smallest = int(np.argmin(smoothed(finite)))
-    return float(f"{rates[smallest] / 10:.1e}")
-
-
-def plot_range_test(rates: list[float], losses: list[float], best: float, default: float, path: Path, title: str
-                    ) -> None:
-    with new_plot(path, title=title, xlabel="learning rate", ylabel="training loss (nats per token)") as axes:
-        axes.plot(rates, losses, color="tab:blue", alpha=0.35, label="every step")
-        axes.plot(rates, smoothed(losses), color="tab:blue", label="smoothed")
-        axes.axvline(best, color="tab:red", linestyle="--", label=f"suggested: {as_power_of_ten(best)}")
-        axes.axvline(default, color="grey", linestyle=":", label=f"without it: {as_power_of_ten(default)}")
-        axes.set_xscale("log")
-        axes.set_ylim(top=min(max(losses), 1.5 * max(losses[:10])))  # a diverging end would flatten everything else
+    return float(f"{rates[int(np.argmin(smoothed(finite)))] / 10:.1e}")
 
 
 def plot(settings: Settings) -> int:
-    """Draws training_loss.png and smallest_training_loss.png from the TensorBoard logs of any Trainer run."""
+    """Draws the loss, and its smallest value, from the TensorBoard logs of any Trainer; several runs on one scale."""
     if settings.output_dir:
         check_names(settings.plot)
-    for folder in settings.plot:
-        curve, totals = read_tensorboard(folder)
+    runs = [(folder, *read_tensorboard(folder)) for folder in settings.plot]
+    lows = [smallest_loss(curve, folder.resolve().name) for folder, curve, _ in runs]
+    whole = common_limits([curve for _, curve, _ in runs], xlim="step", ylim="loss")
+    near = common_limits([around(curve, low) for (_, curve, _), low in zip(runs, lows, strict=True)], ylim="loss")
+    for (folder, curve, totals), low in zip(runs, lows, strict=True):
         name = folder.resolve().name
-        low = smallest_loss(curve, name)
         place = settings.output_dir / name if settings.output_dir else folder
-        plot_loss(curve, place / "training_loss.png", name)
-        plot_smallest(curve, low, place / "smallest_training_loss.png", name)
+        plot_loss(curve, place / "training_loss.png", name, **whole)
+        plot_smallest(curve, low, place / "smallest_training_loss.png", name, **near)
         point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
         say(f"{name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
             + (f", learning rate {point['learning_rate']:.2e}" if point["learning_rate"] is not None else ""),
@@ -2534,37 +2647,20 @@ def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, floa
     return found[0]
 
 
-def plot_smallest(curve: list[dict[str, Any]], low: int, path: Path, title: str, reach: int = 40) -> None:
-    """The neighbourhood of the smallest loss, `reach` logged points to each side, with the learning rate there."""
-    near = curve[max(0, low - reach) : low + reach + 1]
-    steps, point = [e["step"] for e in near], curve[low]
-    with new_plot(path, title=title, xlabel="optimiser step", ylabel="training loss (nats per token)") as axes:
-        axes.plot(steps, [e["loss"] for e in near], marker=".", color="tab:blue", label="training loss, as logged")
-        axes.plot(point["step"], point["loss"], "o", color="tab:red",
-                  label=f"smallest: {point['loss']:.4f}\nat step {point['step']}")
-        if point["learning_rate"] is not None:
-            right = axes.twinx()
-            right.plot(steps, [e["learning_rate"] for e in near], color="tab:orange")
-            right.plot(point["step"], point["learning_rate"], "o", color="tab:orange")
-            right.set_ylabel(f"learning rate (there {point['learning_rate']:.2e})", color="tab:orange")
-
-
 def compare(settings: Settings) -> int:
     """Tables and a picture of runs, and for each two of them a paired bootstrap over the test rows."""
     check_names(settings.compare)
     runs = [read_run(folder) for folder in settings.compare]
     check_comparable(runs)
-    for run in runs:
-        if run["status"] != "finished":
-            say(f"{run['name']} is not finished: {run['status']}")
-    say(epoch_table(runs), "", run_table(runs), *different_settings(runs))
+    say(*(f"{run['name']} is not finished: {run['status']}" for run in runs if run["status"] != "finished"),
+        epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     if pairs:
         corrected = holm([p for *_, p in pairs])
         say("", f"ROUGE-1 on the same {len(runs[0]['rouge1'])} test rows, paired bootstrap with 10,000 samples:", "",
-            "| A | B | B - A | 95% interval | p | p (Holm) |", "|:---|:---|---:|---:|---:|---:|")
-        say(*(f"| {a['name']} | {b['name']} | {difference:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.4f} | {q:.4f} |"
-              for (a, b, difference, low, high, p), q in zip(pairs, corrected, strict=True)), "",
+            table(["A", "B", "B - A", "95% interval", "p", "p (Holm)"],
+                  [[a["name"], b["name"], f"{difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{p:.4f}", f"{q:.4f}"]
+                   for (a, b, difference, low, high, p), q in zip(pairs, corrected, strict=True)], text=(0, 1)), "",
             textwrap.fill("p is about these test rows: would others of their kind say the same? It is not about seeds: "
                           "the same settings with another --seed give another run. The last column corrects p for the "
                           f"number of pairs ({len(pairs)}).", 79))
@@ -2577,11 +2673,11 @@ def compare(settings: Settings) -> int:
 def read_run(folder: Path) -> dict[str, Any]:
     """metrics.json of a run, with its name and, of the best epoch, the rows of both splits and the test ROUGE-1."""
     metrics = read_metrics(folder)
-    if not metrics.get("epochs") or not metrics.get("training"):
+    if not metrics.get("epochs") or not metrics.get("curve"):
         raise UserError(f"{folder} has no finished epoch yet")
     metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
     for split in ("validation", "test"):
-        path = folder / "predictions" / f"{split}-epoch-{metrics['best_epoch']:.9g}.jsonl"
+        path = predictions_file(folder, split, metrics["best"]["epoch"])
         rows = [row for _, row in read_json_lines(path, path.read_text("utf-8"))]
         metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
         metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
@@ -2592,48 +2688,48 @@ def check_comparable(runs: list[dict[str, Any]]) -> None:
     """UserError unless all runs were scored on the same rows in the same way."""
     first = runs[0]
     for other in runs[1:]:
+        refusal = f"{first['name']} and {other['name']} cannot be compared:"
         for name in ("decoding", "max_new_tokens", "prefix", "rouge", "stemmer", "sentences", "max_source_length"):
             a, b = first["scoring"][name], other["scoring"][name]
             if a != b:
-                raise UserError(f"{first['name']} and {other['name']} cannot be compared: {name} is {a!r} in one, "
-                                f"{b!r} in the other: train both with the same flag")
-        for split in ("validation", "test"):
-            if first["rows"][split] != other["rows"][split]:
-                raise UserError(f"{first['name']} and {other['name']} cannot be compared: their {split} rows differ "
-                                f"({len(first['rows'][split])} and {len(other['rows'][split])} rows)")
+                raise UserError(f"{refusal} {name} is {a!r} in one, {b!r} in the other: train both with the same flag")
+        for split, rows in first["rows"].items():
+            if rows != other["rows"][split]:
+                raise UserError(f"{refusal} their {split} rows differ ({len(rows)} and {len(other['rows'][split])} "
+                                "rows)")
 
 
 def epoch_table(runs: list[dict[str, Any]]) -> str:
     """ROUGE-1 on test after each epoch, one column per run; what validation picked is bold."""
-    scores = [{e["epoch"]: f"**{e['test']['rouge1']:.2f}**" if e["best"] else f"{e['test']['rouge1']:.2f}"
-               for e in run["epochs"]} for run in runs]
-    lines = ["| Epoch | " + " | ".join(run["name"] for run in runs) + " |", "|---:|" + "---:|" * len(runs)]
-    for epoch in sorted({epoch for column in scores for epoch in column}):
-        lines.append(f"| {epoch:g} | " + " | ".join(column.get(epoch, "") for column in scores) + " |")
-    return "\n".join(lines)
+    scores = [{e["epoch"]: "**" * e["best"] + f"{e['test']['rouge1']:.2f}" + "**" * e["best"] for e in run["epochs"]}
+              for run in runs]
+    epochs = sorted({epoch for column in scores for epoch in column})
+    return table(["Epoch", *(run["name"] for run in runs)],
+                 [[f"{epoch:g}", *(column.get(epoch, "") for column in scores)] for epoch in epochs], text=())
 
 
 def run_table(runs: list[dict[str, Any]]) -> str:
     """What each run reached and what it cost."""
-    lines = ["| Run | best epoch | test ROUGE-1 | 95% interval | trained | samples/s | peak GiB | minutes |",
-             "|:---|---:|---:|---:|---:|---:|---:|---:|"]
+    rows = []
     for run in runs:
-        test, cost = run["best"]["test"], run["training"]
-        low, high = test["rouge1_interval"]
-        minutes = (cost["seconds"] + cost["evaluation_seconds"]) / 60
-        lines.append(f"| {run['name']} | {run['best']['epoch']:g} | {test['rouge1']:.2f} | [{low:.2f}, {high:.2f}] | "
-                     f"{run['trainable_parameters'] / run['parameters']:.2%} | {cost['samples_per_second']:.1f} | "
-                     f"{cost['peak_memory_gib']:.1f} | {minutes:.1f} |")
-    return "\n".join(lines)
+        test, results = run["best"]["test"], run["results"]
+        minutes = (results["training_seconds"] + results["evaluation_seconds"]) / 60
+        row = {"Run": run["name"], "best": f"{run['best']['epoch']:g}", "ROUGE-1": f"{test['rouge1']:.2f}"}
+        if is_wide():
+            row |= {"95% interval": "[{:.2f}, {:.2f}]".format(*test["rouge1_interval"]),
+                    "trained": f"{run['trainable_parameters'] / run['parameters']:.2%}"}
+        rows.append(row | {"rows/s": f"{results['samples_per_second']:.1f}",
+                           "peak GiB": f"{results['peak_memory_gib']:.1f}", "minutes": f"{minutes:.1f}"})
+    return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def different_settings(runs: list[dict[str, Any]]) -> list[str]:
     """A line for each run with the settings in which the runs differ."""
     names = dict.fromkeys(name for run in runs for name in run["configuration"])
-    values = [{name: run["configuration"].get(name) for name in names} for run in runs]
-    different = [name for name in names if any(value[name] != values[0][name] for value in values)]
-    lines = [f"{run['name']}: " + ", ".join(f"{name.replace('_', '-')} {value[name]}" for name in different)
-             for run, value in zip(runs, values, strict=True)]
+    different = [name for name in names if any(run["configuration"].get(name) != runs[0]["configuration"].get(name)
+                                               for run in runs)]
+    lines = [f"{run['name']}: " + ", ".join(f"{name.replace('_', '-')} {run['configuration'].get(name)}"
+                                            for name in different) for run in runs]
     return ["", *lines] if different else []
 
 
@@ -2659,23 +2755,6 @@ def holm(values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
         corrected[i] = largest
     return corrected
-
-
-def plot_comparison(runs: list[dict[str, Any]], path: Path) -> None:
-    """Left: test ROUGE-1 after each epoch. Right: that of the chosen epoch, with its 95% interval."""
-    with new_plot(path, columns=2, xlabel="epoch", ylabel="ROUGE-1 F1 on test (%)",
-                  title="after each epoch (dot: chosen on validation)") as (left, right):
-        for i, run in enumerate(runs):
-            epochs, scores = zip(*((e["epoch"], e["test"]["rouge1"]) for e in run["epochs"]), strict=True)
-            left.plot(epochs, scores, ".-", color=f"C{i}", label=run["name"])
-            left.plot(run["best"]["epoch"], run["best"]["test"]["rouge1"], "o", color=f"C{i}")
-            low, high = run["best"]["test"]["rouge1_interval"]
-            right.plot([i, i], [low, high], color=f"C{i}", linewidth=3)
-            right.plot(i, run["best"]["test"]["rouge1"], "o", color=f"C{i}")
-            right.annotate(f" {run['best']['test']['rouge1']:.2f}", (i, run["best"]["test"]["rouge1"]))
-        right.set(title="chosen epoch, 95% interval", xlim=(-0.5, len(runs) - 0.3))
-        right.set_xticks(range(len(runs)), [run["name"].replace("-lr=", "\nlr=") for run in runs], fontsize="small")
-        left.xaxis.get_major_locator().set_params(integer=True)
 
 
 # ---------- 14. The fast path: packed rows, own attention kernels, one CUDA graph per size ----------------------------
@@ -3570,39 +3649,6 @@ class FlatAdamW(torch.optim.AdamW):
 
 
 # ---------- 15. What the command line starts --------------------------------------------------------------------------
-
-
-def out_of_memory_advice(settings: Settings) -> str:
-    """What makes room, in flags that are accepted in place of those given."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share, micro_batch = settings.batch_size // processes, settings.micro_batch_size
-    smaller = [n for n in range(1, micro_batch) if share % n == 0]
-    is_use, loads_plain = settings.mode in USES, settings.mode == "export"
-    flags = {
-        f"--micro-batch-size {max(smaller, default=1)}": smaller and not is_use,
-        "--gradient-checkpointing": not is_use and not settings.gradient_checkpointing,
-        "no --full": not is_use and settings.full,
-        "--int8": not (loads_plain or settings.full or settings.quantization or is_sharded()),
-        "--int4": not (loads_plain or settings.full or settings.int4 or is_sharded()),
-        "--num-beams 1": settings.num_beams > 1,
-        f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not loads_plain,
-        "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": loads_plain,
-        "a smaller --model": not is_use,
-    }
-    return f"out of GPU memory: try {', '.join(flag for flag, helps in flags.items() if helps)}"
-
-
-def check_sharding(settings: Settings) -> None:
-    """UserError where FSDP could not do what is asked for; and each T5 block is to be gathered by itself."""
-    if not is_sharded():
-        return
-    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-    if str(PartialState().distributed_type) in ("DistributedType.NO", "DistributedType.MULTI_CPU"):
-        raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
-    if settings.quantization or settings.mode not in ("train", "lr_find"):
-        raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
 
 
 def main(settings: Settings) -> int:

@@ -282,6 +282,11 @@ def test_a_loss_that_is_not_finite_diverges(flan):
     assert not flan.diverges([3.0, 2.0, 1.0]) and not flan.diverges([3.0] * 20)
 
 
+@pytest.mark.parametrize("times, ends", [(1.9, False), (2.1, True)])
+def test_the_range_test_ends_at_twice_the_lowest_loss(flan, times, ends):
+    assert flan.diverges([3.0, *[1.5] * 9, *[1.5 * times] * 4]) == ends
+
+
 @pytest.fixture(scope="module")
 def range_test(flan, command, data, model_folder, tmp_path_factory):
     """One --lr-find: the rates that the optimiser really used, what was printed, and the folder it ran in."""
@@ -528,31 +533,31 @@ def test_compare_shows_what_the_runs_recorded(command, trained, other, tmp_path,
     assert done.code == 0, done
     runs = [json.loads((run / "metrics.json").read_text()) for run in (trained.folder, other)]
     lines = done.out.splitlines()
-    first = lines.index("| Epoch | flan-t5-small-chats-lr=1e-2 | other |")
+    first = next(i for i, line in enumerate(lines) if cells(line) == ["Epoch", trained.folder.name, "other"])
     for epoch in range(4):
         shown = cells(lines[first + 2 + epoch])
         scores = [run["epochs"][epoch]["test"]["rouge1"] if epoch < len(run["epochs"]) else None for run in runs]
         expected = ["" if score is None else f"{score:.2f}" for score in scores]
         assert shown == [str(epoch), *expected]
         bold = ["**" in cell for cell in lines[first + 2 + epoch].split("|")[2:4]]
-        assert bold == [run["best_epoch"] == epoch for run in runs]
-    first = next(i for i, line in enumerate(lines) if line.startswith("| Run |"))
+        assert bold == [run["results"]["best_epoch"] == epoch for run in runs]
+    first = next(i for i, line in enumerate(lines) if line.startswith("| Run "))
     for line, run, name in zip(lines[first + 2 :], runs, (trained.folder.name, "other"), strict=False):
-        test = run["epochs"][run["best_epoch"]]["test"]
+        test = run["epochs"][run["results"]["best_epoch"]]["test"]
         values = cells(line)
-        assert values[:3] == [name, str(run["best_epoch"]), f"{test['rouge1']:.2f}"]
+        assert values[:3] == [name, str(run["results"]["best_epoch"]), f"{test['rouge1']:.2f}"]
         assert numbers(values[3]) == pytest.approx(test["rouge1_interval"], abs=0.006)
         share = 100 * run["trainable_parameters"] / run["parameters"]
-        minutes = (run["training"]["seconds"] + run["training"]["evaluation_seconds"]) / 60
+        minutes = (run["results"]["training_seconds"] + run["results"]["evaluation_seconds"]) / 60
         assert float(values[4].rstrip("%")) == pytest.approx(share, abs=0.006)
-        assert float(values[5]) == pytest.approx(run["training"]["samples_per_second"], abs=0.06)
-        assert float(values[6]) == pytest.approx(run["training"]["peak_memory_gib"], abs=0.06)
+        assert float(values[5]) == pytest.approx(run["results"]["samples_per_second"], abs=0.06)
+        assert float(values[6]) == pytest.approx(run["results"]["peak_memory_gib"], abs=0.06)
         assert float(values[7]) == pytest.approx(minutes, abs=0.06)
     assert {"flan-t5-small-chats-lr=1e-2: lr 0.01, epochs 3", "other: lr 0.02, epochs 2"} <= {*lines}
-    first = next(i for i, line in enumerate(lines) if line.startswith("| A | B |"))
+    first = next(i for i, line in enumerate(lines) if cells(line)[:2] == ["A", "B"])
     a, b, difference, interval, p, corrected = cells(lines[first + 2])
     assert corrected == p  # a single pair
-    scores = [run["epochs"][run["best_epoch"]]["test"]["rouge1"] for run in runs]
+    scores = [run["epochs"][run["results"]["best_epoch"]]["test"]["rouge1"] for run in runs]
     assert (a, b) == (trained.folder.name, "other")
     assert float(difference) == pytest.approx(scores[1] - scores[0], abs=0.02)
     low, high = map(float, re.findall(r"[+-][\d.]+", interval))
@@ -567,7 +572,7 @@ def test_compare_puts_its_picture_beside_the_runs(command, trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "runs" / trained.folder.name)
     done = command("--compare", "runs/" + trained.folder.name, cwd=tmp_path)
     picture = tmp_path / "runs/comparison.png"
-    assert done.code == 0 and picture.exists() and str(picture) in done.out and "| A | B |" not in done.out, done
+    assert done.code == 0 and picture.exists() and str(picture) in done.out and "p (Holm)" not in done.out, done
 
 
 @pytest.mark.parametrize("change, words", [
@@ -587,7 +592,7 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
         metrics["scoring"][name] = value
         (other / "metrics.json").write_text(json.dumps(metrics))
     else:
-        path = other / f"predictions/{name}-epoch-{metrics['best_epoch']}.jsonl"
+        path = other / f"predictions/{name}-epoch-{metrics['results']['best_epoch']}.jsonl"
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         if kind == "rows":
             rows = rows[value]
@@ -609,7 +614,7 @@ def test_compare_refuses_two_runs_of_one_name(command, trained, tmp_path):
 def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder, trained, tmp_path):
     flags = ("--model", model_folder, "--dataset", data, "--max-steps", "4", *RECIPE, "--output-dir", "a")
     assert command(*flags, cwd=tmp_path).code == 0
-    best = json.loads((tmp_path / "a/metrics.json").read_text())["best_epoch"]
+    best = json.loads((tmp_path / "a/metrics.json").read_text())["results"]["best_epoch"]
     assert best == pytest.approx(2 / 3, abs=1e-3)  # better than epoch 0; else its scores are not those of the mid epoch
     done = command("--compare", "a", trained.folder, "--output-dir", ".", cwd=tmp_path)
     assert done.code == 0 and f"| {best} |" in done.out, done
@@ -618,7 +623,7 @@ def test_compare_takes_a_run_that_ended_in_mid_epoch(command, data, model_folder
 def test_compare_refuses_a_run_that_died_before_its_first_epoch(command, trained, tmp_path):
     other = shutil.copytree(trained.folder, tmp_path / "other")
     metrics = json.loads((other / "metrics.json").read_text())
-    (other / "metrics.json").write_text(json.dumps(metrics | {"training": {}, "epochs": metrics["epochs"][:1]}))
+    (other / "metrics.json").write_text(json.dumps(metrics | {"curve": [], "epochs": metrics["epochs"][:1]}))
     done = command("--compare", trained.folder, other, cwd=tmp_path)
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "other has no finished epoch" in done.err, done
 

@@ -278,6 +278,31 @@ def test_a_checkpoint_without_all_its_files_is_put_aside(flan, command, trained,
     assert_same_run(run, trained.folder)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the name of an open file is read from /proc")
+def test_what_gets_its_name_is_on_the_disk(flan, tmp_path, monkeypatch):
+    """A power cut cannot be had here: what is seen is that all parts are flushed to the disk, then renamed."""
+    done, fsync, replace, rename = [], os.fsync, Path.replace, Path.rename
+    name_of = lambda number: Path(os.readlink(f"/proc/self/fd/{number}")).name
+    monkeypatch.setattr(flan.os, "fsync", lambda number: done.append(name_of(number)) or fsync(number))
+    for name, move in (("replace", replace), ("rename", rename)):
+        monkeypatch.setattr(Path, name, lambda path, to, move=move: done.append(f"{path.name} -> {to.name}")
+                            or move(path, to))  # fmt: skip
+    flan.write_json(tmp_path / "a.json", {"a": 1})
+    assert done == ["a.json.incomplete", "a.json.incomplete -> a.json"]
+    for content in ("old", "new"):
+        done.clear()
+        with flan.new_folder(tmp_path / "b") as folder:
+            (folder / "deep").mkdir()
+            for name in ("x", "deep/y"):
+                (folder / name).write_text(content)
+        assert sorted(done[:4]) == ["b.incomplete", "deep", "x", "y"] and done[-1] == "b.incomplete -> b"
+    assert (tmp_path / "b/deep/y").read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+    with contextlib.suppress(ValueError), flan.new_folder(tmp_path / "c") as folder:
+        (folder / "x").write_text("half")
+        raise ValueError
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Disks that are full or may not be written to
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,7 +458,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named_with_its_rows(
     assert done.code == 0 and done.out.count("is skipped") == 1, done
     assert f"step {step} is skipped: its {word}; its rows: {guilty}\n" in done.out
     found = metrics(run)
-    assert found["status"] == "finished" and found["skipped_steps"] == 1
+    assert found["status"] == "finished" and found["results"]["skipped_steps"] == 1
     assert [entry["step"] for entry in found["curve"]] == list(range(2, 49, 2))
     assert all(math.isfinite(entry["loss"] + entry["grad_norm"]) for entry in found["curve"])
 

@@ -3,11 +3,12 @@
 import importlib.metadata
 import json
 import re
+import shutil
 
 import fake_hub
 import numpy as np
 import pytest
-from conftest import RECIPE, ROWS
+from conftest import RECIPE, ROWS, SCRIPT
 from safetensors.torch import load_file
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -80,7 +81,7 @@ def test_metrics_have_every_epoch_with_intervals_and_the_best_one(metrics):
     scores = [entry["validation"]["rouge1"] for entry in epochs]
     assert max(scores) > 10
     assert [entry["best"] for entry in epochs] == [i == scores.index(max(scores)) for i in range(4)]
-    assert metrics["best_epoch"] == scores.index(max(scores))
+    assert metrics["results"]["best_epoch"] == scores.index(max(scores))
     curve = metrics["curve"]
     assert [entry["step"] for entry in curve] == list(range(1, 19))
     for i, entry in enumerate(epochs[1:]):
@@ -89,15 +90,38 @@ def test_metrics_have_every_epoch_with_intervals_and_the_best_one(metrics):
 
 
 def test_speed_is_rows_and_tokens_over_seconds(metrics, flan, model_folder, data):
-    training = metrics["training"]
-    assert training["steps"] == 18
-    assert training["samples_per_second"] == pytest.approx(3 * ROWS["train"] / training["seconds"], rel=0.1)
+    results = metrics["results"]
+    assert results["steps"] == 18 and results["epochs"] == 3 and results["skipped_steps"] == 0
+    assert results["samples_per_second"] == pytest.approx(3 * ROWS["train"] / results["training_seconds"], rel=0.1)
     tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
     sources = ["summarize: " + row["dialogue"].replace("\r\n", "\n") for row in rows]
     tokens = sum(map(len, tokenizer(sources + [row["summary"] for row in rows]).input_ids))
-    assert training["tokens_per_second"] == pytest.approx(3 * tokens / training["seconds"], rel=0.1)
-    assert 0.1 < training["peak_memory_gib"] < 50 and training["evaluation_seconds"] > 0
+    assert results["tokens_per_second"] == pytest.approx(3 * tokens / results["training_seconds"], rel=0.1)
+    assert 0.1 < results["peak_memory_gib"] < 50
+
+
+def test_seconds_are_those_of_the_clock(metrics, events):
+    """TensorBoard notes by itself when a point was written: between those of an epoch there is only training."""
+    times, curve = [event.wall_time for event in events.Scalars("train/loss")], metrics["curve"]
+    for first in (0, 6, 12):
+        seconds = sum(entry["seconds"] for entry in curve[first + 1 : first + 6])
+        assert 0.5 * (times[first + 5] - times[first]) < seconds < 1.1 * (times[first + 5] - times[first])
+    assert metrics["results"]["training_seconds"] == pytest.approx(
+        sum(entry["seconds"] for entry in metrics["curve"]), abs=1e-3)
+    assert metrics["results"]["evaluation_seconds"] == pytest.approx(
+        sum(entry["seconds"] for entry in metrics["epochs"]), abs=0.06)
+
+
+def test_results_are_those_of_the_best_epoch_in_the_words_of_the_other_script(metrics):
+    results, best = metrics["results"], next(entry for entry in metrics["epochs"] if entry["best"])
+    assert (results["best_epoch"], results["best_step"]) == (best["epoch"], best["step"])
+    for split in SPLITS:
+        assert [results[f"{split}_{kind}"] for kind in KINDS] == [best[split][kind] for kind in KINDS]
+    shared = {"steps", "epochs", "skipped_steps", "training_seconds", "samples_per_second", "tokens_per_second", "mfu",
+              "peak_memory_gib", "best_step"}  # fmt: skip
+    source = (SCRIPT.parent / "gpt2_from_scratch.py").read_text("utf-8")
+    assert shared <= set(results) and all(f'"{name}": ' in source for name in shared)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -127,7 +151,7 @@ def test_the_adapter_loads_with_peft_and_is_that_of_the_best_epoch(flan, trained
     base.generation_config = transformers.GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
     model = flan.peft.PeftModel.from_pretrained(base, str(trained.folder / "adapter")).eval()
     assert model.peft_config["default"].base_model_name_or_path == str(model_folder)
-    for row in predictions(trained.folder, "test", metrics["best_epoch"]):
+    for row in predictions(trained.folder, "test", metrics["results"]["best_epoch"]):
         source = tokenizer("summarize: " + row["dialogue"], return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**source, max_new_tokens=24, num_beams=1, do_sample=False)
@@ -159,13 +183,15 @@ def test_the_best_adapter_is_kept_when_its_checkpoint_is_gone(flan, command, dat
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def events(trained):
+def read_events(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(trained.folder), size_guidance={"scalars": 0, "tensors": 0})
-    accumulator.Reload()
-    return accumulator
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+@pytest.fixture(scope="module")
+def events(trained):
+    return read_events(trained.folder)
 
 
 def test_tensorboard_has_every_curve(events, metrics):
@@ -173,6 +199,7 @@ def test_tensorboard_has_every_curve(events, metrics):
     names = ("loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "peak_memory_gib")
     wanted = {f"train/{name}" for name in names} | {f"{split}/{kind}" for split in SPLITS for kind in KINDS}
     assert wanted <= tags
+    assert "train/mfu" not in tags and metrics["results"]["mfu"] is None  # no data sheet for this CPU
     for name in names:
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert found == [(e["step"], pytest.approx(e[name], rel=1e-6)) for e in metrics["curve"]]
@@ -189,7 +216,7 @@ def test_tensorboard_has_the_hyper_parameters(events, metrics):
     information = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     values = {name: value.number_value or value.string_value for name, value in information.hparams.items()}
     assert values["lr"] == 1e-2 and str(values["lora_r"]) in ("16", "16.0") and "flan-t5-small" in values["model"]
-    best = metrics["epochs"][metrics["best_epoch"]]
+    best = metrics["epochs"][metrics["results"]["best_epoch"]]
     (event,) = events.Scalars("test/best_rouge1")
     assert event.value == pytest.approx(best["test"]["rouge1"])
 
@@ -203,6 +230,35 @@ def test_tensorboard_has_dialogues_with_reference_and_prediction(events, trained
         for row in predictions(trained.folder, "validation", epoch)[:3]:
             assert row["reference"] in text and row["prediction"] in text
             assert all(line in text for line in row["dialogue"].splitlines())
+
+
+def test_mfu_is_the_work_of_the_weights_over_the_data_sheet(
+    flan, command, data, model_folder, tmp_path, monkeypatch
+):
+    """On a CPU that has bf16 and a data sheet. The work is counted from the geometry of the model, by hand."""
+    tokenizer = flan.load_tokenizer_and_config(model_folder)[0]
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+    sources = ["summarize: " + row["dialogue"].replace("\r\n", "\n") for row in rows]
+    source, target = (np.mean([len(ids) for ids in tokenizer(texts).input_ids])
+                      for texts in (sources, [row["summary"] for row in rows]))  # fmt: skip
+    square = 64 * 64  # every matrix of the two encoder and two decoder layers, but for the head of 64 x 512
+    weights = 2 * (4 + 3 + 2) * source + (2 * (4 + 2 + 3) + 8) * target  # keys and values of the source are its own
+    work = 4 * square * weights
+    monkeypatch.setattr(flan, "get_device", lambda: (flan.torch.device("cpu"), flan.torch.bfloat16))
+    monkeypatch.setitem(flan.DATA_SHEET, "CPU", 0.5)
+    run = tmp_path / "run"
+    for words, more in (((), 1), (("--full",), 1.5)):
+        done = command("--model", model_folder, "--dataset", data, "--max-steps", "2", "--max-new-tokens", "2", *words,
+                       "--output-dir", run, cwd=tmp_path)  # fmt: skip
+        assert done.code == 0, done
+        found = json.loads((run / "metrics.json").read_text())
+        rate = found["results"]["samples_per_second"]
+        assert found["results"]["mfu"] == pytest.approx(more * work * rate / 0.5e12, rel=1e-3)
+        scalars = {tag: [event.value for event in read_events(run).Scalars(tag)]
+                   for tag in ("train/mfu", "train/samples_per_second")}  # fmt: skip
+        assert scalars["train/mfu"] == pytest.approx(
+            [more * work * rate / 0.5e12 for rate in scalars["train/samples_per_second"]])
+        shutil.rmtree(run)
 
 
 @pytest.fixture
@@ -242,7 +298,7 @@ def test_the_rouge_plot_has_both_splits_and_the_best_epoch(flan, drawn, metrics,
         for kind, name in zip(KINDS, ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"), strict=True):
             assert curves[f"{name}, {split}"] == [entry[split][kind] for entry in metrics["epochs"]]
     (label,) = [label for label in curves if "best" in label]
-    assert label.endswith(f"epoch {metrics['best_epoch']}")
+    assert label.endswith(f"epoch {metrics['results']['best_epoch']}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +387,7 @@ def test_max_steps_ends_in_mid_epoch_with_everything(command, data, model_folder
     assert done.code == 0, done
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["status"] == "finished" and metrics["training"]["steps"] == 8
+    assert metrics["status"] == "finished" and metrics["results"]["steps"] == 8
     assert [entry["step"] for entry in metrics["epochs"]] == [0, 6, 8]
     # The rate falls to 0 over the eight steps, not over the epochs.
     assert metrics["curve"][-1]["learning_rate"] == pytest.approx(1e-2 / 7)

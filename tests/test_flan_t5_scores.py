@@ -96,25 +96,35 @@ def test_only_max_new_tokens_limits_a_summary(flan, model_folder, summarise, sou
     assert lengths == [limit]
 
 
-def test_out_of_memory_halves_the_batch(flan, model, summarise, by_hand, monkeypatch):
+@pytest.fixture
+def memory_for(flan, model, monkeypatch):
+    """memory_for(rows): from now on there is memory to generate for so many; returns the batch sizes that are tried."""
     generate, sizes = model.generate, []
 
-    def small_memory(**inputs):
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > 3:
-            raise flan.torch.OutOfMemoryError("no room")
-        return generate(**inputs)
+    def memory_for(rows):
+        def small_memory(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > rows:
+                raise flan.torch.OutOfMemoryError("no room")
+            return generate(**inputs)
 
-    monkeypatch.setattr(model, "generate", small_memory)
-    assert summarise() == by_hand
-    assert sizes == [20, 10, 5, *[2] * 10]
+        monkeypatch.setattr(model, "generate", small_memory)
+        return sizes
+
+    return memory_for
 
 
-def test_out_of_memory_with_one_row_is_not_hidden(flan, model, summarise, monkeypatch):
-    def no_memory(**inputs):
-        raise flan.torch.OutOfMemoryError("no room")
+def test_out_of_memory_halves_the_batch_for_good(flan, model, tokenizer, sources, by_hand, memory_for):
+    sizes = memory_for(3)
+    settings = flan.parse_settings(["--max-new-tokens", "24"])
+    summarizer = flan.Summarizer(model, tokenizer, settings, *flan.get_device())
+    assert summarizer(sources) == by_hand and sizes == [20, 10, 5, *[2] * 10]
+    sizes.clear()
+    assert summarizer(sources[:5]) == by_hand[:5] and sizes == [2, 2, 1]
 
-    monkeypatch.setattr(model, "generate", no_memory)
+
+def test_out_of_memory_with_one_row_is_not_hidden(flan, summarise, memory_for):
+    memory_for(0)
     with pytest.raises(flan.torch.OutOfMemoryError):
         summarise()
 

@@ -25,7 +25,7 @@ TOKENS = int(RECIPE[-1])  # --max-new-tokens of the runs
 
 def best_predictions(run, split="test"):
     """The rows of the evaluation that the run's adapter comes from."""
-    epoch = json.loads((run / "metrics.json").read_text("utf-8"))["best_epoch"]
+    epoch = json.loads((run / "metrics.json").read_text("utf-8"))["results"]["best_epoch"]
     lines = (run / f"predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

@@ -1294,7 +1294,7 @@ def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path 
         return path
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(tuple(SUFFIXES)) or name.count("/") > 1
     if looks_like_path or "/" not in str(path):
-        raise UserError(f"no {kind} {name}: give one of {', '.join(presets)}, a Hub id (owner/name) or "
+        raise UserError(f"no {kind} {name}: give {', '.join(presets)}, a Hub id (owner/name) or "
                         f"{'a folder' if kind == 'model' else 'a file or folder'}")
     return fetch(str(path), kind, cache_dir, weights)
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 
 import fake_hub
@@ -257,7 +258,8 @@ def killed(command, model_folder, tmp_path_factory):
     flags = ("--model", model_folder, "--dataset", home / "chats", "--epochs", "2", *RECIPE)
     numbers = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
     running = {name: start(*flags, "--output-dir", home / name, cwd=home,
-                           launcher=(home / "wrapper.py", str(int(number)))) for name, number in numbers.items()}
+                           launcher=(sys.executable, home / "wrapper.py", str(int(number))))
+               for name, number in numbers.items()}
     done = {name: wait(process) for name, process in running.items()}
     uninterrupted = command(*flags, "--output-dir", home / "uninterrupted", cwd=home)
     assert uninterrupted.code == 0, uninterrupted

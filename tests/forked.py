@@ -1,8 +1,8 @@
 """Python processes that do not pay for their imports: each is forked from a server that has imported torch and more.
 
     python forked.py ADDRESS                       the server: imports, prints a line, and serves until its input ends
-    python -S forked.py ADDRESS SCRIPT WORDS...    as `python SCRIPT WORDS...`, in this folder, with this environment,
-                                                   standard input, output and error, signals and exit code
+    python -S forked.py ADDRESS SCRIPT WORDS...    as `python SCRIPT WORDS...` (or `-c CODE`), in this folder, with this
+                                                   environment, input, output, signals and exit code
 
 Nothing of Hugging Face that reads the environment when it is imported is imported by the server. A second process, as
 light as an interpreter can be, stands for the forked one: signals are passed on, and if it is killed, so is the other.
@@ -84,6 +84,10 @@ def run(order: dict, descriptors: list) -> None:
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
     sys.argv = order["words"]
+    if sys.argv[0] == "-c":
+        sys.path[0] = ""
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
+        return
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

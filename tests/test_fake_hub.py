@@ -3,9 +3,9 @@
 import http.client
 import json
 import subprocess
-import sys
 
 import pytest
+from conftest import python
 from fake_hub import (
     FLAN_T5_CONFIG,
     FakeHub,
@@ -23,7 +23,7 @@ SMALL, XXL, GPT2 = "google/flan-t5-small", "philschmid/flan-t5-xxl-sharded-fp16"
 
 def run(code: str, env: dict[str, str]):
     """Run Python code in a fresh process, as the Hub's address is read at import; returns what it prints as JSON."""
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*python(), "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

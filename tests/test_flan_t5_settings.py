@@ -3,10 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
-from conftest import SCRIPT, write_jsonl
+from conftest import SCRIPT, python, write_jsonl
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def test_without_torchrun_one_gpu_is_used(given, seen):
             "s.loader.exec_module(m); print(repr(os.environ['CUDA_VISIBLE_DEVICES']))")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
-    done = subprocess.run([sys.executable, "-c", code.format(str(SCRIPT))], env=environment, capture_output=True,
+    done = subprocess.run([*python(), "-c", code.format(str(SCRIPT))], env=environment, capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert done.stdout.strip() == repr(seen)
 

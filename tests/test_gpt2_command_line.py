@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fake_hub
@@ -598,6 +599,9 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, words, expected):
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+NOBODY = "http://127.0.0.1:9"  # listens there
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -606,14 +610,20 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, words, expected):
         ["--tokenizer", "gpt2", "--data", "text.txt"],
     ],
 )
-@pytest.mark.parametrize("kind", ["silent", "refused", "offline"])
-def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, words, kind):
+def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, words):
+    """One that never answers, one where nobody listens, and offline: all at once, as the first is waited for."""
     (tmp_path / "text.txt").write_text(TEXT)
-    with fake_hub.FakeHub(tmp_path, silent=True) as server:
-        endpoint = server.endpoint if kind == "silent" else "http://127.0.0.1:9"
-        environment = fake_hub.environment(endpoint, tmp_path / "hf", offline=kind == "offline")
-        done = process(*words, cwd=tmp_path, env=environment)
-    assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    python()  # before three threads ask for it
+    with fake_hub.FakeHub(tmp_path, silent=True) as server, ThreadPoolExecutor() as pool:
+        endpoints = {"silent": server.endpoint, "refused": NOBODY, "offline": NOBODY}
+        environments = [
+            fake_hub.environment(endpoint, tmp_path / kind, offline=kind == "offline")
+            for kind, endpoint in endpoints.items()
+        ]
+        run = lambda environment: process(*words, cwd=tmp_path, env=environment)
+        ended = list(pool.map(run, environments))
+    for kind, done in zip(endpoints, ended, strict=True):
+        assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, (kind, done.stderr)
 
 
 def test_a_reader_that_has_gone_is_no_error(trained):

@@ -567,7 +567,7 @@ def test_kill_9_in_the_middle_of_a_save(command, text, uninterrupted, capsys, fi
     """The first or second file of the first or second checkpoint is half written when the process dies."""
     code = KILLED_WHILE_SAVING.format(folder=str(SCRIPT.parent), files=files)
     words = ["--data", str(text), *RECIPE, "--output-dir", "run"]
-    died = subprocess.run([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    died = subprocess.run([*conftest.python(), "-c", code, *words], capture_output=True)
     assert died.returncode == -signal.SIGKILL
     assert any(path.name.endswith(".incomplete") for path in Path("run/checkpoints").iterdir())
     assert command("--resume", "--output-dir", "run") == 0

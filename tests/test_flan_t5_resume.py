@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 
 import fake_hub
 import pytest
-from conftest import RECIPE, start, wait, write_jsonl
+from conftest import RECIPE, python, start, wait, write_jsonl
 from safetensors.torch import load_file
 
 
@@ -258,7 +257,7 @@ def killed(command, model_folder, tmp_path_factory):
     flags = ("--model", model_folder, "--dataset", home / "chats", "--epochs", "2", *RECIPE)
     numbers = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
     running = {name: start(*flags, "--output-dir", home / name, cwd=home,
-                           launcher=(sys.executable, home / "wrapper.py", str(int(number))))
+                           launcher=(*python(), home / "wrapper.py", str(int(number))))
                for name, number in numbers.items()}
     done = {name: wait(process) for name, process in running.items()}
     uninterrupted = command(*flags, "--output-dir", home / "uninterrupted", cwd=home)

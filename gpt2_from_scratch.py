@@ -266,10 +266,24 @@ class GPTConfig:
 class KVCache:
     """Keys and values of all tokens so far, (layers, B, H, size, D): a new token costs one token's work."""
 
-    def __init__(self, config: GPTConfig, batch: int, size: int, device: torch.device):
+    def __init__(self, config: GPTConfig, batch: int, size: int, device: torch.device,
+                 dtype: torch.dtype = torch.float32):
         shape = (config.layers, batch, config.heads, size, config.width // config.heads)
-        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0  # tokens so far, counted by GPT.forward()
+
+    @property
+    def size(self) -> int:
+        """Tokens that there is room for."""
+        return self.keys.shape[3]
+
+    def resize(self, batch: int, size: int) -> None:
+        """Make room for `size` tokens, and of one sequence make `batch` equal ones."""
+        old = self.keys, self.values
+        layers, _, heads, _, width = self.keys.shape
+        self.keys, self.values = (part.new_zeros(layers, batch, heads, size, width) for part in old)
+        for new, part in zip((self.keys, self.values), old, strict=True):
+            new[:, :, :, : self.length] = part[:, :, :, : self.length]
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""
@@ -346,6 +360,10 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
+        # Added to the logits: padding rows must never be predicted. So their gradient is zero, and they stay what
+        # initialise() makes them, zero.
+        padding = torch.arange(config.padded_vocab_size) >= config.vocab_size
+        self.register_buffer("mask", torch.zeros(len(padding)).masked_fill(padding, -math.inf), persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -386,11 +404,7 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         if self.is_loss_fused and targets is not None:
             return FusedLoss.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
-        # Padding rows must never be predicted: their logits become minus infinity. So their gradient is zero, and they
-        # stay what initialise() makes them, zero.
-        rows = torch.arange(self.config.padded_vocab_size, device=tokens.device)
-        bias = torch.where(rows < self.config.vocab_size, 0.0, -math.inf).to(x.dtype)
-        logits = F.linear(x, self.wte.weight, bias)  # (B, T, C) @ (C, V)
+        logits = F.linear(x, self.wte.weight, self.mask)  # (B, T, C) @ (C, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
@@ -926,6 +940,7 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
 
 # ---------- 7. Generation ---------------------------------------------------------------------------------------------
 
+CACHE_STEP = 256  # tokens by which the cache grows
 GREEDY = 1e-4  # below this temperature the likeliest token is taken: all others have a probability of about 0
 
 
@@ -938,10 +953,8 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     """
     if temperature < GREEDY:
         return logits.argmax(dim=-1, keepdim=True)
-    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    ordered, order = (logits.float() / temperature).topk(min(top_k or logits.shape[1], logits.shape[1]))
     probabilities = ordered.softmax(dim=-1)
-    if top_k:
-        probabilities[:, top_k:] = 0
     if top_p < 1:
         # The sum of the likelier tokens, on the CPU: on a GPU, cumsum is not deterministic.
         before = probabilities.cpu().cumsum(dim=-1).to(logits.device) - probabilities
@@ -954,30 +967,32 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
              top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
-    A continuation that has reached `end` stays there; the last yield is when all have. When the block is full, its
-    newer half is read again as if it were the prompt.
+    A continuation that has reached `end` stays there; the last yield is when all have. The prompt is read once for all
+    of them. When the block is full, its newer half is read again as if it were the prompt.
     """
-    device, block_size = model.wte.weight.device, model.config.block_size
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([prompt] * count, device=device)
-    visible, cache = min(len(prompt), block_size), None  # `visible`: how many of the newest tokens the model sees
-    size = min(block_size, visible + max_new_tokens)
-    finished = torch.zeros(count, 1, dtype=torch.bool, device=device)
+    weight, block_size = model.wte.weight, model.config.block_size
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    tokens = [torch.tensor([prompt[-block_size:]], device=weight.device)]  # (1, T); then (count, 1) of every step
+    new, cache, last = tokens[0], None, len(tokens[0][0]) + max_new_tokens
+    finished = torch.zeros(count, 1, dtype=torch.bool, device=weight.device)
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            if visible > block_size:
-                visible, cache = max(1, block_size // 2), None
-            new = 1 if cache else visible
-            cache = cache or KVCache(model.config, count, size, device)
-            logits = model(tokens[:, -new:], cache=cache)[:, -1]  # (count, V)
-            token = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
-            tokens, visible = torch.cat([tokens, token], dim=1), visible + 1
-            finished |= token == end
-            yield token[:, 0].tolist()
+            if cache is None:
+                cache = KVCache(model.config, len(new), new.shape[1], weight.device, weight.dtype)
+            elif cache.length == cache.size:
+                cache.resize(count, min(block_size, last, cache.size + CACHE_STEP))
+            logits = model(new, cache=cache)[:, -1].expand(count, -1)  # (count, V)
+            new = sample_token(logits, temperature, top_k, top_p, generator).masked_fill(finished, end)
+            tokens.append(new)
+            finished |= new == end
+            yield new[:, 0].tolist()
             if finished.all():
                 return
+            if cache.length == block_size:
+                text = torch.cat([tokens[0].expand(count, -1), *tokens[1:]], dim=1)
+                new, cache = text[:, -max(1, block_size // 2) :], None
     finally:
         model.train(was_training)
 
@@ -985,17 +1000,18 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settings,
                  on_text: Callable[[str], None] = lambda text: None) -> list[str]:
     """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
-    end, printed = tokenizer.token_to_id(END_OF_TEXT), ""
+    end, waiting = tokenizer.token_to_id(END_OF_TEXT), []  # tokens of the first one that are not printed yet
     tokens = [[] for _ in range(settings.num_samples)]
     for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
                          settings.temperature, settings.top_k, settings.top_p, settings.seed):
         for continuation, token in zip(tokens, step, strict=True):
             continuation.extend([token] if token != end else [])
-        text = decode(tokenizer, tokens[0])
+        waiting.extend([step[0]] if step[0] != end else [])
+        text = decode(tokenizer, waiting)
         if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
-            on_text(text[len(printed) :])
-            printed = text
-    on_text(text[len(printed) :])
+            on_text(text)
+            waiting = []
+    on_text(decode(tokenizer, waiting))
     return [decode(tokenizer, continuation) for continuation in tokens]
 
 
@@ -2445,7 +2461,7 @@ def sample(settings: Settings) -> int:
     """Continue a prompt, or one after the other from standard input."""
     model, tokenizer, folder = load_for_use(settings)
     _, _, device = join_processes()
-    model.to(device)
+    model = make_twin(model.to(device), choose_dtype(settings.dtype, device))
     say(f"model: {folder}")
     for prompt in [settings.sample] if settings.sample else read_prompts():
         if re.search("[\ud800-\udfff]", prompt):  # surrogates: how Python passes on bytes that are not UTF-8

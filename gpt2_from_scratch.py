@@ -971,6 +971,9 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     of them. When the block is full, its newer half is read again as if it were the prompt.
     """
     weight, block_size = model.wte.weight, model.config.block_size
+    if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
+        yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(prompt)
+        return
     generator = torch.Generator(weight.device).manual_seed(seed)
     tokens = [torch.tensor([prompt[-block_size:]], device=weight.device)]  # (1, T); then (count, 1) of every step
     new, cache, last = tokens[0], None, len(tokens[0][0]) + max_new_tokens
@@ -2783,6 +2786,250 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple:
         x, weight, gradient = ctx.saved_tensors
         return (gradient @ weight) * scale, (gradient.t() @ x) * scale, None, None
+
+
+def linear_choices() -> list:
+    """How linear_kernel may cut its work: which is fastest on this GPU is tried once and kept on disk."""
+    one = [(1, 4, 1024, 4, 3), (1, 8, 1024, 8, 3), (1, 16, 512, 4, 3)]  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
+    many = [(16, 16, 256, 4, 3), (16, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4)]
+    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+            for m, n, k, warps, stages in one + many]
+
+
+def suitable(choices: list, arguments: dict, **others: Any) -> list:
+    rows = arguments["rows"]
+    return [choice for choice in choices if (choice.kwargs["BLOCK_M"] == 1) == (rows == 1)
+            and choice.kwargs["BLOCK_M"] <= max(16, rows)]  # fmt: skip
+
+
+def tuned(function: Callable) -> Callable:
+    return triton.autotune(linear_choices(), key=["rows", "N", "K", "NORM"], prune_configs_by={
+        "early_config_prune": suitable}, cache_results=True)(function) if triton else function
+
+
+@tuned
+@jit
+def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+                  GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out (rows, N) = [out +] [GELU] ([layer norm] of x (rows, K) @ weight (N, K)^T [+ bias]), for a few rows.
+
+    It rounds where PyTorch does.
+    """
+    dtype = out.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if NORM:
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = (m[:, None] < rows) & (k[None, :] < K)
+            part = tl.load(x + m[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(part, 1)
+            squares += tl.sum(part * part, 1)
+        mean = total / K
+        scale = 1 / tl.sqrt(squares / K - mean * mean + 1e-5)
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+        part = tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
+        if NORM:
+            g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+            b = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+            part = ((part.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]).to(dtype)
+        if BLOCK_M == 1:
+            result += tl.sum(w.to(tl.float32) * part.to(tl.float32), 1)[None, :]
+        else:
+            result = tl.dot(part, tl.trans(w), result, input_precision="ieee")
+    if BIAS:
+        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    result = result.to(dtype).to(tl.float32)
+    if GELU:  # x (1 + tanh(u)) / 2 = x sigmoid(2 u)
+        result = result / (1 + tl.exp(-1.5957691216057308 * (result + 0.044715 * result * result * result)))
+    place = m[:, None] * N + n[None, :]
+    mask = (m[:, None] < rows) & (n[None, :] < N)
+    if ADD:
+        result += tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(dtype), mask=mask)
+
+
+@jit
+def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends."""
+    h, b = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + b)
+    d = tl.arange(0, D)
+    new = qkv + b * 3 * H * D + h * D + d
+    q, k, v = tl.load(new).to(tl.float32), tl.load(new + H * D), tl.load(new + 2 * H * D)
+    cache = (b * H + h) * SIZE * D
+    tl.store(keys + cache + position * D + d, k)
+    tl.store(values + cache + position * D + d, v)
+    q *= 1.4426950408889634 / tl.sqrt(D * 1.0)  # powers of two are cheaper than powers of e
+    best = tl.sum(q * k.to(tl.float32), 0)
+    total = best * 0 + 1.0
+    result = v.to(tl.float32)
+    for start in range(0, position, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        place, mask = cache + t[:, None] * D + d[None, :], (t < position)[:, None]
+        score = tl.sum(tl.load(keys + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
+        score = tl.where(t < position, score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 0))
+        p = tl.exp2(score - new_best)
+        old = tl.exp2(best - new_best)
+        total = total * old + tl.sum(p, 0)
+        part = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+        result = result * old + tl.sum(p[:, None] * part, 0)
+        best = new_best
+    tl.store(out + b * H * D + h * D + d, (result / total).to(out.dtype.element_ty))
+
+
+@jit
+def sample_kernel(logits, sequence, positions, finished, x, wte, wpe, end, temperature, top_k, seed, V: tl.constexpr,
+                  STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Draw a row's next token from its logits, append it to `sequence` (B, SIZE), and embed it into x (B, C).
+
+    The largest logit / temperature - log(exponential noise) is a draw from their softmax. The smallest logit of the
+    top k is found bit by bit: the largest number of 16 bits that at least k logits (as bf16, in order) reach.
+    """
+    row = tl.program_id(0)
+    position = tl.load(positions + row) + 1
+    logits += row * STRIDE
+    threshold = -32768
+    if SAMPLE and TOP_K:
+        for bit in tl.static_range(0, 16):
+            candidate = threshold + (32768 >> bit)
+            counts = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, V, BLOCK):
+                n = start + tl.arange(0, BLOCK)
+                value = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.bfloat16)
+                bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+                counts += (tl.where(bits < 0, bits ^ 0x7FFF, bits) >= candidate).to(tl.int32)
+            threshold = tl.where(tl.sum(counts, 0) >= top_k, candidate, threshold)
+    best = float("-inf")
+    token = 0
+    for start in range(0, V, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + n, mask=n < V, other=float("-inf"))
+        score = value.to(tl.float32)
+        if SAMPLE:
+            noise = -tl.log(tl.maximum(tl.rand(seed + position * tl.num_programs(0) + row, n), 1e-10))
+            score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
+            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+            reaches = tl.where(bits < 0, bits ^ 0x7FFF, bits) >= threshold
+            score = tl.where(reaches & (n < V), score, float("-inf"))
+        largest, index = tl.max(score, 0, return_indices=True)
+        token = tl.where(largest > best, start + index, token)
+        best = tl.maximum(best, largest)
+    is_finished = tl.load(finished + row)
+    token = tl.where(is_finished != 0, end, token)
+    tl.store(finished + row, tl.where(token == end, 1, is_finished))
+    position = tl.minimum(position, SIZE - 1)
+    tl.store(sequence + row * SIZE + position, token)
+    tl.store(positions + row, position)
+    c = tl.arange(0, BLOCK_C)
+    read = tl.where(token < 0, 0, token)  # -1: an end that no token is
+    embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
+    embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
+    tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
+
+
+class GraphDecoder:
+    """generate() for bf16 on a GPU: five kernels a layer, all layers and the draw in one CUDA graph.
+
+    On an H100, 124M: 3,300 tokens/s in place of 160, and 108,000 for 64 continuations. The same greedy tokens; what is
+    drawn depends on the seed alone, but is not what the plain way draws.
+    """
+
+    CHUNK = 16  # tokens that are computed before the CPU looks at them
+
+    @staticmethod
+    def can_run(model: GPT, size: int) -> bool:
+        config, weight = model.config, model.wte.weight
+        width, compilers = config.width // config.heads, (os.environ.get("CC", "cc"), "gcc", "clang")
+        return (triton is not None and weight.is_cuda and weight.dtype is torch.bfloat16 and size <= config.block_size
+                and width >= 16 and width & (width - 1) == 0 and any(map(shutil.which, compilers)))
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, count: int, size: int, end: int, temperature: float, top_k: int, seed: int):
+        config, weight, self.last = model.config, model.wte.weight, size
+        size = min(config.block_size, -(-size // 256) * 256)  # every other size compiles kernels anew
+        new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, device=weight.device, dtype=dtype)
+        self.model, self.end, self.heads, self.graph = model, end, config.heads, None
+        self.keys, self.values = (new(config.layers, count, config.heads, size, config.width // config.heads)
+                                  for _ in range(2))
+        self.x, self.y, self.z = new(count, config.width), new(count, config.width), new(count, 4 * config.width)
+        self.qkv, self.logits = new(count, 3 * config.width), new(count, config.padded_vocab_size)
+        self.sequence = new(count, size, dtype=torch.int64)
+        self.positions, self.finished = (new(count, dtype=torch.int32) for _ in range(2))
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
+        self.how = (max(temperature, GREEDY), top_k, seed)
+        self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
+
+    def linear(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
+               **switches: bool) -> None:
+        bias, (size, width) = getattr(layer, "bias", None), layer.weight.shape
+        grid = lambda sizes: (triton.cdiv(len(x), sizes["BLOCK_M"]), triton.cdiv(size, sizes["BLOCK_N"]))
+        linear_kernel[grid](x, norm.weight if norm else x, norm.bias if norm else x, layer.weight,
+                            layer.weight if bias is None else bias, out, len(x), N=size, K=width,
+                            NORM=norm is not None, BIAS=bias is not None,
+                            **({"GELU": False, "ADD": False} | switches))  # fmt: skip
+
+    def step(self) -> None:
+        """Read the newest token of every row, and draw the next."""
+        for number, block in enumerate(self.model.h):
+            self.linear(self.x, block.attn.c_attn, self.qkv, block.ln_1)
+            count, heads, size, width = self.keys[number].shape
+            attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
+                                             H=heads, D=width, SIZE=size, BLOCK=64, num_warps=4)
+            self.linear(self.y, block.attn.c_proj, self.x, ADD=True)
+            self.linear(self.x, block.mlp.c_fc, self.z, block.ln_2, GELU=True)
+            self.linear(self.z, block.mlp.c_proj, self.x, ADD=True)
+        self.linear(self.x, self.model.wte, self.logits, self.model.ln_f)
+        self.draw()
+
+    def draw(self) -> None:
+        (count, size), (_, stride), width = self.sequence.shape, self.logits.shape, self.x.shape[1]
+        sample_kernel[(count,)](self.logits, self.sequence, self.positions, self.finished, self.x,
+                                self.model.wte.weight, self.model.wpe.weight, self.end, *self.how,
+                                V=self.model.config.vocab_size, STRIDE=stride, SIZE=size, C=width,
+                                BLOCK_C=triton.next_power_of_2(width), BLOCK=16384, num_warps=32, **self.switches)
+
+    @torch.no_grad()
+    def read(self, prompt: list[int]) -> None:
+        """The prompt, once for all rows; and draw the first token of each."""
+        device, length = self.x.device, len(prompt)
+        cache = KVCache(self.model.config, 1, length, device, self.x.dtype)
+        self.logits.copy_(self.model(torch.tensor([prompt], device=device), cache=cache)[:, -1].expand_as(self.logits))
+        self.keys[:, :, :, :length], self.values[:, :, :, :length] = cache.keys, cache.values
+        self.positions.fill_(length - 1)
+        self.finished.zero_()
+        self.draw()
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        self.step()  # compiles the kernels, and tries which is fastest: that cannot be captured
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def run(self, prompt: list[int]) -> Iterator[list[int]]:
+        if self.x.is_cuda:
+            self.capture()
+        self.read(prompt)
+        ready, done = len(prompt) + 1, len(prompt)  # tokens that are computed, and yielded
+        while done < self.last:
+            for step in self.sequence[:, done:ready].t().tolist():
+                yield step
+                if all(token == self.end for token in step):
+                    return
+            done, ready = ready, min(self.last, ready + self.CHUNK)
+            for _ in range(ready - done):
+                self.graph.replay() if self.graph else self.step()
 
 
 # ---------- 16. Main --------------------------------------------------------------------------------------------------

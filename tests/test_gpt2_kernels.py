@@ -65,3 +65,59 @@ def test_a_model_gives_the_same_loss_and_gradients_with_the_fused_loss():
     torch.testing.assert_close(*losses)
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """One way to cut the work of the linear layers: the interpreter cannot try which is fastest."""
+    import triton
+
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
+    monkeypatch.setattr(gpt2.linear_kernel, "configs", [triton.Config(sizes)])
+
+
+@interpreted
+def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
+    """Which reads all tokens anew for each, in float32. A prompt and more tokens than a block of the kernels."""
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2LMHeadModel
+
+    model = gpt2.GPT(gpt2.GPTConfig(100, block_size=96, layers=2, heads=2, width=32))
+    model.initialise(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.empty_like(parameter).normal_(0, 0.15, generator=generator)
+        model.wpe.weight.normal_(0, 2, generator=generator)  # so that it does not repeat itself
+        model.wte.weight[100:] = 5  # padding, which must never be drawn
+    gpt2.save_pretrained(model, gpt2.as_plain_text(Tokenizer(models.BPE({gpt2.END_OF_TEXT: 0}, []))), tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    prompt = [(7 * i) % 100 for i in range(62)]
+    how = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(torch.tensor([prompt]), **how)[0, 62:].tolist()
+    assert len(set(expected)) > 4
+    decoder = gpt2.GraphDecoder(model, 2, 70, -1, 0.0, 50, 0)
+    assert list(decoder.run(prompt)) == [[token, token] for token in expected]
+    end = expected[4]  # a row that has reached the end stays there
+    first = expected.index(end)
+    decoder = gpt2.GraphDecoder(model, 2, 70, end, 0.0, 50, 0)
+    assert list(decoder.run(prompt)) == [[token, token] for token in expected[: first + 1]]
+
+
+@interpreted
+@pytest.mark.parametrize(("top_k", "temperature"), [(5, 0.7), (0, 1.3)])
+def test_what_is_drawn_has_the_probabilities_of_the_softmax(top_k, temperature):
+    model, rows = gpt2.GPT(gpt2.GPTConfig(200, block_size=8, layers=1, heads=1, width=16)), 400
+    logits = (torch.randn(256, generator=torch.Generator().manual_seed(0)) * 3).bfloat16().float()
+    decoder = gpt2.GraphDecoder(model, rows, 4, -1, temperature, top_k, 3)
+    decoder.logits.copy_(logits.expand(rows, -1))
+    decoder.draw()
+    drawn = decoder.sequence[:, 1]
+    largest = (logits[:200] / temperature).topk(top_k or 200)
+    expected = torch.zeros(200).scatter(0, largest.indices, largest.values.softmax(0))
+    assert (expected[drawn] > 0).all()
+    assert (torch.bincount(drawn, minlength=200) / rows - expected).abs().sum() / 2 < 0.25  # total variation
+    decoder = gpt2.GraphDecoder(model, rows, 4, -1, temperature, top_k, 4)
+    decoder.logits.copy_(logits.expand(rows, -1))
+    decoder.draw()
+    assert not torch.equal(drawn, decoder.sequence[:, 1])

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
+if IS_INTERPRETED and Version(np.__version__) >= Version("2.4"):
+    pytest.skip("Triton's interpreter needs an older NumPy", allow_module_level=True)
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by test_kernels_in_the_interpreter")
 
 
@@ -24,6 +28,8 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by test_kernels
 def test_kernels_in_the_interpreter():
     environment = dict(os.environ) | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "pytest", __file__], env=environment, capture_output=True, text=True)
+    if "1 skipped" in done.stdout and "passed" not in done.stdout:
+        pytest.skip("Triton's interpreter needs an older NumPy")
     assert done.returncode == 0, done.stdout
 
 
@@ -74,6 +80,7 @@ def small_blocks(monkeypatch):
 
     sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
     monkeypatch.setattr(gpt2.linear_kernel, "configs", [triton.Config(sizes)])
+    monkeypatch.setattr(gpt2.GraphDecoder, "BLOCK", 128)  # and takes long over large ones
 
 
 @interpreted
@@ -93,7 +100,8 @@ def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
     gpt2.save_pretrained(model, gpt2.as_plain_text(Tokenizer(models.BPE({gpt2.END_OF_TEXT: 0}, []))), tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     prompt = [(7 * i) % 100 for i in range(62)]
-    how = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 0}
+    how = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 0,
+           "attention_mask": torch.ones(1, 62, dtype=torch.long)}  # fmt: skip
     expected = theirs.generate(torch.tensor([prompt]), **how)[0, 62:].tolist()
     assert len(set(expected)) > 4
     decoder = gpt2.GraphDecoder(model, 2, 70, -1, 0.0, 50, 0)
@@ -106,7 +114,7 @@ def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
 
 @interpreted
 @pytest.mark.parametrize(("top_k", "temperature"), [(5, 0.7), (0, 1.3)])
-def test_what_is_drawn_has_the_probabilities_of_the_softmax(top_k, temperature):
+def test_what_is_drawn_has_the_probabilities_of_the_softmax(small_blocks, top_k, temperature):
     model, rows = gpt2.GPT(gpt2.GPTConfig(200, block_size=8, layers=1, heads=1, width=16)), 400
     logits = (torch.randn(256, generator=torch.Generator().manual_seed(0)) * 3).bfloat16().float()
     decoder = gpt2.GraphDecoder(model, rows, 4, -1, temperature, top_k, 3)

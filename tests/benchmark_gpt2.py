@@ -1,17 +1,21 @@
-"""Speed of gpt2_from_scratch.py beside transformers' GPT-2, on this machine, in one run. Not collected by pytest.
+"""Speed of gpt2_from_scratch.py beside nanoGPT and transformers, on this machine. Not collected by pytest.
 
-    python tests/benchmark_gpt2.py                             # nano on a CPU, the 124M model on a GPU
-    python tests/benchmark_gpt2.py --model gpt2-xl --sequences 8    # another size and batch
-    python tests/benchmark_gpt2.py --only compiled generate    # some of the measurements
+    python tests/benchmark_gpt2.py --nanogpt ../nanoGPT          # everything: about 15 minutes on an H100
+    python tests/benchmark_gpt2.py --only gpt2 cold shakespeare --output a.json     # some parts; see --help
+    python tests/benchmark_gpt2.py --tiny                        # the same on a tiny geometry, to try the benchmark
 
-Training: whole steps (forward, backward, clipping, AdamW) on random tokens, the median of --steps after warming up.
-transformers runs the same step on its own model and the same precision, with clip_grad_norm_ and fused AdamW, as most
-training scripts do. Generation: greedy, 8 sequences of 32 + 128 tokens (or as many as fit the block) in float32.
+Every part runs in a process of its own and ends after its time-out, so that one that fails costs no other. Training:
+whole steps on random tokens, the best of three rounds after warming up. nanoGPT (a checkout, for its model.py) runs as
+its train.py does: autocast, compiled as a whole, its own AdamW, clipping. Generation: greedy, prompts of 32 tokens.
+Shares are of what a large matrix product reaches here ("measured") and of the card's data sheet.
 """
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,62 +23,81 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 VOCABULARY = 50257
+SEQUENCES = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16}
+TIMEOUTS = {"gpt2": 240, "gpt2-medium": 150, "gpt2-large": 180, "cold": 150, "decode": 180, "shakespeare": 100,
+            "cpu": 240}  # seconds
+TINY = {"layers": 2, "heads": 2, "width": 64, "block_size": 64}
 
 
-def make_trainer(arguments: argparse.Namespace, *flags: str) -> gpt2.Trainer:
+def make_trainer(arguments: argparse.Namespace, model: str, sequences: int, *flags: str, vocabulary: int = VOCABULARY,
+                 **sizes: int) -> gpt2.Trainer:
     """The script's own trainer on random tokens, with `flags` of its command line."""
-    processes = gpt2.join_processes()
-    words = ["--model", arguments.model, "--tokenizer", "gpt2", "--max-steps", "1000000000", *flags]
+    torch.use_deterministic_algorithms(False)
+    words = ["--model", model, "--tokenizer", "gpt2", "--optimizer", "adamw", "--max-steps", "1000000000", *flags]
     settings = gpt2.resolve_settings(gpt2.parse_arguments(words))
-    sizes = {"batch_tokens": arguments.sequences * settings.block_size, "micro_batch_size": arguments.sequences}
-    settings = replace(settings, **sizes)
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 10**6).astype(np.uint16)
-    data = gpt2.TokenData(None, {}, tokens, tokens)
-    sizes = {name: getattr(settings, name) for name in ("block_size", "layers", "heads", "width")}
-    model = gpt2.GPT(gpt2.GPTConfig(VOCABULARY, **sizes))
-    model.initialise(0)
-    return gpt2.make_trainer(settings, processes, data, model)
+    settings = replace(settings, **(sizes | (TINY if arguments.tiny else {})))
+    settings = replace(settings, batch_tokens=sequences * settings.block_size, micro_batch_size=sequences,
+                       warmup_steps=100, eval_every=1000)  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6).astype(np.uint16)
+    names = ("block_size", "layers", "heads", "width")
+    network = gpt2.GPT(gpt2.GPTConfig(vocabulary, **{name: getattr(settings, name) for name in names}))
+    network.initialise(0)
+    return gpt2.make_trainer(settings, gpt2.join_processes(), gpt2.TokenData(None, {}, tokens, tokens), network)
 
 
-def seconds_per_call(call: Callable[[int], object], device: torch.device, count: int) -> float:
-    """The median of `count` calls, each waited for, after three to warm up."""
-    for number in range(3):
-        call(number)
-    gpt2.synchronise(device)
+def seconds_per_step(step: Callable[[int], object], device: torch.device, count: int) -> float:
+    """The best of three rounds of `count` steps, after five to warm up."""
+    for number in range(5):
+        step(number)
     times = []
-    for number in range(count):
-        started = time.perf_counter()
-        call(number)
+    for _ in range(3):
         gpt2.synchronise(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        started = time.perf_counter()
+        for number in range(5, 5 + count):
+            step(number)
+        gpt2.synchronise(device)
+        times.append((time.perf_counter() - started) / count)
+    return min(times)
+
+
+def measure(name: str, trainer: gpt2.Trainer, step: Callable[[int], object], arguments: argparse.Namespace) -> dict:
+    device = trainer.machine.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    values = gpt2.speed(trainer, 1, seconds := seconds_per_step(step, device, 2 if arguments.tiny else 10))
+    return report(name, milliseconds=seconds * 1e3, tokens_per_second=values["tokens_per_second"],
+                  share_of_measured=values["mfu"], share_of_data_sheet=values["mfu_of_data_sheet"],
+                  peak_gib=gpt2.peak_memory(device), mode=trainer.machine.mode)  # fmt: skip
+
+
+def report(name: str, **values: object) -> dict:
+    print(json.dumps({"name": name, **values}), flush=True)
+    return values
 
 
 def our_step(trainer: gpt2.Trainer) -> Callable[[int], object]:
     return lambda step: gpt2.training_step(trainer, step, trainer.fetch_batch(step))
 
 
-def their_model(trainer: gpt2.Trainer) -> GPT2LMHeadModel:
-    sizes = {theirs: getattr(trainer.model.config, ours) for ours, theirs in gpt2.HF_NAMES.items()}
-    config = GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False)
-    return GPT2LMHeadModel(config).to(trainer.machine.device)
+def nanogpt_step(folder: str, trainer: gpt2.Trainer) -> Callable[[int], object]:
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig
 
-
-def their_step(trainer: gpt2.Trainer, is_compiled: bool) -> Callable[[int], object]:
-    model = their_model(trainer).train()
-    network = torch.compile(model, dynamic=False) if is_compiled else model
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    config, machine = trainer.model.config, trainer.machine
+    model = GPT(GPTConfig(block_size=config.block_size, vocab_size=config.padded_vocab_size, n_layer=config.layers,
+                          n_head=config.heads, n_embd=config.width, dropout=0.0, bias=True)).to(machine.device)
+    optimiser = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), machine.device.type)
+    network = torch.compile(model) if machine.device.type == "cuda" else model
 
     def step(number: int) -> None:
-        tokens = trainer.fetch_batch(number)[:, :-1]
-        with trainer.machine.autocast():
-            loss = network(input_ids=tokens, labels=tokens).loss
+        batch = trainer.fetch_batch(number)
+        with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.device.type == "cuda"):
+            _, loss = network(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -83,65 +106,165 @@ def their_step(trainer: gpt2.Trainer, is_compiled: bool) -> Callable[[int], obje
     return step
 
 
-def generations(trainer: gpt2.Trainer, rows: int, new: int) -> dict[str, Callable]:
-    """Greedy continuations of `rows` equal prompts of 32 tokens by `new` tokens."""
-    model, tokens = their_model(trainer).eval(), list(range(32))
-    inputs = torch.tensor([tokens] * rows, device=trainer.machine.device)
-    how = {"do_sample": False, "use_cache": True, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
-    return {
-        "this script": lambda _: list(gpt2.generate(trainer.model, tokens, rows, new, end=-1, temperature=0)),
-        "transformers": lambda _: model.generate(inputs, attention_mask=torch.ones_like(inputs), **how),
-    }
+def throughput(arguments: argparse.Namespace, model: str) -> None:
+    """Training: as it comes, without determinism, and nanoGPT."""
+    sequences = 2 if arguments.tiny else SEQUENCES[model]
+    trainer = make_trainer(arguments, model, sequences)
+    report(f"{model}, ceiling", flops_per_second=trainer.machine.matmul_rate,
+           data_sheet=gpt2.data_sheet_rate(gpt2.device_name(trainer.machine.device)))  # fmt: skip
+    default = measure(f"{model}, default", trainer, our_step(trainer), arguments)
+    del trainer
+    trainer = make_trainer(arguments, model, sequences, "--no-deterministic")
+    fast = measure(f"{model}, --no-deterministic", trainer, our_step(trainer), arguments)
+    report(f"{model}, cost of determinism", ratio=default["milliseconds"] / fast["milliseconds"])
+    if arguments.nanogpt:
+        trainer.twin = trainer.network = trainer.step_graph = None  # its memory is nanoGPT's now
+        torch.compiler.reset()
+        theirs = measure(f"{model}, nanoGPT", trainer, nanogpt_step(arguments.nanogpt, trainer), arguments)
+        for name, ours in (("default", default), ("--no-deterministic", fast)):
+            report(f"{model}, {name} / nanoGPT", ratio=ours["tokens_per_second"] / theirs["tokens_per_second"])
 
 
-def report(name: str, trainer: gpt2.Trainer, step: Callable, count: int) -> None:
-    if trainer.machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_per_call(step, trainer.machine.device, count)
-    values = gpt2.speed(trainer, 1, seconds)
-    rate, mfu = values["tokens_per_second"], values["mfu"] or float("nan")
-    memory = gpt2.peak_memory(trainer.machine.device)
-    print(f"| {name:34} | {seconds * 1e3:10,.1f} | {rate:12,.0f} | {mfu:5.1%} | {memory:8.2f} |", flush=True)
+def cold_start(arguments: argparse.Namespace) -> None:
+    """From the start of the process to the end of the first step of 124M: without any cache, and once more."""
+    with tempfile.TemporaryDirectory() as cache:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        for name in ("cold", "warm"):
+            started = time.perf_counter()
+            words = [sys.executable, __file__, "--part", "first-step", *(["--tiny"] if arguments.tiny else [])]
+            subprocess.run(words, env=dict(os.environ) | caches, check=True, stdout=subprocess.DEVNULL)
+            report(f"first step, {name}", seconds=time.perf_counter() - started)
+
+
+def first_step(arguments: argparse.Namespace) -> None:
+    trainer = make_trainer(arguments, "gpt2", 2 if arguments.tiny else 64)
+    our_step(trainer)(0).tolist()
+
+
+def shakespeare(arguments: argparse.Namespace) -> None:
+    """nanoGPT's character model, 64 x 256 tokens: Python launches slower than the GPU computes."""
+    sizes = {"layers": 6, "heads": 6, "width": 384, "block_size": 256}
+    for name, flags in (("default", []), ("eager", ["--no-compile"])):
+        trainer = make_trainer(arguments, "nano", 64, *flags, vocabulary=257, **sizes)
+        measure(f"shakespeare, {name}", trainer, our_step(trainer), arguments)
+        if trainer.step_graph:
+            trainer.step_graph.before = 10**9
+            trainer.step_graph.graph = None
+            measure("shakespeare, without a graph", trainer, our_step(trainer), arguments)
+
+
+def make_model(arguments: argparse.Namespace, is_nano: bool = False) -> gpt2.GPT:
+    """Random weights whose greedy text does not repeat itself."""
+    config = gpt2.GPTConfig(1024, 64, 4, 4, 128) if is_nano else gpt2.GPTConfig(VOCABULARY)
+    model = gpt2.GPT(replace(config, **TINY, block_size=160) if arguments.tiny and not is_nano else config)
+    model.initialise(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 8 if name == "wpe.weight" else 2 if parameter.dim() == 2 else 1
+    return model.requires_grad_(False).eval()
+
+
+def transformers_model(model: gpt2.GPT) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(GPT2Config(**{name: getattr(model.config, ours) for ours, name in gpt2.HF_NAMES.items()},
+                                        bos_token_id=0, eos_token_id=None, pad_token_id=0)).eval()  # fmt: skip
+    weights = {f"transformer.{name}": tensor.t() if name.endswith(gpt2.TRANSPOSED) else tensor
+               for name, tensor in model.state_dict().items()}  # fmt: skip
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
+    theirs.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    return theirs.to(model.wte.weight.device, model.wte.weight.dtype)
+
+
+def best_of(call: Callable[[], object], rounds: int) -> tuple[float, object]:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - started)
+    return min(times), result
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """Greedy in bf16 on the GPU, batch 1 and 64, and drawn; the first token; transformers beside."""
+    device = gpt2.join_processes()[2]
+    model = make_model(arguments).to(device, torch.bfloat16)
+    new, prompt, theirs = 16 if arguments.tiny else 300, list(range(100, 132)), transformers_model(model)
+    for count in (1, 64):
+        call = lambda count=count, **how: list(gpt2.generate(model, prompt, count, new, -1, **how))
+        call(temperature=0)
+        first, _ = best_of(lambda count=count: next(gpt2.generate(model, prompt, count, new, -1, temperature=0)), 3)
+        seconds, _ = best_of(lambda call=call: call(temperature=0), 3)
+        report(f"decode, {count}", tokens_per_second=count * new / seconds, first_token_milliseconds=first * 1e3)
+        seconds, _ = best_of(lambda call=call: call(temperature=0.8, top_k=50), 3)
+        report(f"decode, {count}, top-k 50", tokens_per_second=count * new / seconds)
+        tokens = torch.tensor([prompt] * count, device=device)
+        how = {"do_sample": False, "max_new_tokens": min(new, 64), "attention_mask": torch.ones_like(tokens)}
+        seconds, _ = best_of(lambda tokens=tokens, how=how: theirs.generate(tokens, **how).tolist(), 2)
+        report(f"decode, {count}, transformers", tokens_per_second=count * min(new, 64) / seconds)
+
+
+def on_cpu(arguments: argparse.Namespace) -> None:
+    """Greedy in float32 on the CPU: nano and 124M."""
+    compare_on_cpu("nano", make_model(arguments, is_nano=True), list(range(5, 13)), 40, arguments)
+    compare_on_cpu("124M", make_model(arguments), list(range(5, 37)), 24, arguments)
+
+
+def compare_on_cpu(name: str, model: gpt2.GPT, prompt: list[int], new: int, arguments: argparse.Namespace) -> None:
+    """This script and transformers in turns, and whether their tokens are the same."""
+    theirs, tokens = transformers_model(model), torch.tensor([prompt])
+    how = {"do_sample": False, "max_new_tokens": new, "attention_mask": torch.ones_like(tokens)}
+    calls = [lambda: [step[0] for step in gpt2.generate(model, prompt, 1, new, -1, temperature=0)],
+             lambda: theirs.generate(tokens, **how)[0, len(prompt) :].tolist()]  # fmt: skip
+    rounds = [[best_of(call, 1) for call in calls] for _ in range(2 if arguments.tiny else 4)]
+    (ours, a), (other, b) = (min(results) for results in zip(*rounds, strict=True))
+    report(f"cpu, {name}", tokens_per_second=new / ours, transformers=new / other, ratio=other / ours, same=a == b)
+
+
+PARTS = {name: lambda arguments, name=name: throughput(arguments, name) for name in SEQUENCES} | {
+    "cold": cold_start, "decode": decode, "shakespeare": shakespeare, "cpu": on_cpu,
+    "first-step": first_step}  # fmt: skip
+
+
+def run_part(part: str, arguments: argparse.Namespace) -> list[dict]:
+    """A part in a process of its own. What it reported before it ended, and why it failed if it did."""
+    words = [sys.executable, __file__, "--part", part, *(["--tiny"] if arguments.tiny else []),
+             *(["--nanogpt", arguments.nanogpt] if arguments.nanogpt else [])]  # fmt: skip
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if part == "cpu" else {}
+    process = subprocess.Popen(words, env=dict(os.environ) | hidden, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = process.communicate(timeout=arguments.timeout or TIMEOUTS[part])
+        error = f"exit code {process.returncode}" if process.returncode else None
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, error = process.communicate()[0], "timed out"
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    rows += [{"name": part, "error": error}] if error else []
+    for row in rows:
+        values = {name: f"{value:,.3g}" if isinstance(value, float) and abs(value) < 100 else
+                  f"{value:,.0f}" if isinstance(value, float) else value for name, value in row.items()}  # fmt: skip
+        print(f"{values.pop('name'):36} " + "  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
+    return rows
 
 
 def main() -> None:
-    is_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=gpt2.PRESETS, default="gpt2" if is_gpu else "nano")
-    parser.add_argument("--sequences", type=int, default=64 if is_gpu else 8, help="sequences per step")
-    parser.add_argument("--steps", type=int, default=20)
-    kinds = ["compiled", "nondeterministic", "eager", "transformers", "transformers-compiled", "generate"]
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--only", nargs="+", choices=TIMEOUTS, default=list(TIMEOUTS))
+    parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT")
+    parser.add_argument("--output", type=Path, default=Path("benchmark_gpt2.json"))
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="of each part (default: 100 to 240)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny geometry, to try the benchmark itself")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-
-    logging.set_verbosity_error()
-    trainer = make_trainer(arguments, "--no-compile")
-    config, machine = trainer.model.config, trainer.machine
-    print(f"{arguments.model}: {arguments.sequences} x {config.block_size} tokens, {gpt2.device_name(machine.device)}, "
-          f"{machine.dtype}, torch {torch.__version__}, matrix products {machine.matmul_rate / 1e12:.2f} TFLOP/s\n")
-    print("| training                           | ms / step  | tokens/s     | MFU   | GiB      |")
-    print("|------------------------------------|-----------:|-------------:|------:|---------:|")
-    if "eager" in arguments.only:
-        report("this script, eager", trainer, our_step(trainer), arguments.steps)
-    if "transformers" in arguments.only:
-        report("transformers, eager", trainer, their_step(trainer, False), arguments.steps)
-    if is_gpu and "transformers-compiled" in arguments.only:
-        report("transformers, compiled", trainer, their_step(trainer, True), arguments.steps)
-    if is_gpu and "compiled" in arguments.only:
-        compiled = make_trainer(arguments)
-        report("this script, " + compiled.machine.mode, compiled, our_step(compiled), arguments.steps)
-        del compiled
-    if is_gpu and "nondeterministic" in arguments.only:
-        torch.use_deterministic_algorithms(False)
-        compiled = make_trainer(arguments, "--no-deterministic")
-        report("... with --no-deterministic", compiled, our_step(compiled), arguments.steps)
-        del compiled
-    if "generate" in arguments.only:
-        torch.use_deterministic_algorithms(False)
-        rows, new = 8, min(128, config.block_size - 32)
-        for name, call in generations(trainer, rows, new).items():
-            seconds = seconds_per_call(call, trainer.machine.device, 3)
-            print(f"generation, {name}: {rows * new / seconds:,.0f} tokens/s ({seconds / new * 1e3:.2f} ms per step)")
+    if arguments.part:
+        PARTS[arguments.part](arguments)
+        return
+    device = gpt2.device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    results = {"device": device, "torch": torch.__version__, "rows": []}
+    print(f"{device}, torch {torch.__version__}")
+    for part in arguments.only:
+        results["rows"] += run_part(part, arguments)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def shakespeare(arguments: argparse.Namespace) -> None:
 def make_model(arguments: argparse.Namespace, is_nano: bool = False) -> gpt2.GPT:
     """Random weights whose greedy text does not repeat itself."""
     config = gpt2.GPTConfig(1024, 64, 4, 4, 128) if is_nano else gpt2.GPTConfig(VOCABULARY)
-    model = gpt2.GPT(replace(config, **TINY, block_size=160) if arguments.tiny and not is_nano else config)
+    model = gpt2.GPT(replace(config, **TINY | {"block_size": 160}) if arguments.tiny and not is_nano else config)
     model.initialise(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

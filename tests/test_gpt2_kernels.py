@@ -113,6 +113,7 @@ def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "temperature"), [(5, 0.7), (0, 1.3)])
 def test_what_is_drawn_has_the_probabilities_of_the_softmax(small_blocks, top_k, temperature):
     model, rows = gpt2.GPT(gpt2.GPTConfig(200, block_size=8, layers=1, heads=1, width=16)), 400

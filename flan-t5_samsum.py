@@ -2282,10 +2282,16 @@ def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
 
 
 def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of lines that are not blank, joined; each as soon as it has ended."""
-    for is_blank, block in itertools.groupby(lines, lambda line: not line.strip()):
-        if not is_blank:
-            yield "\n".join(line.strip() for line in block)
+    """Runs of lines that are not blank, joined; each as soon as it has ended. Nothing is read behind the end."""
+    block: list[str] = []
+    for line in lines:
+        if line.strip():
+            block.append(line.strip())
+        elif block:
+            yield "\n".join(block)
+            block = []
+    if block:
+        yield "\n".join(block)
 
 
 def summarize(settings: Settings) -> int:
@@ -3208,10 +3214,11 @@ def pack(sources: list[Tokens], targets: list[Tokens], rows: int, longest: tuple
 
 def fast_obstacle(model: torch.nn.Module, settings: Settings) -> str | None:
     """Why the fast path does not apply to `model`, or None."""
+    if settings.no_fast:
+        return "it is switched off (--no-fast)"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
     adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     reasons = {
-        "it is switched off (--no-fast)": settings.no_fast,
         "it is made for CUDA GPUs with bf16": model.device.type != "cuda" or model.dtype != torch.bfloat16,
         "Triton is not installed": triton is None,
         "it is made for LoRA on q, k, v and o": lora is None or adapted != {"q", "k", "v", "o"} or lora.use_dora

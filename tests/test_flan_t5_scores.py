@@ -236,7 +236,7 @@ def test_all_processes_summarise_the_same_number_of_batches(flan, monkeypatch, r
     for rank in range(processes):
         state = types.SimpleNamespace(num_processes=processes, process_index=rank, is_main_process=False)
         monkeypatch.setattr(flan, "PartialState", lambda state=state: state)
-        summarizer = flan.Summarizer(None, None, flan.parse_settings([]), torch.device("cpu"), torch.float32)
+        summarizer = flan.Summarizer(None, None, flan.parse_settings(["--no-fast"]), torch.device("cpu"), torch.float32)
         summarizer.batch_size = 1
         assert summarizer([[5]] * rows) == [str(i) for i in range(rows)]
     assert {calls.count(rank) for rank in range(processes)} == {-(-rows // processes)}

@@ -280,7 +280,7 @@ def test_quantised_training_evaluates_and_reloads(
 ):
     with monkeypatch.context() as patch:
         seen = Recorder(flan, patch)
-        done = command("--model", model_folder, "--dataset", data, "--epochs", "2", "--lr", "1e-2", "--batch-size", "4",
+        done = command("--model", model_folder, "--dataset", data, "--epochs", "4", "--lr", "5e-3", "--batch-size", "4",
                        "--micro-batch-size", "2", "--max-new-tokens", "24", flag, cwd=tmp_path)  # fmt: skip
     assert done.code == 0, done
     query = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.base_layer"
@@ -292,7 +292,7 @@ def test_quantised_training_evaluates_and_reloads(
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["configuration"][flag.strip("-")] is True
     losses = [entry["loss"] for entry in metrics["curve"]]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6]), losses
     best = next(entry for entry in metrics["epochs"] if entry["best"])
     assert best["epoch"] > 0 and best["test"]["rouge1"] > metrics["epochs"][0]["test"]["rouge1"]
 

@@ -733,7 +733,8 @@ def test_plan_evaluate_and_export_fit_80_columns(command):
     out = command("--data", "text.txt", *SIZES, "--plan")[1] + command("--init", a_model(), "--evaluate", "text.txt")[1]
     out += command("--init", "model", "--export", "exported")[1]
     assert all(word in out for word in ("to the end:", "perplexity", "from_pretrained"))
-    assert max(map(len, out.splitlines())) < 80
+    lines = [line for line in out.splitlines() if str(Path.cwd()) not in line]  # which may be long
+    assert max(map(len, lines)) < 80
 
 
 def test_sampling_rounds_as_training_does(trained, monkeypatch):

@@ -270,7 +270,7 @@ def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
     def on_gpu(seconds: float, compiled: bool | None) -> str:  # so long an eager run would take
         rate = flops / seconds / 0.3
         trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=1, micro_batch_size=2,
-                                             matmul_rate=rate)  # fmt: skip
+                                             matmul_rate=rate, dtype=torch.float32)  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(gpt2, "agree", lambda machine, value, choose: value)  # nothing runs on it here
             return gpt2.compile_network(trainer, compiled)[1]

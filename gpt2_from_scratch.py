@@ -430,8 +430,11 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # Text becomes two streams of tokens, train and validation, in which the documents stand one behind the other, each
 # begun with an end-of-text token. The model reads sequences of one block, cut from a stream wherever they fall: a short
-# document shares its sequence with others, and one longer than a block goes on in another sequence. Where the text
-# comes from, and where the tokens are kept: section 9.
+# document shares its sequence with others, and one longer than a block goes on in another sequence.
+#
+# A twentieth of the text is held out for validation: whole documents, chosen by a hash of their text, and where that
+# does not give the share the end of one; so a single file gives its last twentieth (Split in section 9,
+# split_threshold() below). Where the text comes from, and where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
@@ -741,6 +744,10 @@ class Guard:
 
 
 # ---------- 5. Training step ------------------------------------------------------------------------------------------
+#
+# Several processes take one step together, each on its share of the batch: fetch_batch() reads this process's
+# sequences, take_gradient() starts the sum over processes as soon as a gradient is there, training_step() adds up the
+# loss, and with --shard-optimizer make_optimisers() (section 4) gives each a part of the optimiser's state.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2997,8 +2997,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:
-        dq, dkv = attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
-        return dq, None if ctx.saved_tensors[1] is None else dkv, *[None] * 8
+        saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets them then
+        dq, dkv = attention_backward(dout, *saved, *ctx.rest)
+        return dq, None if saved[1] is None else dkv, *[None] * 8
 
 
 def hashed(x: torch.Tensor) -> torch.Tensor:

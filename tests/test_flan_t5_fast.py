@@ -280,6 +280,12 @@ def test_checkpointing_changes_no_gradient(flan, plain):
 
 
 @needs_triton
+def test_checkpointing_through_the_kernels(flan):
+    """Tensors that checkpointing brings back may be asked for once only."""
+    test_checkpointing_changes_no_gradient(flan, None)
+
+
+@needs_triton
 @pytest.mark.slow
 def test_traced_by_the_compiler_the_gradients_stay(flan):
     """What torch.compile sees; a version of it once lost gradients on the way."""

@@ -2988,17 +2988,19 @@ def _(dout: Any, q: torch.Tensor, kv: torch.Tensor | None, *_: Any) -> tuple[tor
 
 
 class Attention(torch.autograd.Function):
+    """`attention` with its gradients; k_rows None: those of q. (A tensor given twice is one that Dynamo cannot trace.)"""
+
     @staticmethod
     def forward(ctx: Any, q: Any, kv: Any, bias: Any, mask: Any, q_rows: Any, k_rows: Any, *rest: Any) -> torch.Tensor:
-        out, lse = attention(q, kv, bias, mask, q_rows, k_rows, *rest)
+        out, lse = attention(q, kv, bias, mask, q_rows, q_rows if k_rows is None else k_rows, *rest)
         ctx.save_for_backward(q, kv, out, lse, bias, mask, q_rows, k_rows)
         ctx.rest = rest
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:
-        saved = ctx.saved_tensors  # asked for once: gradient checkpointing forgets them then
-        dq, dkv = attention_backward(dout, *saved, *ctx.rest)
+        *saved, q_rows, k_rows = ctx.saved_tensors  # asked for once: gradient checkpointing forgets them then
+        dq, dkv = attention_backward(dout, *saved, q_rows, q_rows if k_rows is None else k_rows, *ctx.rest)
         return dq, None if saved[1] is None else dkv, *[None] * 8
 
 
@@ -3151,7 +3153,7 @@ def feed_forward(x: torch.Tensor, w: Layer, masks: Any, shape: Shape) -> torch.T
 def self_attention(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: Layer, masks: Any, shape: Shape,
                    causal: bool) -> torch.Tensor:
     qkv, longest = linear(rms_norm(x, w.self_norm, shape), w.qkv, masks[0], shape), shape.longest[causal]
-    mixed = Attention.apply(qkv, None, bias, masks[1], rows, rows, shape.heads, longest, longest, causal)
+    mixed = Attention.apply(qkv, None, bias, masks[1], rows, None, shape.heads, longest, longest, causal)
     return x + dropout(linear(mixed, w.o, masks[2], shape), masks[3])
 
 

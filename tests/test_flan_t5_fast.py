@@ -36,7 +36,7 @@ def reference_attention(q, kv, bias, mask, q_rows, k_rows, heads, longest_q, lon
     beside = q if kv is None else kv
     parts = q[:, :inner], beside[:, -2 * inner : -inner], beside[:, -inner:]
     out = []
-    for of_q, of_k in zip(q_rows.tolist(), k_rows.tolist(), strict=True):
+    for of_q, of_k in zip(q_rows.tolist(), (q_rows if k_rows is None else k_rows).tolist(), strict=True):
         qh, kh, vh = (part[slice(*of)].unflatten(1, (heads, -1)).transpose(0, 1)
                       for part, of in zip(parts, (of_q, of_k, of_k), strict=True))
         distance = torch.arange(kh.shape[1])[None] - torch.arange(qh.shape[1])[:, None] - kh.shape[1] + qh.shape[1]
@@ -293,7 +293,7 @@ def test_traced_by_the_compiler_the_gradients_stay(flan):
     _, expected = expected_gradients(model, ROWS)
     fast = flan.FastT5(model, settings)
     for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
-        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager"))
+        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager", fullgraph=True))
     for rows in (ROWS[:2], ROWS):  # another size, without compiling again for each
         fast.flat.grad.zero_()
         fast.scale.fill_(1)

@@ -72,7 +72,7 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(text, tmp_path, 
              "--dropout", "0.1", *words]  # fmt: skip
     whole = subprocess.run([*words, "--output-dir", "whole"], cwd=tmp_path, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    assert json.loads((tmp_path / "whole/metrics.json").read_text())["device"]["mode"] == "compiled", whole.stdout
+    assert json.loads((tmp_path / "whole/metrics.json").read_text())["mode"] == "compiled", whole.stdout
     process = subprocess.Popen([*words, "--output-dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "killed/checkpoints/step-00000500").is_dir():
         time.sleep(0.02)

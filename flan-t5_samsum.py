@@ -1700,6 +1700,7 @@ def train(settings: Settings) -> int:
                     run.finish(trainer.state.log_history, status)
     if status == "interrupted":
         say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {folder}")
+        PartialState().wait_for_everyone()  # torchrun kills the others as soon as one process has ended like this
         return 128 + run.stop.number
     return 0
 

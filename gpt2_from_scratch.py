@@ -3160,6 +3160,7 @@ def main(arguments: argparse.Namespace) -> int:
         asked = [name for name in commands if getattr(settings, name) not in (None, False)]
         code = commands[asked[0]](settings) if asked else train(settings)
         if dist.is_initialized():
+            dist.barrier(PATIENT_GROUP)  # torchrun kills the others once one has ended with another exit code than 0
             gc.collect()  # cycles may hold the process group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
         return code

@@ -363,7 +363,7 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHARDED = """
-import importlib.util, os, sys
+import importlib.util, os, sys, time
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 init = PartialState.__init__
@@ -388,6 +388,11 @@ def watched_step_end(run, args, state, control, model=None, **more):
         os.kill(os.getpid(), 15)
     return step_end(run, args, state, control, model=model, **more)
 flan.Run.on_step_end = watched_step_end
+finish = flan.Run.finish
+def slow_finish(*words):
+    time.sleep(2 if "STOP" in os.environ else 0)  # the other process has nothing to do here, and must wait
+    finish(*words)
+flan.Run.finish = slow_finish
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 # What `accelerate launch --use_fsdp --fsdp_version 2` sets.

@@ -2989,7 +2989,7 @@ def _(dout: Any, q: torch.Tensor, kv: torch.Tensor | None, *_: Any) -> tuple[tor
 
 
 class Attention(torch.autograd.Function):
-    """`attention` with its gradients; k_rows None: those of q. (A tensor given twice is one that Dynamo cannot trace.)"""
+    """`attention` with its gradients; k_rows None: those of q (a tensor given twice cannot be traced by Dynamo)."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, kv: Any, bias: Any, mask: Any, q_rows: Any, k_rows: Any, *rest: Any) -> torch.Tensor:
@@ -3291,6 +3291,7 @@ class FastT5:
             self.encoder_block, self.decoder_block = (functools.partial(again, block) for block in (
                 self.encoder_block, self.decoder_block))
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self.stream = torch.cuda.Stream() if self.uses_graphs else None
         self.graphs: dict[tuple, Any] = {}
         self.is_proved = {"training": False, "generation": False}
         self.generator = None
@@ -3387,17 +3388,37 @@ class FastT5:
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """`backward`, from the second batch of a size on by a graph."""
         sizes = tuple(map(len, batch.values()))
-        if not self.uses_graphs or sizes not in self.graphs:
-            self.graphs[sizes] = None
+        if not self.uses_graphs:
             return self.backward(batch)
+        if sizes not in self.graphs:
+            self.graphs[sizes] = None
+            # On the stream that will be recorded: autograd's nodes of the leaves remember the one they were made on.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.backward(batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
         if self.graphs[sizes] is None:
             static = {name: tensor.clone() for name, tensor in batch.items()}
-            self.graphs[sizes] = static, *record(lambda: self.backward(static), self.pool)
+            self.graphs[sizes] = static, *self.record(lambda: self.backward(static))
         static, graph, loss = self.graphs[sizes]
         for name, tensor in batch.items():
             static[name].copy_(tensor, non_blocking=True)
         graph.replay()
         return loss
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        """A CUDA graph of the kernels that `work` starts, and what it returns: memory that each replay fills anew."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread must keep still: the one that pins batches need not.
+        recording = functools.partial(torch.cuda.graph, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with recording(graph, pool=self.pool):
+                return graph, work()
+        except BaseException:  # torch's generator of random numbers believes in a recording until one has succeeded
+            with recording(torch.cuda.CUDAGraph()):
+                torch.zeros((), device=self.device)
+            raise
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], self.micro_batch_size,
@@ -3462,15 +3483,6 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
         scales = [m.weight.SCB if getattr(m.weight, "SCB", None) is not None else m.state.SCB for m in modules]
         return merged, torch.cat([scale.flatten() for scale in scales]).float() / 127
     return merged, torch.cat([weight.quant_state.absmax for weight in weights])
-
-
-def record(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
-    """A CUDA graph of the kernels that `work` starts, and what it returns: memory that each replay fills anew."""
-    graph = torch.cuda.CUDAGraph()
-    # Only this thread must keep still: the one that pins batches need not.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = work()
-    return graph, result
 
 
 class Generator:
@@ -3572,7 +3584,7 @@ class Generator:
                 self.graphs[n] = None
                 continue
             if self.graphs[n] is None:
-                self.graphs[n], _ = record(functools.partial(self.one_token, n), self.fast.pool)
+                self.graphs[n], _ = self.fast.record(functools.partial(self.one_token, n))
             self.graphs[n].replay()
         end = self.fast.model.config.eos_token_id
         rows = self.output[: len(sources), : position + 1].tolist()

@@ -123,16 +123,31 @@ def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_fo
     """With dropout and two micro-batches a step; the resumed run records its graphs at other steps."""
     words = ("--model", model_folder, "--dataset", data, "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,
              "--max-new-tokens", 8, "--epochs", 6, *flags)
-    assert command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path).code == 0
+    whole = command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path)
+    assert whole.code == 0 and "the fast step agrees" in whole.out, whole
     with stopped_after(flan, 20):
         assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
     assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
 
 
+def test_a_recording_that_fails_leaves_a_process_that_goes_on(flan, gpu, model_folder):
+    """The usual step takes over then, with dropout from torch's generator."""
+    model, settings = make_model(flan, 0.2, model_folder=model_folder, **gpu)
+    fast, numbers = flan.FastT5(model, settings), torch.arange(3.0, device="cuda")
+    with pytest.raises(Exception, match="captur"):
+        fast.record(numbers.tolist)  # it waits for the GPU
+    assert 0 < int(torch.nn.functional.dropout(torch.ones(99, device="cuda")).count_nonzero()) < 99
+    graph, doubled = fast.record(lambda: numbers * 2)
+    numbers.add_(1)
+    graph.replay()
+    assert doubled.tolist() == [2, 4, 6]
+
+
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
-    """Of the tiny model, in a batch that is halved as rows end. A tie that rounding decides may change a row."""
+    """Of the tiny model, in a batch that is halved as rows end. Where a row differs, the first token that does is one
+    that plain generate() holds for as likely, but for the rounding of bf16."""
     folder = flan.Path(flan.MODELS["tiny"])
     model, settings = make_model(flan, 0.0, quantization, folder, **gpu)
     sources = sorted(sources_of(flan, 200), key=len, reverse=True)
@@ -142,9 +157,15 @@ def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     assert fast.is_proved["generation"] is True
     assert found == fast.generate(sources, config)
     batch = {name: tensor.cuda() for name, tensor in padded([(source, [1]) for source in sources]).items()}
-    output = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                            generation_config=config)[:, 1:].tolist()
-    expected = [row[: row.index(1) + 1] if 1 in row else row for row in output]
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
-    print(f"{same} of {len(found)} rows are the same")
-    assert same >= 0.9 * len(found)
+    seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    output = model.generate(**seen, generation_config=config)
+    with torch.no_grad():
+        logits = model(**seen, decoder_input_ids=output[:, :-1]).logits.float()
+    gaps = []
+    for row, tokens, after in zip(found, output[:, 1:].tolist(), logits, strict=True):
+        expected = tokens[: tokens.index(1) + 1] if 1 in tokens else tokens
+        if row != expected:
+            at = next(i for i, (a, b) in enumerate(zip(row, expected, strict=False)) if a != b)
+            gaps.append(float(after[at].max() - after[at, row[at]]))
+    print(f"{len(found) - len(gaps)} of {len(found)} rows are the same; gaps {max(gaps, default=0):.3f} at most")
+    assert max(gaps, default=0) < 0.25 and len(gaps) < 0.4 * len(found)

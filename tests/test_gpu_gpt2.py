@@ -6,6 +6,7 @@ Compiled runs that are killed and resumed end with the same bits; precisions and
 CUDA graph is the step; greedy tokens are those of the plain way; and the memory is what --plan says.
 """
 
+import gc
 import json
 import os
 import random
@@ -88,7 +89,7 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(text, tmp_path, 
 
 
 def test_precisions_learn_alike(text, tmp_path):
-    """200 steps with each optimiser: bf16 and fp16 end within noise of float32 (with TF32)."""
+    """200 steps with each optimiser: bf16 and fp16 end within 1.5% of float32 (with TF32); rounding drifts apart."""
     for optimizer in ("adamw", "muon"):
         last = {}
         for dtype in ("fp32", "bf16", "fp16"):
@@ -97,8 +98,8 @@ def test_precisions_learn_alike(text, tmp_path):
                 "--output-dir", folder)  # fmt: skip
             last[dtype] = statistics.fmean(losses(folder)[-20:])
         print(optimizer, last)
-        assert last["bf16"] == pytest.approx(last["fp32"], abs=0.02)
-        assert last["fp16"] == pytest.approx(last["fp32"], abs=0.02)
+        assert last["bf16"] == pytest.approx(last["fp32"], rel=0.015)
+        assert last["fp16"] == pytest.approx(last["fp32"], rel=0.015)
 
 
 def make_trainer(text: Path, folder: Path, *words: str) -> gpt2.Trainer:
@@ -200,7 +201,8 @@ def test_the_memory_is_what_plan_says(text, tmp_path, words):
 def test_checkpointing_saves_memory(text, tmp_path):
     peaks = {}
     for words in ([], ["--gradient-checkpointing"]):
-        trainer = make_trainer(text, tmp_path, "--micro-batch-size", "64", *words)
+        gc.collect()  # the trainer before
+        trainer = make_trainer(text, tmp_path, "--layers", "16", "--micro-batch-size", "64", *words)
         trainer.step_graph = None
         torch.cuda.reset_peak_memory_stats()
         gpt2.training_step(trainer, 0, trainer.fetch_batch(0))

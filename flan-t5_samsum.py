@@ -48,7 +48,7 @@ MODELS = {
 }
 DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sample")}  # Samsung/samsum is gone
 RECIPE = {"model": "tiny", "dataset": "samsum", "lr": 1e-4, "epochs": 10}  # that of the original experiments
-PRESETS = {"tiny": {"dataset": "sample", "lr": 3e-3, "epochs": 2}}  # what a model changes of it
+PRESETS = {"tiny": {"dataset": "sample", "lr": 2e-3, "epochs": 1}}  # what a model changes of it
 PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
 
 
@@ -93,9 +93,9 @@ class Settings:
     max_source_length: int = flag(512, "tokens of a dialogue; longer ones are cut", "N", type=number(int, 8))
     max_target_length: int = flag(128, "tokens of a reference summary in training", "N", type=number(int, 2))
 
-    lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 3e-3)", "X",
+    lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 2e-3)", "X",
                      type=number(float, 0, 1, low_included=False), group="training")
-    epochs: int = flag(None, "passes over the data (default: 10; tiny: 2)", "N", type=COUNT)
+    epochs: int = flag(None, "passes over the data (default: 10; tiny: 1)", "N", type=COUNT)
     max_steps: int | None = flag(None, "stop after N optimiser steps, if the epochs have more", "N", type=COUNT)
     batch_size: int = flag(8, "examples per optimiser step, over all GPUs", "N", type=COUNT)
     micro_batch_size: int = flag(None, "examples per GPU at a time; the rest is accumulated (default: the whole batch)",

@@ -1799,12 +1799,16 @@ class Person:
 
 
 def invent(rng: random.Random, capital: bool) -> str:
-    """A word that nobody has used before, of two or three syllables."""
-    pick = lambda sounds: rng.choice(sounds.split("-"))
-    onsets = "b-br-c-ch-d-dr-f-fl-g-gr-h-j-k-l-m-n-p-pl-qu-r-s-sh-sk-st-t-tr-v-w-y-z"
-    nuclei = "a-e-i-o-u-a-e-i-o-a-e-i-ai-ee-ou-ia-ea-oo"
-    word = "".join(pick(onsets) + pick(nuclei) for _ in range(rng.choice((1, 2, 2, 3))))
-    word += pick("--n-l-r-s-m-t-ck-nd-x-rt-lla-na-ra-ston-ley-per-den-rick-tine")
+    """A word that nobody has used before: two or three syllables, or random letters, which leave nothing to guess."""
+    if rng.random() < 0.3:
+        letters = "aaabcdeeeefghiiijklmnooopqrrsstttuuvwxyz"
+        word = "".join(rng.choice(letters) for _ in range(rng.choice((3, 4, 5, 6, 7, 8))))
+    else:
+        pick = lambda sounds: rng.choice(sounds.split("-"))
+        onsets = "b-br-c-ch-d-dr-f-fl-g-gr-h-j-k-l-m-n-p-pl-qu-r-s-sh-sk-st-t-tr-v-w-y-z"
+        nuclei = "a-e-i-o-u-a-e-i-o-a-e-i-ai-ee-ou-ia-ea-oo"
+        word = "".join(pick(onsets) + pick(nuclei) for _ in range(rng.choice((1, 2, 2, 3))))
+        word += pick("--n-l-r-s-m-t-ck-nd-x-rt-lla-na-ra-ston-ley-per-den-rick-tine")
     return word.capitalize() if capital else word
 
 
@@ -1829,9 +1833,14 @@ def draw_value(kind: str, split: str, rng: random.Random) -> str:
     return draw_value(kind, split, rng) if value.lower() in held_out_values() else value
 
 
+# More first names for `pretrain`, by sex; whoever pretrains fills them in.
+REAL_NAMES: dict[str, list[str]] = {"f": [], "m": []}
+
+
 def draw_person(split: str, rng: random.Random, woman: bool, invented: bool) -> Person:
     if invented:
-        name = invent(rng, capital=True)
+        real = REAL_NAMES["f" if woman else "m"]
+        name = rng.choice(real) if real and rng.random() < 0.5 else invent(rng, capital=True)
         return draw_person(split, rng, woman, invented) if name.lower() in held_out_values() else Person(name, woman)
     table = WOMEN if woman else MEN
     return Person(rng.choice(table["train" if split == "pretrain" else split].split()), woman)
@@ -2006,6 +2015,7 @@ def tell(story: Ending, split: str, rng: random.Random) -> dict | None:
         "facts": {slot: f.name if isinstance(f, Person) else f for slot, f in sorted(facts.items())},
         "dialogue": "\n".join(lines),
         "summary": sentence(summary, facts),
+        "woman": {f.name: f.woman for f in facts.values() if isinstance(f, Person)},
         "narration": " ".join(sentence(turn.retold, facts) for turn in turns if turn.retold),
     }
 

@@ -1,4 +1,4 @@
-"""What ships in `resource/`: the sample dialogues, and the tiny Flan-T5 with its tokenizer."""
+"""What ships in `resource/`: the sample dialogues, and the tiny Flan-T5 with its tokenizer and the text it has read."""
 
 import importlib.util
 import json
@@ -162,6 +162,11 @@ TINY = RESOURCE / "flan-t5-tiny"
 
 
 @pytest.fixture(scope="module")
+def make_tiny():
+    return load_script("make_flan-t5-tiny")
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     from transformers import AutoTokenizer
 
@@ -216,7 +221,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    assert sum(file.stat().st_size for file in TINY.rglob("*")) <= 15 * 2**20
+    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 20 * 2**20
     config = json.loads((TINY / "config.json").read_text())
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
@@ -230,54 +235,93 @@ def test_checkpoint_is_t5_v1_1_and_small():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_half_the_width_is_a_smaller_model_of_the_same_kind():
-    model = load_script("make_flan-t5-tiny").make_model(0.5)
-    shipped = json.loads((TINY / "config.json").read_text())
-    assert {name: getattr(model.config, name) / shipped[name] for name in ("d_model", "num_heads", "d_ff")} == {
-        "d_model": 0.5, "num_heads": 0.5, "d_ff": 0.5}  # fmt: skip
-    assert (model.config.d_kv, model.config.num_layers) == (shipped["d_kv"], shipped["num_layers"])
-    assert model.lm_head.weight.shape == (4096, 96) and model.lm_head.weight is not model.shared.weight
-    assert model.encoder.block[0].layer[0].SelfAttention.q.weight.shape == (2 * 48, 96)
+def test_a_head_of_its_own_gives_the_same_model(make_tiny, tmp_path):
+    """Pretrained with the embedding as its head, it ships with two matrices: as T5 v1.1, and with the same outputs."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = make_tiny.make_model(d_model=64, num_heads=1, d_ff=80, num_layers=2, num_decoder_layers=2).eval()
+    assert model.lm_head.weight is model.shared.weight
+    ids = torch.randint(3, 5000, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tied = model(input_ids=ids, decoder_input_ids=ids).logits
+        make_tiny.untie(model)
+        assert torch.allclose(model(input_ids=ids, decoder_input_ids=ids).logits, tied, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(saved(input_ids=ids, decoder_input_ids=ids).logits, tied, atol=1e-5)
+
+
+def test_what_is_saved_is_the_mean_with_the_first_run(make_tiny, tokenizer, tmp_path):
+    """Saved, loaded without the head that was the embedding, and averaged: of W and 3W it is 2W."""
+    import torch
+
+    geometry = {"d_model": 64, "num_heads": 1, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 2}
+    model = make_tiny.make_model(**geometry).bfloat16().float()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    make_tiny.save(model, tokenizer, tmp_path)
+    again = make_tiny.make_model(**geometry)
+    with torch.no_grad():
+        for name, weight in again.named_parameters():
+            weight.copy_(3 * before[name])
+    make_tiny.average(again, make_tiny.load(tmp_path))
+    assert all(torch.allclose(weight, 2 * before[name]) for name, weight in again.named_parameters())
+
+
+def test_it_starts_as_a_copier(make_tiny):
+    """What attention reads leaves in about the direction in which it came; the first heads look at the neighbours."""
+    import torch
+
+    def passed_on(model):
+        attention = model.decoder.block[2].layer[1].EncDecAttention
+        x = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return float(torch.nn.functional.cosine_similarity(attention.o(attention.v(x)), x).mean())
+
+    model = make_tiny.make_model()
+    assert passed_on(model) > 0.7 and abs(passed_on(make_tiny.make_model(start=False))) < 0.1
+    biases = model.encoder.block[0].layer[0].SelfAttention.compute_bias(12, 12)[0]  # (heads, query, key)
+    assert biases[0, 5].argmax() == 4 and biases[1, 5].argmax() == 6 and biases[2, 5].argmax() == 3
 
 
 @pytest.mark.parametrize("flags, words", [
     ([], "not empty"),
     (["--steps", "20"], "not empty"),
-    (["--scale", "0.1", "--output", "runs/new"], "no attention head"),
 ])  # fmt: skip
-def test_what_rebuilding_refuses(monkeypatch, capsys, tmp_path, flags, words):
+def test_what_rebuilding_refuses(make_tiny, monkeypatch, capsys, tmp_path, flags, words):
     """Above all to overwrite the model that ships; nothing is trained or written."""
-    script = load_script("make_flan-t5-tiny")
-    monkeypatch.setattr(script, "train_tokenizer", lambda texts: pytest.fail("it began"))
+    monkeypatch.setattr(make_tiny, "train_tokenizer", lambda texts: pytest.fail("it began"))
     monkeypatch.setattr("sys.argv", ["make_flan-t5-tiny.py", *flags])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        script.main()
+        make_tiny.main()
     assert words in capsys.readouterr().err.splitlines()[-1] and not any(tmp_path.iterdir())
 
 
-def test_the_card_names_the_flags_that_gave_the_model():
-    script = load_script("make_flan-t5-tiny")
-    parser = script.build_parser()
-    given = "--output /tmp/x/half --scale 0.5 --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3"
-    flags = script.rebuild_flags(parser.parse_args(given.split()), parser.parse_args([]))
-    assert "/tmp" not in flags and "runs/half" in flags
+def test_the_card_names_the_flags_that_gave_the_model(make_tiny):
+    parser = make_tiny.build_parser()
+    given = "--first /tmp/y/one --output /tmp/x/small --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3"
+    flags = make_tiny.rebuild_flags(parser.parse_args(given.split()), parser.parse_args([]))
+    assert "/tmp" not in flags and "--first runs/one --output runs/small" in flags
     again, wanted = vars(parser.parse_args(flags.split())), vars(parser.parse_args(given.split()))
-    assert all(again[name] == wanted[name] for name in ("scale", "batch_size", "lr", "minutes", "steps"))
+    assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps"))
     # What ships has the card that the script writes today, but for its numbers.
     shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
-    card = script.CARD.format(name="flan-t5-tiny", millions=4.5, vocab=4096, facts="",
-                              flags=script.rebuild_flags(*[parser.parse_args([])] * 2))  # fmt: skip
+    second = parser.parse_args(["--first", "runs/first", "--lr", "1e-3", "--minutes", "2", "--output",
+                                "runs/flan-t5-tiny"])  # fmt: skip
+    card = make_tiny.CARD.format(name="flan-t5-tiny", millions=8.3, vocab=5120, facts="",
+                                 flags=make_tiny.rebuild_flags(second, parser.parse_args([])))  # fmt: skip
     assert shape(card) == shape((TINY / "README.md").read_text("utf-8"))
 
 
-def test_checkpoint_knows_dialogue(tokenizer, shipped):
+def test_checkpoint_knows_dialogue(make_tiny, tokenizer, shipped):
     """Asked who talks in held-out chats, it finds the right names far likelier than a model without pretraining."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     model = AutoModelForSeq2SeqLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    untrained = load_script("make_flan-t5-tiny").make_model().eval()
+    untrained = make_tiny.make_model().eval()
     rows = [row for row in shipped["test"] if len(speakers(row)) == 2][:40]
     names = [" and ".join(dict.fromkeys(turn.split(": ")[0] for turn in row["dialogue"].split("\n"))) for row in rows]
     source = tokenizer(["who talks?\n\n" + row["dialogue"] for row in rows], padding=True, return_tensors="pt")
@@ -288,27 +332,74 @@ def test_checkpoint_knows_dialogue(tokenizer, shipped):
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_pretraining_never_sees_the_task():
-    """Neither the prefix nor a summary is in what the tasks make."""
-    script = load_script("make_flan-t5-tiny")
-    rng = random.Random(0)
+def pretraining_rows(make_tiny, count: int) -> list[dict]:
+    """Of each kind, as the workers make them."""
+    rng, chats = random.Random(0), make_tiny.chats
+    make_tiny.prepare_names()
+    words = ["hello", "bring", "green", "lamp"]
+    return [
+        *islice(make_tiny.grammar_rows(3), count),
+        *(make_tiny.free_row(rng.choice(chats.load()), rng) for _ in range(count)),
+        *(chats.murmur(rng, chats.everyday(), chats.load()) for _ in range(count)),
+        *(make_tiny.babble(rng, words) for _ in range(count)),
+    ]
+
+
+def test_pretraining_never_sees_the_prefix_of_the_task_nor_the_people(make_tiny, shipped):
+    """It knows summaries, but not under "summarize: "; and nobody who speaks in the held-out rows."""
+    heard = set().union(*(speakers(row) for split in ("validation", "test") for row in shipped[split]))
+    rng, seen = random.Random(0), set()
     encode = lambda text: [ord(character) for character in text]  # one id per character: readable again
-    for row in islice(script.make_sample.records("pretrain", 3), 200):
-        for task in script.TASKS:
-            text = "".join(chr(i) for part in task(row, encode, rng) for i in part)
-            assert "summar" not in text.lower()
-            assert row["summary"] not in text
+    for row in pretraining_rows(make_tiny, 150):
+        assert not {name for name, _ in row["turns"]} & heard
+        for task in make_tiny.TASKS[row["kind"]]:
+            pair = task(row, encode, rng)
+            if pair:
+                seen.add(task.__name__)
+                assert not "".join(map(chr, pair[0])).lower().startswith("summar")
+    assert seen == {task.__name__ for tasks in make_tiny.TASKS.values() for task in tasks}
 
 
-def test_span_corruption_loses_nothing():
-    """Putting the target's spans back into the source gives the text again (Raffel et al. 2020, figure 2)."""
-    script = load_script("make_flan-t5-tiny")
+def test_freely_written_chats_are_whole(make_tiny):
+    """Told with other names and things, they have no braces left, and a summary holds only what the chat holds."""
     rng = random.Random(0)
-    first = script.sentinel(99)
+    make_tiny.prepare_names()
+    assert len(make_tiny.chats.load()) == 2000
+    for chat in make_tiny.chats.load():
+        row = make_tiny.chats.tell(chat, rng)
+        assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
+        assert len(set(row["facts"].values())) == len(row["facts"]) and set(row["woman"]) <= set(row["facts"].values())
+        for summary in row["summaries"]:
+            for value in row["facts"].values():
+                assert value not in summary or value.lower() in row["dialogue"].lower(), (value, row)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("I lost my keys", "Anna lost her keys."),
+    ("haha, I'll bring you some bread!", "Anna will bring Ben some bread."),
+    ("I don't like it", "Anna doesn't like it."),
+    ("You always carry my bags", "Ben always carries Anna's bags."),
+    ("Where are you?", None),
+    ("we can go now", None),
+])  # fmt: skip
+def test_reported_speech(make_tiny, text, told):
+    assert make_tiny.chats.report(text, "Anna", "Ben", True, random.Random(0)) == told
+
+
+def test_invented_words_are_those_that_the_chat_does_not_hold(make_tiny):
+    chat = "Anna: the bus at 7:15?\nBen: no, oslo first"
+    assert make_tiny.invented("Ben wants to go to Oslo. They take the bus at 7:15.", chat) == []
+    assert make_tiny.invented("Benno and Anna meet at 8 pm in Paris.", chat) == ["Benno", "8", "Paris"]
+
+
+def test_span_corruption_loses_nothing(make_tiny):
+    """Putting the target's spans back into the source gives the text again (Raffel et al. 2020, figure 2)."""
+    rng = random.Random(0)
+    first = make_tiny.sentinel(99)
     for length in (2, 3, 10, 57, 200):
         for density, mean in ((0.15, 3), (0.5, 6), (0.9, 1)):
             ids = [rng.randrange(3, first) for _ in range(length)]
-            source, target = script.corrupt_spans(ids, density, mean, rng)
+            source, target = make_tiny.corrupt_spans(ids, density, mean, rng)
             spans: dict[int, list[int]] = {}
             for i in target:
                 if i >= first:

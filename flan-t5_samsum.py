@@ -1720,7 +1720,8 @@ def describe_run(settings: Settings, model: torch.nn.Module, data: datasets.Data
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name)
                                                              for name in packages},
         "device": device_name(device), "processes": PartialState().num_processes,
-        "precision": str(precision).removeprefix("torch."), "parameters": total, "trainable_parameters": trainable,
+        "precision": str(precision).removeprefix("torch."), "fast_step": False,  # `begin_fast` may find that it is
+        "parameters": total, "trainable_parameters": trainable,
         "flops_per_row": flops_per_row(model, data["train"], settings.full),
         "data_sheet_flops_per_second": rate if precision == torch.bfloat16 else None,
         "scoring": describe_scoring(settings, data),
@@ -3639,7 +3640,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         say(f"the fast step is not used: {reason if not is_same else 'it differs in another process'}")
         return
     trainer.optimizer.optimizer.flatten(fast)
-    fast.is_proved["training"] = True
+    fast.is_proved["training"] = trainer.run.description["fast_step"] = True
     if fast.uses_graphs:
         say(f"the fast step agrees with the usual one (gradients within {error:.1%}), after "
             f"{time.perf_counter() - start:.0f} s")

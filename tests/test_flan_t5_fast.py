@@ -468,6 +468,7 @@ def test_a_training_without_dropout_equals_the_usual_one(flan, command, data, mo
                        "--output-dir", tmp_path / name, *flags, cwd=tmp_path)
         assert done.code == 0, done
         assert "is not used" not in done.out
+        assert flan.read_metrics(tmp_path / name)["fast_step"] is (name == "fast")
     for found, expected in zip(*(losses(flan, tmp_path / name) for name in ("fast", "usual")), strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
     files = [{str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*") if "tfevents" not in p.name}

@@ -1849,7 +1849,7 @@ class Run(TrainerCallback):
         self.stop, self.is_stopping = StopSignal(), False
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
-        self.header_shown = False
+        self.header_shown, self.drawn = False, (0, 0)  # of the plots: how much of the log is in them
 
     def begin(self, checkpoint: Path | None) -> None:
         """From now on the folder counts as a run. What an earlier try wrote after `checkpoint` is taken back."""
@@ -1943,6 +1943,7 @@ class Run(TrainerCallback):
         for split, rows in examples.items():
             write_jsonl(predictions_file(self.folder, split, entry["epoch"]), rows)
         self.write(state.log_history, "running")
+        gc.collect()  # the objects of a plot hold one another; left alone they would pile up, megabytes an epoch
         checkpoint = self.folder / "checkpoints" / f"step-{state.global_step:08d}" / "trainer_state.json"
         if checkpoint.exists():
             change_json(checkpoint, log_history=state.log_history)
@@ -1994,9 +1995,10 @@ class Run(TrainerCallback):
         metrics = {"status": status, **self.description, "results": self.results(log),
                    "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve}
         write_json(self.folder / "metrics.json", metrics)
-        if curve:
+        drawn, self.drawn = self.drawn, (len(curve), len(epochs))
+        if curve and drawn != self.drawn:
             plot_loss(curve, self.folder / "training_loss.png", self.folder.name)
-        if epochs:
+        if epochs and drawn != self.drawn:
             plot_rouge(epochs, self.folder / "rouge.png", self.folder.name)
         return metrics
 
@@ -2138,7 +2140,6 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     replace_file(path, picture.getvalue())
-    gc.collect()  # figures hold one another; left alone they would pile up, megabytes an epoch
 
 
 def smallest_loss(curve: list[dict[str, Any]], name: str) -> int:
@@ -3693,4 +3694,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # collections, one after each scoring, need not look at what the imports have made
     sys.exit(exit_on_user_error(main, SETTINGS))

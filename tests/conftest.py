@@ -6,6 +6,7 @@ Nothing here touches the network, a GPU or the user's own cache.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib.util
 import io
 import json
@@ -46,6 +47,8 @@ def flan():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    gc.collect()
+    gc.freeze()  # as the script does: collections need not look at what the imports have made
     module.torch.set_num_threads(1)
     module.get_device_of_this_machine = module.get_device
     module.get_device = lambda: (module.torch.device("cpu"), module.torch.float32)

@@ -1958,15 +1958,17 @@ class Run(TrainerCallback):
 
     def epochs(self, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One dictionary per evaluation: epoch, step, mean training loss since the last one, scores of both splits."""
-        result, losses = [], []
+        result, losses, counts, last = [], [], [], 0  # a logged loss is the mean of the steps since the one before
         for entry in log:
             if "loss" in entry:
                 losses.append(entry["loss"])
+                counts.append(entry["step"] - last)
+                last = entry["step"]
             elif "validation" in entry:
                 result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
-                               "train_loss": float(np.mean(losses)) if losses else None,
+                               "train_loss": float(np.average(losses, weights=counts)) if losses else None,
                                "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
-                losses = []
+                losses, counts = [], []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
         return [entry | {"best": entry is best} for entry in result]
 

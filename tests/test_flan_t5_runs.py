@@ -89,6 +89,14 @@ def test_metrics_have_every_epoch_with_intervals_and_the_best_one(metrics):
         assert entry["train_loss"] == pytest.approx(np.mean(losses))
 
 
+def test_an_epochs_loss_is_the_mean_of_its_steps(flan):
+    """However many of them each line of the log stands for: 2, 2, 2, 1; then 4, 4, 4, 7."""
+    scores = {split: {"rouge1": 0.0} for split in SPLITS}
+    log = [{"loss": 2.0, "step": 3}, {"loss": 1.0, "step": 4}, {"step": 4, "epoch": 1, "seconds": 1, **scores},
+           {"loss": 4.0, "step": 7}, {"loss": 7.0, "step": 8}, {"step": 8, "epoch": 2, "seconds": 1, **scores}]
+    assert [entry["train_loss"] for entry in flan.Run.epochs(None, log)] == [1.75, 4.75]
+
+
 def test_speed_is_rows_and_tokens_over_seconds(metrics, flan, model_folder, data):
     results = metrics["results"]
     assert results["steps"] == 18 and results["epochs"] == 3 and results["skipped_steps"] == 0

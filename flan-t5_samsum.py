@@ -1700,7 +1700,6 @@ def train(settings: Settings) -> int:
                     run.finish(trainer.state.log_history, status)
     if status == "interrupted":
         say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {folder}")
-        PartialState().wait_for_everyone()  # torchrun kills the others as soon as one process has ended like this
         return 128 + run.stop.number
     return 0
 
@@ -1849,7 +1848,8 @@ class Run(TrainerCallback):
         self.stop, self.is_stopping = StopSignal(), False
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
-        self.header_shown, self.drawn = False, (0, 0)  # of the plots: how much of the log is in them
+        self.header_shown = False
+        self.drawn = (0, 0)  # how many losses and evaluations the plots show
 
     def begin(self, checkpoint: Path | None) -> None:
         """From now on the folder counts as a run. What an earlier try wrote after `checkpoint` is taken back."""
@@ -1997,11 +1997,12 @@ class Run(TrainerCallback):
         metrics = {"status": status, **self.description, "results": self.results(log),
                    "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve}
         write_json(self.folder / "metrics.json", metrics)
-        drawn, self.drawn = self.drawn, (len(curve), len(epochs))
-        if curve and drawn != self.drawn:
-            plot_loss(curve, self.folder / "training_loss.png", self.folder.name)
-        if epochs and drawn != self.drawn:
-            plot_rouge(epochs, self.folder / "rouge.png", self.folder.name)
+        if self.drawn != (len(curve), len(epochs)):
+            if curve:
+                plot_loss(curve, self.folder / "training_loss.png", self.folder.name)
+            if epochs:
+                plot_rouge(epochs, self.folder / "rouge.png", self.folder.name)
+            self.drawn = (len(curve), len(epochs))
         return metrics
 
     def before_and_after(self, epochs: list[dict[str, Any]], count: int = 2) -> list[dict[str, str]]:
@@ -3690,6 +3691,7 @@ def main(settings: Settings) -> int:
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_advice(settings)) from None
     if PartialState().num_processes > 1:
+        PartialState().wait_for_everyone()  # torchrun kills the others once one has ended with another code than 0
         gc.collect()  # DDP's cycles hold the process group, whose threads must not outlive the interpreter
         PartialState().destroy_process_group()
     return code

@@ -26,9 +26,15 @@ TOWNS = tuple(
 DAYS, MONTHS = make_sample.DAYS, make_sample.COMMON["month"]
 
 
-def lines(name: str) -> list[str]:
+def read_lines(name: str) -> list[str]:
     """The lines of a compressed file."""
     return lzma.decompress((TEXT / f"{name}.txt.xz").read_bytes()).decode("utf-8").splitlines()
+
+
+def prepare_names() -> None:
+    """First names of many languages (Faker's lists), none of them in the held-out rows of the sample."""
+    women, men = read_lines("names")
+    make_sample.REAL_NAMES.update(f=women.split(), m=men.split())
 
 
 @cache
@@ -196,7 +202,7 @@ ADVERBS = {
 @cache
 def verbs() -> tuple[frozenset[str], frozenset[str]]:
     """Base forms, and irregular past forms (WordNet)."""
-    base, past = lines("verbs")
+    base, past = read_lines("verbs")
     return frozenset(base.split()), frozenset(past.split())
 
 
@@ -228,7 +234,7 @@ def only_statement(text: str) -> str | None:
     return statement if 3 <= len(statement.split()) <= 18 else None
 
 
-def report(text: str, speaker: str, listener: str, woman: bool, rng: random.Random) -> str | None:
+def report_speech(text: str, speaker: str, listener: str, woman: bool, rng: random.Random) -> str | None:
     """A message in the third person, as far as simple rules go: None where they end (questions, commands, "we").
 
     "I lost my keys" by Anna becomes "Anna lost her keys."; "the bus is late", "Anna says that the bus is late."
@@ -273,7 +279,7 @@ def report(text: str, speaker: str, listener: str, woman: bool, rng: random.Rand
 @cache
 def everyday() -> tuple[str, ...]:
     """Short sentences without names."""
-    return tuple(lines("everyday"))
+    return tuple(read_lines("everyday"))
 
 
 def loose_line(chat: dict, listener: str, rng: random.Random) -> tuple[str, list[str]]:
@@ -283,7 +289,7 @@ def loose_line(chat: dict, listener: str, rng: random.Random) -> tuple[str, list
     return fill(text, values), list(values.values())
 
 
-def murmur(rng: random.Random, sentences: tuple[str, ...], free: list[dict]) -> dict:
+def murmur(rng: random.Random, sentences: tuple[str, ...], free: tuple[dict, ...]) -> dict:
     """A chat of sentences that have nothing to do with each other, and the same in reported speech."""
     people = []
     while len(people) < rng.choice((2, 2, 3)):
@@ -301,7 +307,7 @@ def murmur(rng: random.Random, sentences: tuple[str, ...], free: list[dict]) -> 
             text, values = loose_line(rng.choice(free), listener.name, rng)
             facts |= {value: value for value in values}
             said.append((speaker.name, text))
-            told.append((speaker.name, report(text, speaker.name, listener.name, speaker.woman, rng)))
+            told.append((speaker.name, report_speech(text, speaker.name, listener.name, speaker.woman, rng)))
             continue
         text = rng.choice(sentences)
         other = make_sample.draw_person("pretrain", rng, rng.random() < 0.5, True).name
@@ -312,7 +318,7 @@ def murmur(rng: random.Random, sentences: tuple[str, ...], free: list[dict]) -> 
             fact = draw(rng.choice(("day", "time", "town", "date", "price")), rng)
             text = f"{text.rstrip('.')} {rng.choice(('on', 'at', 'in', 'for', 'not', 'from'))} {fact}"
             facts[fact] = fact
-        retold = report(text, speaker.name, listener.name, speaker.woman, rng)
+        retold = report_speech(text, speaker.name, listener.name, speaker.woman, rng)
         if rng.random() < 0.6:
             text = text[0].upper() + text[1:]
         text += rng.choice(("", "", ".", "!", " :)", "..."))

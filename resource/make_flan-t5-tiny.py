@@ -153,12 +153,6 @@ def sentinel(i: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def prepare_names() -> None:
-    """First names of many languages (Faker's lists), none of them in the held-out rows of the sample."""
-    women, men = chats.lines("names")
-    make_sample.REAL_NAMES.update(f=women.split(), m=men.split())
-
-
 def grammar_rows(seed: int) -> Iterator[dict]:
     for row in make_sample.records("pretrain", seed):
         row["kind"], row["summaries"] = "grammar", [row["summary"]]
@@ -173,7 +167,7 @@ def free_row(chat: dict, rng: random.Random) -> dict:
     told = []
     for i, (name, text) in enumerate(row["turns"]):
         near = [n for n, _ in row["turns"][:i][::-1] + row["turns"][i:] if n != name]
-        told.append((name, chats.report(text, name, near[0] if near else names[-1], row["woman"][name], rng)))
+        told.append((name, chats.report_speech(text, name, near[0] if near else names[-1], row["woman"][name], rng)))
     row["told"], row["narration"] = told, " ".join(t for _, t in told if t)
     return row
 
@@ -343,7 +337,7 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
     bpe = Tokenizer.from_file(f"{folder}/tokenizer.json")
     encode = lru_cache(16)(lambda text: bpe.encode(text, add_special_tokens=False).ids)
     rng = random.Random(f"tasks-{seed}")
-    prepare_names()
+    chats.prepare_names()
     free = chats.load()
     grammar = grammar_rows(seed)
     sentences = chats.everyday()
@@ -405,7 +399,7 @@ def start_worker(folder: str, queue: multiprocessing.Queue, seed: int, first_sha
 
 
 class Batches:
-    """Batches of new rows, drawn at random from the last few shards."""
+    """Batches of new rows, from the shards as the workers deliver them."""
 
     def __init__(self, folder: Path, workers: int, batch_size: int, device: str, seed: int, first_shards: int):
         self.batch_size, self.device = batch_size, device
@@ -423,12 +417,12 @@ class Batches:
 
     def draw(self) -> dict[str, torch.Tensor]:
         """One batch."""
-        while len(self.waiting) < 1:
+        if not self.waiting:
             start = time.time()
             shard = self.queue.get(timeout=600)
             self.waited += time.time() - start
             sources, targets = (torch.from_numpy(part.astype(np.int16)).to(self.device) for part in shard)
-            self.waiting += list(zip(sources.split(self.batch_size), targets.split(self.batch_size), strict=True))
+            self.waiting = list(zip(sources.split(self.batch_size), targets.split(self.batch_size), strict=True))
             self.made += len(sources)
         return to_batch(*self.waiting.pop())
 
@@ -556,8 +550,11 @@ def held_out_loss(model: torch.nn.Module, shard: tuple[np.ndarray, np.ndarray], 
 def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Namespace, device: str) -> dict[str, str]:
     """Train in place, return the facts of the run. It lasts until `--minutes` or `--steps` is over.
 
-    The clock starts after the first step, which compiles.
+    The clock starts after the first step, which compiles. With `--first` it goes on from those weights, and the model
+    ends as the mean of both.
     """
+    first = load(args.first) if args.first else {}
+    model.load_state_dict(first, strict=False)  # tied weights have one name there and several here
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 12_000 / SHARD_ROWS / args.workers) if is_timed else 0
     held_out = make_shard(make_pairs(str(folder), seed=1), rows=256)
@@ -598,6 +595,8 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
                 flush=True,
             )
     batches.stop()
+    if first:
+        average(model, first)
     steps = step + bool(args.steps)
     facts = {
         "steps": f"{steps:,} of {args.batch_size} examples, none seen twice",
@@ -643,7 +642,7 @@ def answer(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
     return tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=96), skip_special_tokens=True)
 
 
-def report(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """What the model does with chats of people it has never met."""
     rows = list(islice(make_sample.records("validation"), 200))
     names = [" and ".join(filter(None, [", ".join(n[:-1]), n[-1]])) for n in
@@ -745,22 +744,19 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     args.output.mkdir(parents=True, exist_ok=True)
-    prepare_names()
+    chats.prepare_names()
     if args.first:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.first)
     else:
         tokenizer = train_tokenizer(training_texts(6000))
     tokenizer.save_pretrained(args.output)
-    model, first = make_model(), load(args.first) if args.first else {}
-    model.load_state_dict(first, strict=False)
+    model = make_model()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{millions:.2f} M parameters, {len(tokenizer)} tokens, {args.workers} workers, {device}", flush=True)
     facts = pretrain(model, args.output, args, device)
-    if first:
-        average(model, first)
     save(model, tokenizer, args.output)
     saved = T5ForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).to(device)
-    facts |= report(saved, tokenizer)
+    facts |= measure(saved, tokenizer)
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     flags = rebuild_flags(args, parser.parse_args([]))
     untied = sum(p.numel() for p in saved.parameters()) / 1e6

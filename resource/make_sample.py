@@ -7,8 +7,9 @@ has an opening and several ways to end, every line has several wordings, and its
 filled from pools. The pools of train, validation and test are disjoint, so a held-out row cannot share its people,
 places and things with a training row. Days, hours, prices and the like are common to all.
 
-A fourth source, `pretrain`, is endless: it adds invented names and words, so that a model trained on it learns to copy
-what it has never seen. It also gives a `narration`, the same chat retold in reported speech.
+A fourth source, `pretrain`, is endless: it adds invented words and names, and many real names (REAL_NAMES), so that a
+model trained on it learns to copy what it has never seen. It also gives a `narration`, the same chat retold in reported
+speech.
 """
 
 import json
@@ -2015,7 +2016,6 @@ def tell(story: Ending, split: str, rng: random.Random) -> dict | None:
         "facts": {slot: f.name if isinstance(f, Person) else f for slot, f in sorted(facts.items())},
         "dialogue": "\n".join(lines),
         "summary": sentence(summary, facts),
-        "woman": {f.name: f.woman for f in facts.values() if isinstance(f, Person)},
         "narration": " ".join(sentence(turn.retold, facts) for turn in turns if turn.retold),
     }
 

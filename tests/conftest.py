@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,13 +41,24 @@ class Done(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="session")
-def flan():
-    """The script as a module, on one CPU thread whatever the machine has."""
-    spec = importlib.util.spec_from_file_location("flan_t5_samsum", SCRIPT)
+def load_script(path: Path):
+    """A script as a module; its name may hold a dash."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    return load_script(SCRIPT.parent / "resource/make_flan-t5-tiny.py")
+
+
+@pytest.fixture(scope="session")
+def flan():
+    """The script as a module, on one CPU thread whatever the machine has."""
+    module = load_script(SCRIPT)
     gc.collect()
     gc.freeze()  # as the script does: collections need not look at what the imports have made
     module.torch.set_num_threads(1)

@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import test_resource
 
 import gpt2_from_scratch as gpt2
 
@@ -47,12 +46,9 @@ def expand(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def parsers(flan):
-    def make_tiny(words):
-        return test_resource.load_script("make_flan-t5-tiny").build_parser().parse_args(words)
-
+def parsers(flan, make_tiny):
     return {"flan-t5_samsum.py": flan.build_parser().parse_args, "gpt2_from_scratch.py": gpt2.parse_arguments,
-            "resource/make_flan-t5-tiny.py": make_tiny}  # fmt: skip
+            "resource/make_flan-t5-tiny.py": make_tiny.build_parser().parse_args}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name if path.suffix == ".py" else path.parent.name)

@@ -1,6 +1,5 @@
 """What ships in `resource/`: the sample dialogues, and the tiny Flan-T5 with its tokenizer and the text it has read."""
 
-import importlib.util
 import json
 import random
 import re
@@ -8,22 +7,15 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 RESOURCE = Path(__file__).parents[1] / "resource"
 SIZES = {"train": 2000, "validation": 200, "test": 200}
 
 
-def load_script(name: str):
-    """A script of `resource/` as a module; its name may hold a dash."""
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", name), RESOURCE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def make_sample():
-    return load_script("make_sample")
+    return load_script(RESOURCE / "make_sample.py")
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +151,6 @@ def test_unknown_split(make_sample):
 # ----------------------------------------------------------------------------------------------------------------------
 
 TINY = RESOURCE / "flan-t5-tiny"
-
-
-@pytest.fixture(scope="module")
-def make_tiny():
-    return load_script("make_flan-t5-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +322,7 @@ def test_checkpoint_knows_dialogue(make_tiny, tokenizer, shipped):
 def pretraining_rows(make_tiny, count: int) -> list[dict]:
     """Of each kind, as the workers make them."""
     rng, chats = random.Random(0), make_tiny.chats
-    make_tiny.prepare_names()
+    make_tiny.chats.prepare_names()
     words = ["hello", "bring", "green", "lamp"]
     return [
         *islice(make_tiny.grammar_rows(3), count),
@@ -363,7 +350,7 @@ def test_pretraining_never_sees_the_prefix_of_the_task_nor_the_people(make_tiny,
 def test_freely_written_chats_are_whole(make_tiny):
     """Told with other names and things, they have no braces left, and a summary holds only what the chat holds."""
     rng = random.Random(0)
-    make_tiny.prepare_names()
+    make_tiny.chats.prepare_names()
     assert len(make_tiny.chats.load()) == 2000
     for chat in make_tiny.chats.load():
         row = make_tiny.chats.tell(chat, rng)
@@ -383,7 +370,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     ("we can go now", None),
 ])  # fmt: skip
 def test_reported_speech(make_tiny, text, told):
-    assert make_tiny.chats.report(text, "Anna", "Ben", True, random.Random(0)) == told
+    assert make_tiny.chats.report_speech(text, "Anna", "Ben", True, random.Random(0)) == told
 
 
 def test_invented_words_are_those_that_the_chat_does_not_hold(make_tiny):

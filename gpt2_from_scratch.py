@@ -986,7 +986,7 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     of them. When the block is full, its newer half is read again as if it were the prompt.
     """
     weight, block_size = model.wte.weight, model.config.block_size
-    if GRAPHS and top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
+    if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
         yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(prompt)
         return
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -1190,7 +1190,7 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
     trainer.network, mode = compile_network(trainer, compiled)
     trainer.machine = replace(trainer.machine, mode=mode)
-    if GRAPHS and StepGraph.pays(trainer):
+    if StepGraph.pays(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
 
@@ -2805,11 +2805,6 @@ class FusedLoss(torch.autograd.Function):
         return (gradient @ weight) * scale, (gradient.t() @ x) * scale, None, None
 
 
-# Off until StepGraph and GraphDecoder, whose kernels agree with PyTorch in Triton's interpreter, have been tried on a
-# GPU: tests/test_gpu_gpt2.py and the benchmark switch them on.
-GRAPHS = False
-
-
 class StepGraph:
     """forward_backward_update() of a small model as one CUDA graph: it is over sooner than Python can launch it.
 
@@ -2822,8 +2817,8 @@ class StepGraph:
         machine, settings = trainer.machine, trainer.settings
         passes = trainer.sequences_per_step // machine.micro_batch_size
         flops = settings.batch_tokens / passes * flops_per_token(trainer.model.config)
-        return (machine.mode == "compiled" and machine.dtype is torch.bfloat16 and machine.world == 1 and passes <= 8
-                and flops < 4e12 and not settings.gradient_checkpointing)
+        return (machine.device.type == "cuda" and machine.mode == "compiled" and machine.dtype is torch.bfloat16
+                and machine.world == 1 and passes <= 8 and flops < 4e12 and not settings.gradient_checkpointing)
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.graph, self.before = trainer, None, 3  # steps before the graph

@@ -27,8 +27,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
-gpt2.GRAPHS = True  # the CUDA graphs of a small step and of generation
-
 VOCABULARY = 50257
 SEQUENCES = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16}
 TIMEOUTS = {"gpt2": 240, "gpt2-medium": 150, "gpt2-large": 180, "cold": 150, "decode": 180, "shakespeare": 100,

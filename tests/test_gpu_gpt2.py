@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
-gpt2.GRAPHS = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCRIPT = Path(gpt2.__file__).resolve()
 SIZES = ["--tokenizer", "bytes", "--layers", "4", "--heads", "4", "--width", "256", "--block-size", "128",

@@ -324,6 +324,7 @@ import socket
 import textwrap
 import threading
 import time
+import types
 import urllib.request
 import warnings
 from datetime import timedelta
@@ -496,6 +497,7 @@ def get_device() -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with T5's bias its backward is NaN (PyTorch 2.11 on an H100)
         return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu"), torch.float32
 
@@ -3380,6 +3382,7 @@ class FastT5:
                       ) -> torch.Tensor:
         """Like that of the Trainer, for one micro-batch of `pack` in a step with so many target `tokens`."""
         self.generator, processes = None, PartialState().num_processes
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if is_first:
             self.flat.grad.zero_()
         self.key.fill_(int(torch.randint(2**31, ())))  # from torch's generator, which training_step has seeded
@@ -3490,6 +3493,13 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
     return merged, torch.cat([weight.quant_state.absmax for weight in weights])
 
 
+@functools.cache  # one for all generators, so that what is compiled stays
+def own_code(function: Callable) -> Callable:
+    """The same function for the compiler as another one. It counts by code how often it had to compile, and after too
+    many of the shapes of generation would not compile the training step either."""
+    return types.FunctionType(function.__code__.replace(co_name=f"generator_{function.__name__}"), function.__globals__)
+
+
 class Generator:
     """Greedy decoding of up to `rows` dialogues at once, one CUDA graph for each token of all of them.
 
@@ -3512,7 +3522,7 @@ class Generator:
         self.output = number(self.rows, new_tokens, dtype=torch.int64)
         self.graphs: dict[int, Any] = {}
         compiled = functools.partial(torch.compile, dynamic=True) if fast.uses_graphs else lambda function: function
-        self.linear, self.rms_norm, self.gated_gelu = map(compiled, (linear, rms_norm, gated_gelu))
+        self.linear, self.rms_norm, self.gated_gelu = map(compiled, map(own_code, (linear, rms_norm, gated_gelu)))
 
     def fits(self, rows: int, room: int) -> bool:
         return rows <= self.rows and room <= self.room

@@ -175,4 +175,4 @@ def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     (ours, our_gap), (theirs, their_gap) = (log_likelihood(judge, sources, rows) for rows in (found, plain))
     print(f"{sum(a == b for a, b in zip(found, plain, strict=True))} of {len(found)} rows are the same; log-likelihood "
           f"{ours:.4f} and {theirs:.4f}, below the likeliest {our_gap:.4f} and {their_gap:.4f}")
-    assert ours == pytest.approx(theirs, abs=0.02) and our_gap < 1.2 * their_gap + 0.002
+    assert ours > theirs - 0.03 and our_gap < 1.2 * their_gap + 0.002

@@ -678,7 +678,8 @@ class Collator(DataCollatorForSeq2Seq):
         rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         self.tokens += sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
         batch = super().__call__(rows)
-        return batch | {"packed": self.pack(rows)} if self.pack else batch
+        # As a dict: a BatchEncoding brings only its own tensors to the GPU, not those inside of "packed".
+        return {**batch, "packed": self.pack(rows)} if self.pack else batch
 
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
@@ -2775,7 +2776,7 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps an H100 busy (batch 8 of SAMSum's lengths: 271 rows/s in place of 9 to 14; 27 ms a step):
+# parameters, and keeps an H100 busy (a prototype, batch 8 of SAMSum's lengths: 271 rows/s in place of 9 to 14; 27 ms):
 #
 # - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
 #   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
@@ -3382,7 +3383,6 @@ class FastT5:
                       ) -> torch.Tensor:
         """Like that of the Trainer, for one micro-batch of `pack` in a step with so many target `tokens`."""
         self.generator, processes = None, PartialState().num_processes
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if is_first:
             self.flat.grad.zero_()
         self.key.fill_(int(torch.randint(2**31, ())))  # from torch's generator, which training_step has seeded
@@ -3495,8 +3495,8 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
 
 @functools.cache  # one for all generators, so that what is compiled stays
 def own_code(function: Callable) -> Callable:
-    """The same function for the compiler as another one. It counts by code how often it had to compile, and after too
-    many of the shapes of generation would not compile the training step either."""
+    """The same function, for the compiler another one, as it counts by code how often it had to compile. PyTorch 2.11
+    refused the training step, which contains these functions, after generation; that this is why was not shown."""
     return types.FunctionType(function.__code__.replace(co_name=f"generator_{function.__name__}"), function.__globals__)
 
 

@@ -2808,8 +2808,7 @@ class FusedLoss(torch.autograd.Function):
 class StepGraph:
     """forward_backward_update() of a small model as one CUDA graph: it is over sooner than Python can launch it.
 
-    The first steps of a process are launched one by one, to compile what they need; the result should be the same to
-    the bit.
+    The first steps of a process are launched one by one, to compile what they need; the result is the same to the bit.
     """
 
     @staticmethod

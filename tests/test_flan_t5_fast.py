@@ -15,6 +15,7 @@ import shutil
 import signal
 
 import pytest
+from accelerate.utils import send_to_device
 
 torch = pytest.importorskip("torch")
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -330,6 +331,16 @@ def test_sizes_are_few_and_hardly_larger(flan):
     sizes = [flan.size_class(n) for n in range(1, 5000)]
     assert all(n <= size <= max(n + 63, n * 1.126) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 50
+
+
+def test_the_whole_batch_is_brought_to_the_gpu(flan):
+    """As accelerate's loader does it; the device "meta" stands for a GPU."""
+    model, settings = make_model(flan)
+    collate = flan.Collator(flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"]), model=model, pad_to_multiple_of=8)
+    collate.pack = flan.FastT5(model, settings).pack
+    batch = send_to_device(collate(as_rows(ROWS)), torch.device("meta"), non_blocking=True)
+    tensors = [batch["input_ids"], batch["labels"], *batch["packed"].values()]
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 8), (64, 64)])

@@ -146,7 +146,7 @@ def test_a_recording_that_fails_leaves_a_process_that_goes_on(flan, gpu, model_f
 
 
 def log_likelihood(model, sources, rows):
-    """Mean of the tokens of `rows`, each after those before it, and of it and the likeliest ones there."""
+    """Mean log-likelihood of the tokens of `rows`, and how far below the likeliest ones it is."""
     batch = {name: tensor.cuda() for name, tensor in padded(list(zip(sources, rows, strict=True))).items()}
     with torch.no_grad():
         logs = model(**batch).logits.float().log_softmax(-1)

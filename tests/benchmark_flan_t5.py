@@ -255,7 +255,7 @@ def run_part(name):
     flags, steps, usual_steps = PARTS[name]
     flan = load_script()
     torch, has_gpu = flan.torch, flan.torch.cuda.is_available()
-    settings = flan.parse_settings(flags.split())
+    settings = flan.parse_settings(["--fast", *flags.split()])
     device, precision = flan.get_device()
     flan.PartialState(cpu=not has_gpu)
     result = {"part": name, "flags": flags, "device": flan.device_name(device)}

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import types
 
 import pytest
 from accelerate.utils import send_to_device
@@ -146,7 +147,7 @@ def test_kernels_drop_in_backward_what_they_dropped_in_forward(flan):
     and others under another seed."""
     torch.manual_seed(0)
     rows, heads = rows_of([5, 3]), 2
-    bias, mask = torch.randn(heads, 9), torch.tensor([5, int((0.3 - 0.5) * 2**32)], dtype=torch.int32)
+    bias, mask = torch.randn(heads, 9), mask_of(flan, 5, 0.3)
     run = lambda q: flan.Attention.apply(q, None, bias, mask, rows, rows, heads, 5, 5, False)
     q = torch.randn(8, 3 * heads * 16, requires_grad=True)
     out = run(q)
@@ -157,8 +158,8 @@ def test_kernels_drop_in_backward_what_they_dropped_in_forward(flan):
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-3, atol=1e-3)
         # With v = 1 an output is the sum of the kept probabilities.
         rows, v_is_one = rows_of([64]), torch.cat((torch.zeros(64, 2 * heads * 16), torch.ones(64, heads * 16)), 1)
-        sums = [flan.Attention.apply(v_is_one, None, None, torch.tensor([seed, mask[1]], dtype=torch.int32), rows, rows,
-                                     heads, 64, 64, False) for seed in (5, 987654321)]
+        sums = [flan.Attention.apply(v_is_one, None, None, mask_of(flan, seed, 0.3), rows, rows, heads, 64, 64, False)
+                for seed in (5, 987654321)]
     assert abs(float(sums[0].mean()) - 1) < 0.05
     assert not torch.equal(*sums)
 
@@ -167,7 +168,7 @@ def test_kernels_drop_in_backward_what_they_dropped_in_forward(flan):
 
 
 def mask_of(flan, seed, rate):
-    return torch.tensor([seed, int((rate - 0.5) * 2**32)], dtype=torch.int32)
+    return flan.make_masks(*(torch.tensor(n, dtype=torch.int32) for n in (seed, int((rate - 0.5) * 2**32))))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5])
@@ -457,6 +458,23 @@ def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
     assert fast.generate(sources, config) is None
 
 
+# ---------- The compiler ----------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_compiled_as_a_whole_and_do_not_keep_masks(flan, monkeypatch):
+    """Traced by Dynamo without a break (PyTorch 2.11 gave up the whole block for an index of type bool), and cut into
+    forward and backward as for a GPU: what is kept between them has no mask of dropout. The kernels do not run."""
+    monkeypatch.setattr(flan, "launch", lambda *_: None)
+    model, settings = make_model(flan, 0.1)
+    fast, kept = flan.FastT5(model, settings), []
+    for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
+        torch._dynamo.reset()
+        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager_decomp_partition", fullgraph=True))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fast.backward(fast.pack(as_rows(ROWS)))
+    assert len(kept) > 100 and not [tensor.shape for tensor in kept if tensor.dtype == torch.bool]
+
+
 # ---------- A training ------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +484,7 @@ FLAGS = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-
 @pytest.fixture
 def on_the_cpu(flan, plain, monkeypatch):
     """The fast path without a GPU."""
-    monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings: "off" if settings.no_fast else None)
+    monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings, *_: "off" if settings.fast is False else None)
 
 
 def losses(flan, folder):
@@ -572,3 +590,15 @@ def test_why_it_does_not_apply(flan, flags, reason):
     settings = flan.parse_settings(list(flags))
     model = make_model(flan)[0]
     assert reason in flan.fast_obstacle(model, settings)
+
+
+def test_a_short_training_is_not_compiled(flan, monkeypatch):
+    """A usual step takes about 10 ms for each layer, compiling 40 s or more."""
+    model = make_model(flan)[0]  # of six layers
+    on_a_gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "config": model.config,
+                "peft_config": model.peft_config, "named_modules": model.named_modules}
+    monkeypatch.setattr(flan, "triton", "here")
+    cases = ([], 999, True), ([], 1000, False), (["--fast"], 9, False), ([], None, False)
+    for flags, micro_steps, is_refused in cases:
+        obstacle = flan.fast_obstacle(types.SimpleNamespace(**on_a_gpu), flan.parse_settings(flags), micro_steps)
+        assert ("so short" in (obstacle or "")) is is_refused, (flags, micro_steps, obstacle)

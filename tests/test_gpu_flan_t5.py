@@ -103,26 +103,29 @@ def test_dropout_changes_from_step_to_step_in_a_graph(flan, gpu):
 
 @pytest.mark.parametrize("flags", [(), ("--int8",), ("--int4",)], ids=["bf16", "int8", "int4"])
 def test_losses_of_fifty_steps_are_those_of_the_usual_step(flan, gpu, command, tmp_path, flags):
-    """Without dropout, the same rows: rounding alone, which a training makes larger, may tell them apart."""
+    """Without dropout, the same rows: rounding alone may tell them apart, which a training makes larger. By how much,
+    the usual step says itself, when it takes the batch in two halves."""
     model = without_dropout(flan.Path(flan.MODELS["tiny"]), tmp_path / "flan-t5-tiny")
     curves = []
-    for name, more in (("fast", ()), ("usual", ("--no-fast",))):
+    halves = ("--no-fast", "--micro-batch-size", 4)
+    for name, more in (("fast", ("--fast",)), ("usual", ("--no-fast",)), ("halves", halves)):
         done = command("--model", model, "--dataset", "sample", "--lr", "1e-3", "--max-steps", 50, "--lora-dropout", 0,
                        "--limit", 400, "--max-new-tokens", 8, "--output-dir", tmp_path / name, *flags, *more,
                        cwd=tmp_path)
         assert done.code == 0, done
         assert flan.read_metrics(tmp_path / name)["fast_step"] is (name == "fast"), done
         curves.append([loss for _, loss, _ in losses(flan, tmp_path / name)])
-    print(curves)
-    differences = [abs(a - b) for a, b in zip(*curves, strict=True)]
-    assert max(differences) < 0.05 and sum(differences) / len(differences) < 0.02
+    fast, usual, halves = torch.tensor(curves)
+    found, rounding = (fast - usual).abs().mean(), (halves - usual).abs().mean()
+    print(f"mean difference {found:.4f}, of the usual step in halves {rounding:.4f}; losses", curves)
+    assert found < 2 * rounding + 0.01
 
 
 @pytest.mark.parametrize("flags", [(), ("--int4",)], ids=["bf16", "int4"])
 def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_folder, tmp_path, flags):
     """With dropout and two micro-batches a step; the resumed run records its graphs at other steps."""
     words = ("--model", model_folder, "--dataset", data, "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,
-             "--max-new-tokens", 8, "--epochs", 6, *flags)
+             "--max-new-tokens", 8, "--epochs", 6, "--fast", *flags)
     whole = command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path)
     assert whole.code == 0 and flan.read_metrics(tmp_path / "whole")["fast_step"], whole
     with stopped_after(flan, 20):
@@ -143,6 +146,17 @@ def test_a_recording_that_fails_leaves_a_process_that_goes_on(flan, gpu, model_f
     numbers.add_(1)
     graph.replay()
     assert doubled.tolist() == [2, 4, 6]
+
+
+def test_a_pool_whose_graphs_are_gone_takes_others(flan, gpu, model_folder):
+    """As after a generation, whose graphs go before training is recorded."""
+    model, settings = make_model(flan, 0.0, model_folder=model_folder, **gpu)
+    fast, numbers = flan.FastT5(model, settings), torch.arange(3.0, device="cuda")
+    for factor in (2, 3):
+        graph, found = fast.record(lambda factor=factor: numbers * factor)
+        graph.replay()
+        assert found.tolist() == [0, factor, 2 * factor]
+        del graph, found
 
 
 def log_likelihood(model, sources, rows):

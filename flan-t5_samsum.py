@@ -330,6 +330,8 @@ import urllib.request
 import warnings
 from datetime import timedelta
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line when imported, and for each INT8 product
+
 import bitsandbytes
 import datasets
 import evaluate
@@ -370,7 +372,6 @@ try:
 except ImportError:  # Windows: no lock on a run's folder
     fcntl = None
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every 8-bit matmul
 warnings.filterwarnings("ignore", category=FutureWarning)  # notes between the libraries, not for users
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

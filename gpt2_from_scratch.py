@@ -307,13 +307,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        dropout, mask = self.dropout if self.training else 0.0, None
-        if cache:
+        if cache:  # empty, or of one new token: that sees all that came before it, and needs no mask
             k, v = cache.update(self.layer, k, v)
-            if cache.length and T > 1:  # new token i has position length + i and sees the positions up to that
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        # softmax(q k^T / sqrt(D)) v. A single new token sees all that came before it, and needs no mask.
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and mask is None)
+        # softmax(q k^T / sqrt(D)) v
+        y = F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -354,7 +351,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # in training, keep only the input of every block (Chen et al. 2016)
-        self.is_loss_fused = False  # on a GPU, compute the loss with its gradient: see FusedLoss in section 15
+        self.is_loss_fused = False  # compiled in bf16: the loss with its gradient, see FusedLoss in section 15
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.block_size, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -367,7 +364,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """OpenAI's initialisation, the same on every device: N(0, 0.02), positions N(0, 0.01), biases 0, norms 1.
+        """OpenAI's initialisation, the same on every device: N(0, 0.02), positions N(0, 0.01), biases 0.
 
         Each block adds to the residual stream twice; the matrices that do so are scaled by 1 / sqrt(2 x layers), so
         that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
@@ -394,9 +391,9 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
-            else:  # forward() itself is never compiled: a cache has another shape for every token
+            else:  # block.forward is never compiled: it would be anew for every length of the cache
                 x = block.forward(x, cache) if cache else block(x)
         if cache:
             cache.length += tokens.shape[1]
@@ -432,15 +429,16 @@ def flops_per_token(config: GPTConfig) -> float:
 # begun with an end-of-text token. The model reads sequences of one block, cut from a stream wherever they fall: a short
 # document shares its sequence with others, and one longer than a block goes on in another sequence.
 #
-# A twentieth of the text is held out for validation: whole documents, chosen by a hash of their text, and where that
-# does not give the share the end of one; so a single file gives its last twentieth (Split in section 9,
-# split_threshold() below). Where the text comes from, and where the tokens are kept: section 9.
+# A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
+# chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
+# single file gives its last twentieth (Split in section 9, split_threshold() below). Where the text comes from, and
+# where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 Part = tuple[bool, str]  # does a document begin here? And text of it: a large file comes in many
 PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
-LINE_END = re.compile(r"\S\n(?=\S)")
+LINE_END, WORD_END = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)")
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
@@ -486,14 +484,15 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cut a long text where a line ends between two visible characters: GPT-2's word pattern always cuts there too."""
-    text, start, searched = "", 0, 0
+    """Cut a long text where a line ends between two visible characters, or, in a very long line, before a space between
+    two: GPT-2's word pattern always cuts there too."""
+    text, start = "", 0
     for more in texts:
         text, start = text[start:] + more, 0
-        while match := LINE_END.search(text, max(start + PIECE, searched)):
+        while match := (LINE_END.search(text, start + PIECE, start + 4 * PIECE)
+                        or (len(text) >= start + 4 * PIECE and WORD_END.search(text, start + PIECE))):
             yield text[start : match.end()]
             start = match.end()
-        searched = max(0, len(text) - start - 2)
     yield text[start:]
 
 
@@ -509,7 +508,7 @@ def tokenise(labelled: Iterator[tuple[str, bool, str]], tokenizer: Tokenizer) ->
 
 
 def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tuple[int, float]:
-    """(threshold, end): whole documents whose hash is below the threshold are held out until `share` of the text is.
+    """(threshold, end): documents whose hash is below the threshold are held out whole, about `share` of all text.
 
     Of the document that has just this hash, the last `end` (0 to 1) of its text is held out: a single file gives its
     end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share. Equal
@@ -746,8 +745,8 @@ class Guard:
 # ---------- 5. Training step ------------------------------------------------------------------------------------------
 #
 # Several processes take one step together, each on its share of the batch: fetch_batch() reads this process's
-# sequences, take_gradient() starts the sum over processes as soon as a gradient is there, training_step() adds up the
-# loss, and with --shard-optimizer make_optimisers() (section 4) gives each a part of the optimiser's state.
+# sequences, take_gradient() starts the sum over processes as soon as a gradient is there, forward_backward_update()
+# adds up the loss, and with --shard-optimizer make_optimisers() (section 4) gives each a part of the optimiser's state.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -775,8 +774,7 @@ class Trainer:
     data: TokenData
     order: TrainingOrder
     model: GPT  # the float32 weights: optimised, saved, sampled from
-    twin: GPT  # what computes: see make_twin()
-    network: Callable  # the twin, perhaps compiled: trained and evaluated through
+    twin: GPT  # what computes, perhaps compiled: see make_twin() and compile_twin()
     optimisers: list[torch.optim.Optimizer]
     guard: Guard
     loss_scale: LossScale
@@ -838,8 +836,8 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     """One optimiser step on `batch` (sequences, block_size + 1). Returns STATS and Guard.FIELDS, on the device.
 
     A step whose loss or gradient is not finite, or far out, is skipped (see Guard). Nothing in here waits for the
-    device: even that is decided there. `stop` says that this process was asked to end; it comes back positive in all
-    processes, so that all of them end after the same step.
+    device: even that is decided there. `stop` says that this process was asked to end; with several, it comes back
+    positive in all of them, so that they end after the same step.
     """
     settings, machine = trainer.settings, trainer.machine
     # Every step seeds all generators: dropout depends on nothing that came before, so that resuming is exact.
@@ -860,7 +858,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = 
         trainer.is_last_pass = sequences is micro_batches[-1]
         with machine.autocast():
             # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
-            loss = trainer.network(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
+            loss = trainer.twin(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
         (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     trainer.is_last_pass = False
@@ -895,7 +893,7 @@ def evaluate(trainer: Trainer) -> float:
     machine = trainer.machine
     trainer.refresh_twin()
     trainer.twin.eval()
-    total = summed_loss(trainer.network, trainer.data.validation, trainer.order.block_size, machine)
+    total = summed_loss(trainer.twin, trainer.data.validation, trainer.order.block_size, machine)
     trainer.twin.train()
     if machine.world > 1:
         total = total.to(machine.device)
@@ -982,13 +980,10 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
              top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
-    A continuation that has reached `end` stays there; the last yield is when all have. The prompt is read once for all
+    A continuation that has reached `end` stays there; when all have, that was the last. The prompt is read once for all
     of them. When the block is full, its newer half is read again as if it were the prompt.
     """
     weight, block_size = model.wte.weight, model.config.block_size
-    if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
-        yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(prompt)
-        return
     generator = torch.Generator(weight.device).manual_seed(seed)
     tokens = [torch.tensor([prompt[-block_size:]], device=weight.device)]  # (1, T); then (count, 1) of every step
     new, cache, last = tokens[0], None, len(tokens[0][0]) + max_new_tokens
@@ -996,6 +991,10 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     was_training = model.training
     model.eval()
     try:
+        if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
+            yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(
+                prompt)
+            return
         for _ in range(max_new_tokens):
             if cache is None:
                 cache = KVCache(model.config, len(new), new.shape[1], weight.device, weight.dtype)
@@ -1183,13 +1182,12 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
     micro_batch_size = settings.micro_batch_size if settings.micro_batch_size != "auto" else 1
     machine = Machine(rank=rank, world=world, device=device, dtype=dtype, micro_batch_size=micro_batch_size,
                       matmul_rate=measure_matmul_rate(device, dtype))
-    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, twin=twin, network=twin,
+    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, twin=twin,
                       optimisers=make_optimisers(model, settings, settings.shard_optimizer and world > 1),
                       guard=Guard(device), loss_scale=LossScale(device, dtype is torch.float16))
     if settings.micro_batch_size == "auto":
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
-    trainer.network, mode = compile_network(trainer, compiled)
-    trainer.machine = replace(trainer.machine, mode=mode)
+    trainer.machine = replace(trainer.machine, mode=compile_twin(trainer, compiled))
     if StepGraph.pays(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
@@ -1215,11 +1213,11 @@ def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> S
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
 
 
-def forward_backward(trainer: Trainer, network: Callable, sequences: int) -> None:
+def forward_backward(trainer: Trainer, sequences: int) -> None:
     """A forward and a backward pass on so many sequences, leaving nothing behind."""
     tokens = torch.zeros(sequences, trainer.order.block_size + 1, dtype=torch.long, device=trainer.machine.device)
     with trainer.machine.autocast():
-        loss = network(tokens[:, :-1], tokens[:, 1:])
+        loss = trainer.twin(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     trainer.model.zero_grad(set_to_none=True)
 
@@ -1232,14 +1230,16 @@ def largest_micro_batch(trainer: Trainer) -> int:
     sizes = [size for size in range(share, 0, -1) if share % size == 0 and size * block_size <= limit] or [1]
     if not is_cuda:
         return sizes[0]
-    # Room for what comes later: the optimiser's moments.
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     moments = 2 / (machine.world if trainer.settings.shard_optimizer else 1)
-    reserve = torch.empty(int(moments * sum(p.numel() for p in trainer.model.parameters())), device=machine.device)
     limit = 0.95 * torch.cuda.get_device_properties(machine.device).total_memory / 2**30  # the rest is lost in gaps
     for size in sizes:
         torch.cuda.reset_peak_memory_stats()
+        reserve = None
         try:
-            forward_backward(trainer, trainer.twin, size)
+            # Room for what a training has besides: the optimiser's moments, and, where passes add up, their gradients.
+            reserve = torch.empty(int((moments + (size < share)) * parameters), device=machine.device)
+            forward_backward(trainer, size)
             if peak_memory(machine.device) < limit:
                 break
         except torch.OutOfMemoryError:
@@ -1261,36 +1261,36 @@ def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
     return values.item()
 
 
-def compile_network(trainer: Trainer, compiled: bool | None) -> tuple[Callable, str]:
-    """The twin as it is trained through, and in a few words how it runs.
+def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
+    """Compile the twin's blocks if it pays; returns in a few words how it runs.
 
     Compiled on a GPU, unless the run would take less than COMPILE_SECONDS without (`compiled`: see make_trainer()).
     """
-    settings, machine, model = trainer.settings, trainer.machine, trainer.twin
+    settings, machine, twin = trainer.settings, trainer.machine, trainer.twin
     if not settings.compile:
-        return model, "eager (--no-compile)"
+        return "eager (--no-compile)"
     if machine.device.type != "cuda":
-        return model, f"eager (compiling rarely pays on {machine.device.type.upper()})"
+        return f"eager (compiling rarely pays on {machine.device.type.upper()})"
     if compiled is None:
-        flops = settings.max_steps * settings.batch_tokens * flops_per_token(model.config)
+        flops = settings.max_steps * settings.batch_tokens * flops_per_token(twin.config)
         seconds = agree(machine, flops / (EAGER_SHARE * machine.matmul_rate * machine.world), dist.ReduceOp.MAX)
         compiled = not seconds < COMPILE_SECONDS  # nan: the rate is not known
     if not compiled:
-        return model, "eager (so short a run is over before it is compiled)"
+        return "eager (so short a run is over before it is compiled)"
     try:
         # Block by block, which all share one graph: on an H100 2% slower than the whole model, but ready after 12
         # seconds instead of 30.
-        for block in model.h:
+        for block in twin.h:
             block.compile(dynamic=False)
-        model.is_loss_fused = machine.dtype is torch.bfloat16
-        forward_backward(trainer, model, machine.micro_batch_size)
-        return model, "compiled"
+        twin.is_loss_fused = machine.dtype is torch.bfloat16
+        forward_backward(trainer, machine.micro_batch_size)
+        return "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
-        model.is_loss_fused = False
-        for block in model.h:
+        twin.is_loss_fused = False
+        for block in twin.h:
             block._compiled_call_impl = None  # what block.compile() has set
         trainer.model.zero_grad(set_to_none=True)
-        return model, f"eager (torch.compile failed: {first_line(error)[:100]})"
+        return f"eager (torch.compile failed: {first_line(error)[:100]})"
 
 
 # ---------- 9. Text and token files -----------------------------------------------------------------------------------
@@ -1367,8 +1367,8 @@ def kind_of(file: Path) -> str:
 def read_file(file: Path, column: str) -> Iterator[Part]:
     """A column of a .jsonl or .parquet file, a document per row; any other file as one document, piece by piece.
 
-    Without byte-order mark and carriage returns. Raises NotText for a file that is none, and UserError with the place
-    for broken rows.
+    A text file without its byte-order mark and carriage returns, a row as it is. Raises NotText for a file that is no
+    text, and UserError with the place for broken rows.
     """
     if kind_of(file) not in COLUMN_FILES:
         try:
@@ -1386,10 +1386,14 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
         if not isinstance(row, dict) or column not in row:
             columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
             raise UserError(f"{place} has {columns}: choose one with --text-column")
-        text = row[column] if row[column] is not None else ""
-        if not isinstance(text, str):
-            raise UserError(f"{place}: {column!r} holds {type(text).__name__}, not text")
-        yield True, text.encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+        yield True, text_of(row[column], column, place)
+
+
+def text_of(value: object, column: str, place: str) -> str:
+    """The text in a row. JSON can spell half a character, which no file could hold."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{place}: {column!r} holds {type(value).__name__}, not text")
+    return (value or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def open_bytes(file: Path) -> io.IOBase:
@@ -1454,7 +1458,7 @@ def open_hub_source(settings: Settings) -> Source:
             for row in rows:
                 if settings.text_column not in row:
                     raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                yield True, str(row[settings.text_column] or "")
+                yield True, text_of(row[settings.text_column], settings.text_column, f"--data {repo}")
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets
@@ -1568,7 +1572,7 @@ def labelled_shards(source: Source, split: Split, settings: Settings, position: 
         yield split.label(documents_of(itertools.chain.from_iterable(map(source.read, split.files)), settings))
         return
     rows = source.read(position)
-    while (shard := list(itertools.islice(rows, SHARD))) and before < (settings.limit or math.inf):
+    while shard := list(itertools.islice(rows, min(SHARD, settings.limit - before) if settings.limit else SHARD)):
         parts = list(documents_of(shard, settings, before))
         before += len(parts)
         yield split.label(parts)
@@ -1578,10 +1582,10 @@ def training_text(labelled: Iterator[tuple[str, bool, str]]) -> Iterator[str]:
     """Text for the tokenizer: of the training documents only."""
     left = TOKENIZER_TEXT
     for piece in (piece for split, _, text in labelled if split == "train" for piece in pieces([text])):
+        yield piece[:left]
         left -= len(piece)
-        if left < 0:
+        if left <= 0:
             return
-        yield piece
 
 
 def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenData:
@@ -1589,15 +1593,16 @@ def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenD
 
     `fingerprint`: of a resumed run, which needs its tokens and not the data.
     """
-    cache = Path(settings.cache_dir)
-    if not fingerprint or not (cache / f"tokens-{fingerprint}").exists():
-        fingerprint = on_main_process(lambda: make_tokens(settings, fingerprint))
-    return open_tokens(cache / f"tokens-{fingerprint}")
+    made = on_main_process(lambda: make_tokens(settings, fingerprint))
+    return open_tokens(Path(settings.cache_dir) / f"tokens-{made}")
 
 
 def make_tokens(settings: Settings, expected: str | None) -> str:
     """Write the token files unless they are there, and return their fingerprint. UserError if another is expected."""
-    cache, source, tokenizer = Path(settings.cache_dir), open_source(settings), None
+    cache = Path(settings.cache_dir)
+    if expected and (cache / f"tokens-{expected}").exists():
+        return expected
+    source, tokenizer = open_source(settings), None
     vocab_size = 257 if settings.tokenizer == "bytes" else settings.vocab_size
     if settings.tokenizer not in ("bpe", "bytes"):
         name = "openai-community/gpt2" if settings.tokenizer == "gpt2" else settings.tokenizer
@@ -2109,7 +2114,7 @@ def describe(trainer: Trainer) -> None:
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
     shown = ("dropout", "weight_decay", "optimizer", "muon_lr", "gradient_checkpointing", "shard_optimizer")
     other = "".join(f", {name.replace('_', '-')} {getattr(settings, name)}" for name in shown
-                    if getattr(settings, name) != defaults.get(name))
+                    if getattr(settings, name) not in (None, defaults.get(name)))
     say_wrapped(f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
                 f"{plural(config.heads, 'head')}, width {config.width}, block size {config.block_size}, vocabulary "
                 f"{config.vocab_size:,})")
@@ -2198,6 +2203,7 @@ class Run:
                 waiting = None
                 if is_due:
                     self.validate(is_saved=True)
+                    stop = stop or (trainer.machine.world == 1 and request.number is not None)
                 self.save()
                 self.clock = time.perf_counter()
 
@@ -2324,7 +2330,8 @@ class Run:
         if best is not None and best > self.bigram:
             say_wrapped("note: that is worse than the bigram model, which looks at one token only: the model has "
                         "learnt too little. More steps, more text or a smaller model help.")
-        say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, self.settings)[0]}\n")
+        one = replace(self.settings, num_samples=1)
+        say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, one)[0]}\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")
@@ -3095,9 +3102,9 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} is empty")
     if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
         raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
-    for name in {"data", "tokenizer", "init"} & given.keys():  # absolute, so that a run can go on from another folder
-        if given[name] not in ("stdlib", "bpe", "bytes", "gpt2") and Path(given[name]).exists():
-            given[name] = str(Path(given[name]).resolve())
+    for name, words in (("data", ["stdlib"]), ("tokenizer", ["bpe", "bytes", "gpt2"]), ("init", [])):
+        if name in given and given[name] not in words and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())  # so that a run can go on from another folder
     if "cache_dir" in given:
         given["hub_cache"] = str(Path(given["cache_dir"]).resolve() / "hub")
     saved = saved_settings(given) if given.get("resume") else {}

@@ -773,3 +773,12 @@ def test_a_run_of_another_version_is_refused(command):
     Path("mine/metrics.json").write_text(json.dumps(metrics))
     code, _, error = command("--resume", "--output-dir", "mine")
     assert code == 2 and "another version of this script" in error and error.count("\n") == 1
+
+
+def test_a_folder_is_meant_whatever_it_is_called(command, trained, tmp_path):
+    """`--init gpt2` is the model of the Hub only where there is no such folder."""
+    (run,) = (trained / "runs").iterdir()
+    assert command("--export", "gpt2", "--init", run)[0] == 0
+    settings = gpt2.resolve_settings(gpt2.parse_arguments(["--init", "gpt2", "--data", "text.txt"]))
+    assert settings.weights == settings.tokenizer == str(tmp_path / "gpt2")
+    assert gpt2.resolve_settings(gpt2.parse_arguments(["--tokenizer", "gpt2"])).tokenizer == "gpt2"

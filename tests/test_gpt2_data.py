@@ -157,6 +157,14 @@ def test_a_long_document_is_really_cut(monkeypatch):
     ]
 
 
+def test_a_line_that_never_ends_is_cut_between_words(tokenizer, monkeypatch):
+    monkeypatch.setattr(gpt2, "PIECE", 10)
+    text = document(0, 300).strip()
+    pieces = list(gpt2.pieces([text[:70], text[70:75], text[75:]]))
+    assert "".join(pieces) == text and max(map(len, pieces[:-1])) < 30
+    assert [n for piece in pieces for n in gpt2.encode(tokenizer, piece)] == gpt2.encode(tokenizer, text)
+
+
 def test_every_document_is_on_exactly_one_side_and_equal_ones_on_the_same(tmp_path):
     """200 different documents, a quarter of them twice, as JSONL."""
     texts = [document(i) for i in range(200)] + [document(i) for i in range(0, 200, 4)]
@@ -240,6 +248,23 @@ def test_a_tokenizer_learns_from_the_beginning_of_much_text(tmp_path, monkeypatc
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = gpt2.prepare_tokens(data_settings(tmp_path, file, val_fraction=0.02, vocab_size=400))
     assert len(gpt2.encode(data.tokenizer, "xylophones")) > 3 and len(gpt2.encode(data.tokenizer, " alpha")) == 1
+
+
+def test_a_tokenizer_learns_from_the_beginning_of_a_text_that_cannot_be_cut(monkeypatch):
+    monkeypatch.setattr(gpt2, "TOKENIZER_TEXT", 5000)
+    parts = [("validation", True, "no"), ("train", True, "abc" * 1000), ("train", True, "xyz" * 2000)]
+    assert "".join(gpt2.training_text(iter(parts))) == "abc" * 1000 + ("xyz" * 2000)[:2000]
+
+
+def test_tokens_that_are_there_are_still_asked_for_by_all_processes_together(tmp_path, monkeypatch):
+    """A process that decided by itself what is there would not meet the others."""
+    file, calls, on_main_process = tmp_path / "one.txt", [], gpt2.on_main_process
+    file.write_text("".join(document(i) for i in range(40)))
+    monkeypatch.setattr(gpt2, "on_main_process", lambda work: calls.append(1) or on_main_process(work))
+    data = gpt2.prepare_tokens(data_settings(tmp_path, file))
+    file.unlink()  # a resumed run needs the tokens only
+    assert gpt2.prepare_tokens(data_settings(tmp_path, file), data.fingerprint).facts == data.facts
+    assert calls == [1, 1]
 
 
 def test_unfinished_token_files_of_dead_processes_go_after_a_week(tmp_path):
@@ -641,6 +666,33 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     documents = texts[:limit]
     assert Counter(texts_of(data, "train") + texts_of(data, "validation")) == Counter(documents)
     assert not set(texts_of(data, "train")) & set(texts_of(data, "validation"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(texts): they are on the Hub from now on. Returns the streams that are made of them."""
+    import datasets
+
+    def put(texts):
+        streams = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streams.append(Stream(texts)) or streams[-1])
+        return streams
+
+    monkeypatch.setattr(gpt2, "ask_hub", lambda *arguments: ("a commit", None))
+    return put
+
+
+def test_a_limit_reads_no_more_of_a_stream(tmp_path, hub):
+    streams = hub([document(i) if i % 3 else "" for i in range(100)])
+    data = gpt2.prepare_tokens(data_settings(tmp_path, "someone/texts", val_fraction=0.5, tokenizer="bytes", limit=20))
+    assert sum(data.facts["documents"].values()) == 20
+    assert {len(stream.read) for stream in streams} == {30}  # of which ten are empty
+
+
+def test_rows_of_the_hub_are_text_or_an_error(tmp_path, hub):
+    hub([document(0), 5])
+    with pytest.raises(gpt2.UserError, match="someone/texts: 'text' holds int, not text"):
+        gpt2.prepare_tokens(data_settings(tmp_path, "someone/texts", tokenizer="bytes"))
 
 
 def test_tokens_of_large_vocabularies_take_four_bytes(tmp_path):

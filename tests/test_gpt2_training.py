@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,7 +274,7 @@ def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
                                              matmul_rate=rate, dtype=torch.float32)  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(gpt2, "agree", lambda machine, value, choose: value)  # nothing runs on it here
-            return gpt2.compile_network(trainer, compiled)[1]
+            return gpt2.compile_twin(trainer, compiled)
 
     assert "short" in on_gpu(56, None) and on_gpu(70, None) == on_gpu(math.nan, None) == "compiled"
     assert "short" in on_gpu(70, False) and on_gpu(56, True) == "compiled"
@@ -314,8 +315,13 @@ def test_evaluation_is_the_mean_over_every_validation_token(tmp_path, text, micr
 
 def poison(trainer: gpt2.Trainer, steps: set[int], factor: float) -> None:
     """Multiply loss and gradient by `factor` in these steps, counted from 0."""
-    network, calls = trainer.network, iter(range(10**6))
-    trainer.network = lambda *batch: network(*batch) * (factor if next(calls) in steps else 1.0)
+    forward, calls = trainer.twin.forward, iter(range(10**6))
+
+    def poisoned(tokens, targets=None, **more):
+        value = forward(tokens, targets, **more)
+        return value if targets is None else value * (factor if next(calls) in steps else 1.0)
+
+    trainer.twin.forward = poisoned
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
@@ -337,12 +343,12 @@ def test_a_poisoned_step_is_skipped_and_changes_nothing(tmp_path, text, factor):
 def test_a_gradient_far_beyond_the_others_is_skipped_though_the_loss_is_as_always(tmp_path, text):
     trainer = make_trainer(tmp_path, text, max_steps=60)
     before = take_steps(trainer, 30)
-    network = trainer.network
-    trainer.network = lambda *batch: Steep.apply(network(*batch))
+    network = trainer.twin.forward
+    trainer.twin.forward = lambda *batch: Steep.apply(network(*batch))
     (bad,) = take_steps(trainer, 1, first=30)
     assert bad["skip"] and bad["norm"] > 10 * before[-1]["mean_norm"]
     assert bad["loss"] < before[-1]["mean_loss"] + 0.5
-    trainer.network = network
+    trainer.twin.forward = network
     assert not take_steps(trainer, 1, first=31)[0]["skip"]
 
 
@@ -385,15 +391,15 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
     def open_and_poison(*arguments):
         trainer = original(*arguments)
         poison(trainer, {13}, math.nan)  # counted with the evaluation batches
-        poisoned_network = trainer.network
+        forward = trainer.twin.forward
 
-        def network(inputs, targets):
-            loss = poisoned_network(inputs, targets)
-            if not torch.isfinite(loss):
+        def noted(inputs, targets=None, **more):
+            value = forward(inputs, targets, **more)
+            if targets is not None and not torch.isfinite(value):
                 poisoned.append(torch.cat([inputs, targets[:, -1:]], dim=1).numpy())
-            return loss
+            return value
 
-        trainer.network = network
+        trainer.twin.forward = noted
         return trainer
 
     monkeypatch.setattr(gpt2, "make_trainer", open_and_poison)
@@ -1031,4 +1037,55 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_why(tmp_path, tex
     trainer = make_trainer(tmp_path, text)
     monkeypatch.setattr(torch, "compile", lambda model, **options: (_ for _ in ()).throw(RuntimeError("no compiler")))
     trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=1, micro_batch_size=1)
-    assert gpt2.compile_network(trainer, True) == (trainer.model, "eager (torch.compile failed: no compiler)")
+    assert gpt2.compile_twin(trainer, True) == "eager (torch.compile failed: no compiler)"
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_checkpoint(command, text, monkeypatch):
+    """No step more, and no second checkpoint. In the last evaluation the run is finished."""
+    evaluate, calls = gpt2.evaluate, []
+
+    def interrupted(trainer):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(trainer)
+
+    monkeypatch.setattr(gpt2, "evaluate", interrupted)
+    for at, code, steps in ((2, 143, [2]), (3, 0, [2, 4])):
+        calls.clear()
+        words = ("--data", text, *SIZES, "--max-steps", 4, "--eval-every", 2, "--output-dir", f"run-{at}")
+        assert command(*words) == code
+        saved = sorted(path.name for path in Path(f"run-{at}/checkpoints").iterdir())
+        assert saved == [f"step-{step:08d}" for step in steps]
+
+
+def test_a_training_draws_one_sample_and_says_nothing_of_what_is_not_set(command, text, monkeypatch, capsys):
+    sample_texts, drawn = gpt2.sample_texts, []
+    monkeypatch.setattr(gpt2, "sample_texts", lambda *words: drawn.append(words[3].num_samples) or sample_texts(*words))
+    words = ("--data", text, *SIZES, "--max-steps", 2, "--lr", "1e-3", "--num-samples", 7, "--optimizer", "muon")
+    assert command(*words, "--output-dir", "run") == 0
+    assert set(drawn) == {1} and "None" not in capsys.readouterr().out
+
+
+def test_room_is_kept_for_gradients_where_passes_add_up(monkeypatch):
+    """Beside one pass: two moments for each parameter, and its gradient where a step has several passes."""
+    trainer = types.SimpleNamespace(
+        machine=types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), world=1), sequences_per_step=8,
+        order=types.SimpleNamespace(block_size=16), model=torch.nn.Linear(10, 10, bias=False),
+        settings=types.SimpleNamespace(shard_optimizer=False))  # fmt: skip
+    kept, tried = [], []
+
+    def forward_backward(trainer, size):
+        tried.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpt2, "forward_backward", forward_backward)
+    monkeypatch.setattr(gpt2, "peak_memory", lambda device: 0)
+    monkeypatch.setattr(gpt2, "agree", lambda machine, value, choose: value)
+    monkeypatch.setattr(torch, "empty", lambda size, device: kept.append(size))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=2**30))
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert gpt2.largest_micro_batch(trainer) == 2
+    assert (tried, kept) == ([8, 4, 2], [200, 300, 300])

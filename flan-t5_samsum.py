@@ -16,13 +16,15 @@
 
 How to read it: sections 2 to 6 are the method, in the order in which a row goes from a file to a score, and all that
 one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 15 make it safe and
-comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which runs the
-same step and the same generation on a GPU many times faster.
+comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which takes the
+same step and generates the same way on a GPU many times faster, but for rounding and for the masks of dropout.
 
-Where to look: a long dialogue is cut in `encode`; the loss is normalised in `token_mean_loss`; the order of rows is
-`LengthGroupedSampler.order`; dropout is seeded in `SummarizationTrainer.training_step`; a step that is not finite is
-skipped in `_clip_grad_norm`; ROUGE's interval is `bootstrap_interval`; `train` (section 10) puts all together;
-`Run.on_step_end` (10) decides when a checkpoint is due and what a signal does, `save_checkpoint` (7) what is in it.
+Where to look: a long dialogue is cut in `encode`; section 4 begins with the optimiser's settings, has the normalisation
+of the loss in `token_mean_loss` and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in
+`SummarizationTrainer.training_step`; a step that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a
+checkpoint and chooses the best epoch; ROUGE's interval is `bootstrap_interval`; `train` (section 10) puts all together;
+`Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does, `save_checkpoint` (7) what is in
+it; `begin_fast` (14) compares the fast step with the plain one.
 """
 
 import argparse
@@ -485,7 +487,8 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # --int4     NF4           LoRA              NF4 to bf16, LoRA's bf16          NF4 to bf16, LoRA's fp32
 # --full     fp32          all               bf16                              bf16
 #
-# Where bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
+# On the fast path of section 14 quantised weights become bf16 for each product, and all products are in bf16. Where
+# bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
 # T5's own dropout (0.1) is on in training, as is LoRA's.
 
@@ -645,11 +648,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     def __len__(self) -> int:
         return len(self.lengths) + -len(self.lengths) % self.multiple_of
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.set_epoch(int(state.epoch or 0))  # the Trainer's own message is lost when several processes resume in one
+        self.epoch = int(state.epoch or 0)  # the Trainer's own message is lost when several processes resume in one
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order(self.epoch))
@@ -729,7 +729,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
         processes = PartialState().num_processes
         micro_steps = steps * self.settings.batch_size // (self.settings.micro_batch_size * processes)
-        self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, run.stop, micro_steps)
+        self.fast = make_fast(model, self.settings, micro_steps)  # section 14
+        self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, self.fast, run.stop)
         together = self.settings.micro_batch_size * processes if processes > 1 else 1
         self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed, together)
         rows = data["train"].select_columns(["input_ids", "labels"])
@@ -742,7 +743,6 @@ class SummarizationTrainer(Seq2SeqTrainer):
             callbacks=[run, self.sampler],
             data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
             compute_loss_func=token_mean_loss)
-        self.fast = self.summarizer.fast
         self.data_collator.pack = self.fast and self.fast.pack
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
@@ -777,6 +777,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if self.fast and not self.fast.is_proved["training"]:
             begin_fast(self, inputs)
             self.data_collator.is_padding = self.fast is None
+            self.data_collator.pack = self.fast and self.fast.pack
         if is_first:
             model.zero_grad = self.optimizer.zero_grad  # the model's own looks for gradients in all its modules
             # The Trainer seeds all ranks alike, which would give them equal masks of dropout, and once: a resumed run
@@ -841,7 +842,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
     def restart_clock(self) -> None:
         """So that speed and memory in the log are those of training alone, without evaluations and checkpoints."""
-        self.since, self.tokens_since = time.perf_counter(), getattr(self, "data_collator", Collator).tokens
+        self.since, self.tokens_since = time.perf_counter(), self.data_collator.tokens
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -884,9 +885,6 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        pass  # nothing random is left in the generators: see training_step
-
 
 # ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
 
@@ -902,15 +900,12 @@ class Summarizer:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
-                 precision: torch.dtype, stop: "StopSignal | None" = None, micro_steps: int | None = None):
-        self.model, self.tokenizer, self.device, self.precision, self.stop = model, tokenizer, device, precision, stop
+                 precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None):
+        self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
+        self.fast, self.stop = fast, stop
         # Without max_new_tokens a summary would end after 20 tokens.
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
-        obstacle = fast_obstacle(model, settings, micro_steps)
-        self.fast = None if obstacle else FastT5(model, settings)  # section 14
-        if obstacle and device.type == "cuda":
-            say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
@@ -944,12 +939,12 @@ class Summarizer:
     @torch.no_grad()
     def generate(self, sources: list[Tokens]) -> list[str] | None:
         """The summaries of one batch; None if there was no room for it in the GPU's memory."""
-        batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
-                                   pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
         more = {"synced_gpus": True} if is_sharded() else {}  # each forward pass needs the shards of all processes
         try:
             output = self.fast and self.fast.generate(sources, self.config)
             if output is None:
+                batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
+                                           pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
                     output = self.model.generate(**batch, generation_config=self.config, **more)
         except torch.OutOfMemoryError:
@@ -1144,8 +1139,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
     """AdamW's moments; and the learning rate of this step, which may be another one if --max-steps has changed."""
     moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, values in zip(parameters, moments["state"].values(), strict=True):
-        values.update({name: sharded_like(value, parameter) for name, value in values.items()})
+    for i, values in moments["state"].items():
+        values.update({name: sharded_like(value, parameters[i]) for name, value in values.items()})
     optimizer.load_state_dict(moments)
     scheduler.last_epoch = step_of(checkpoint)
     scheduler._last_lr = [rate * factor(scheduler.last_epoch)
@@ -1974,13 +1969,13 @@ class Run(TrainerCallback):
         """One dictionary per evaluation: epoch, step, mean training loss since the last one, scores of both splits."""
         result, losses, counts, last = [], [], [], 0  # a logged loss is the mean of the steps since the one before
         for entry in log:
-            if "loss" in entry:
-                losses.append(entry["loss"])
-                counts.append(entry["step"] - last)
+            if "loss" in entry or "skipped_steps" in entry:  # without a loss if all steps were skipped
+                losses.append(entry.get("loss", 0.0))
+                counts.append(entry["step"] - last - entry.get("skipped_steps", 0))
                 last = entry["step"]
             elif "validation" in entry:
                 result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
-                               "train_loss": float(np.average(losses, weights=counts)) if losses else None,
+                               "train_loss": float(np.average(losses, weights=counts)) if any(counts) else None,
                                "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
                 losses, counts = [], []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
@@ -2277,7 +2272,8 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
     if adapter:
         model = load_adapter(model, adapter)
     say(f"model: {name}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
-    return model, tokenizer, Summarizer(model, tokenizer, settings, device, precision)
+    fast = None if settings.export else make_fast(model, settings)
+    return model, tokenizer, Summarizer(model, tokenizer, settings, device, precision, fast)
 
 
 def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
@@ -2549,6 +2545,7 @@ class RangeTest(TrainerCallback):
     def __init__(self, settings: Settings):
         self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
         self.losses: list[float] = []
+        self.description: dict[str, Any] = {}  # SummarizationTrainer may note something in it
         self.bar = new_bar(len(RANGE_TEST), "range test", "")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -2837,14 +2834,20 @@ def scores_of(q, k, i, j, nq, nk, bias, head, LIMIT: constexpr, CAUSAL: constexp
 
 
 @jit
-def dropped_scores(p, i, j, q0, head, mask, H: constexpr):
-    """Dropout of a tile, as `dropped` does it."""
-    seed, threshold, scale = tl.load(mask), tl.load(mask + 1), tl.load(mask + 2).to(tl.float32, bitcast=True)
-    x = ((((q0 + i)[:, None] * H + head) * 1024 + j[None, :]) ^ seed).to(tl.uint32, bitcast=True)
+def hashed_tile(x):
+    """`hashed`, in Triton."""
+    x = x.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    keep = (x ^ (x >> 16)).to(tl.int32, bitcast=True) >= threshold
-    return tl.where(keep, p * scale, 0.0)
+    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+
+
+@jit
+def dropped_scores(p, i, j, q0, head, mask, H: constexpr):
+    """Dropout of a tile: a place is known by query, head and key."""
+    seed, threshold, scale = tl.load(mask), tl.load(mask + 1), tl.load(mask + 2).to(tl.float32, bitcast=True)
+    of_query = hashed_tile(((q0 + i) * H + head) ^ seed)
+    return tl.where(hashed_tile(of_query[:, None] ^ j[None, :]) >= threshold, p * scale, 0.0)
 
 
 @jit
@@ -2945,7 +2948,7 @@ def backward_kv_kernel(q_, k_, v_, dout_, lse_, delta_, dk_, dv_, bias, mask, q_
     store_rows(dv_, dv, k0, j, nk, dk_stride, head * D, D, K)
 
 
-def launch(kernel: Any, blocks: int, q: torch.Tensor, bias: Any, q_rows: torch.Tensor, heads: int, inner: int,
+def launch(kernel: Any, blocks: int, bias: Any, q_rows: torch.Tensor, heads: int, inner: int,
            causal: bool, mask: Any, block: int, arguments: tuple) -> None:
     width = inner // heads
     kernel[(blocks, len(q_rows) * heads)](
@@ -2973,7 +2976,7 @@ def attention(q: torch.Tensor, kv: torch.Tensor | None, bias: torch.Tensor | Non
     queries, k, v = split_qkv(q, kv)
     out, lse = q.new_empty(queries.shape), q.new_empty(heads, len(q), dtype=torch.float32)
     block = 64 if longest_q > 1 else 16  # 16 is the least that the tensor cores take
-    launch(forward_kernel, -(-longest_q // block), q, bias, q_rows, heads, out.shape[1], causal, mask, block, (
+    launch(forward_kernel, -(-longest_q // block), bias, q_rows, heads, out.shape[1], causal, mask, block, (
         queries, k, v, out, lse, bias, mask, q_rows, k_rows, q.stride(0), k.stride(0), len(q)))
     return out, lse
 
@@ -2995,9 +2998,9 @@ def attention_backward(dout: torch.Tensor, q: torch.Tensor, kv: torch.Tensor | N
     dqueries, dk, dv = split_qkv(dq, None if kv is None else dkv)
     delta, dout, inner = torch.empty_like(lse), dout.contiguous(), out.shape[1]
     rest = (bias, mask, q_rows, k_rows, q.stride(0), k.stride(0))
-    launch(backward_q_kernel, -(-longest_q // 64), q, bias, q_rows, heads, inner, causal, mask, 64, (
+    launch(backward_q_kernel, -(-longest_q // 64), bias, q_rows, heads, inner, causal, mask, 64, (
         queries, k, v, out, dout, lse, delta, dqueries, *rest, dq.stride(0), len(q)))
-    launch(backward_kv_kernel, -(-longest_k // 64), q, bias, q_rows, heads, inner, causal, mask, 64, (
+    launch(backward_kv_kernel, -(-longest_k // 64), bias, q_rows, heads, inner, causal, mask, 64, (
         queries, k, v, dout, lse, delta, dk, dv, *rest, dk.stride(0), len(q)))
     return dq, dkv
 
@@ -3248,12 +3251,13 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
     if settings.fast is False:
         return "it is switched off (--no-fast)"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
-    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    attentions = config.num_layers + 2 * config.num_decoder_layers
     reasons = {
         "it is made for CUDA GPUs with bf16": model.device.type != "cuda" or model.dtype != torch.bfloat16,
         "Triton is not installed": triton is None,
-        "it is made for LoRA on q, k, v and o": lora is None or adapted != {"q", "k", "v", "o"} or lora.use_dora
-            or lora.bias != "none" or bool(lora.rank_pattern or lora.alpha_pattern),
+        "it is made for LoRA on q, k, v and o": lora is None or sorted(adapted) != sorted("qkvo" * attentions)
+            or lora.use_dora or lora.bias != "none" or bool(lora.rank_pattern or lora.alpha_pattern),
         "the weights are sharded": is_sharded(),
         "so short a training is over before it is compiled (--fast insists)": settings.fast is None and
             micro_steps is not None and micro_steps * (config.num_layers + config.num_decoder_layers) < 6000,
@@ -3261,6 +3265,13 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
             config, "scale_decoder_outputs", config.tie_word_embeddings),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> "FastT5 | None":
+    obstacle = fast_obstacle(model, settings, micro_steps)
+    if obstacle and model.device.type == "cuda":
+        say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
+    return None if obstacle else FastT5(model, settings)
 
 
 class FastT5:
@@ -3621,18 +3632,36 @@ class Generator:
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
+@contextlib.contextmanager
+def calmed(fast: FastT5) -> Iterator[None]:
+    """For a while, norms give 1/32 of their output to attention and 1/4 to feed-forward layers (exactly: powers of 2).
+
+    A trained T5 attends so sharply, above all the tiny one, that rounding to bf16 alone may change a gradient by three
+    times its norm. Calmed, by 6% at most, while a feed-forward layer without gradient changes others by 90% (tiny).
+    """
+    norms = [(norm, factor) for w in (*fast.encoder, *fast.decoder) for norm, factor in (
+        (w.self_norm, 1 / 32), (w.cross_norm, 1 / 32), (w.ff_norm, 1 / 4)) if norm is not None]
+    for norm, factor in norms:
+        norm.mul_(factor)
+    try:
+        yield
+    finally:
+        for norm, factor in norms:
+            norm.div_(factor)
+
+
 def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -> None:
     """Before the first fast step: compiles it and compares it with section 5, on (at most) two rows of its batch.
 
-    Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient). How
-    far rounding alone may take a gradient depends on the model: by 3 to 4% of its norm in XL, by all of it in the tiny
-    one. So section 5 itself runs twice, the second time rounded to bf16 also where autocast would not: the fast step
-    may be three times as far away as that. No matrix may lose its gradient, as in a version of the compiler.
+    Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on at
+    most 128 tokens, and with a `calmed` model. Then rounding to bf16 changes the gradient of a matrix by a few percent
+    of its norm (with INT8 by more: bitsandbytes rounds activations as well); one that is lost, as a version of the
+    compiler did, by 100%.
     """
     fast, start = trainer.fast, time.perf_counter()
     if fast.uses_graphs:
         say("compiling the fast step: about a minute, less when its cache on disk is warm")
-    rows = {name: tensor[:2] for name, tensor in inputs.items()}
+    rows = {name: tensor[:2, :128] for name, tensor in inputs.items()}
     lists = [{"input_ids": ids[seen.bool()].tolist(), "labels": labels[labels >= 0].tolist() or [-100]}
              for ids, seen, labels in zip(rows["input_ids"], rows["attention_mask"], rows["labels"], strict=True)]
     original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()
@@ -3641,24 +3670,21 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         fast.flat.data.add_(torch.randn(original.shape, generator=noise, device=fast.device), alpha=0.01)
         fast.thresholds.fill_(-(2**31))
         fast.model.eval()
-        usual = []
-        for context in (trainer.compute_loss_context_manager(), contextlib.nullcontext()):
-            with context:
-                loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)
-            usual.append((loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, fast.adapter)])))
         fast.scale.fill_(1)
         batch = {name: tensor.to(fast.device) for name, tensor in fast.pack(lists).items()}
-        for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: it is the last that counts
-            fast.flat.grad.zero_()
-            found_loss = fast.run(batch)
-        (loss, expected), (_, rounded) = usual
-        found, norm, loss_error = fast.flat.grad, expected.norm(), float((found_loss / loss - 1).abs())
-        error, rounding = float((found - expected).norm() / norm), float((rounded - expected).norm() / norm)
-        expected_norms, found_norms = (torch.stack([g.norm() for g in fast.split(v)]) for v in (expected, found))
-        lost = int((found_norms < 0.2 * expected_norms - 0.001 * norm).sum())
-        is_same = error < 0.1 + 3 * rounding and loss_error < 0.05 and not lost
-        reason = (f"it differs from the usual step: loss by {loss_error:.2%}, gradients by {error:.1%} (rounding: "
-                  f"{rounding:.1%}), {lost} of {len(fast.adapter)} are lost")
+        with calmed(fast):
+            loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)  # accelerate's autocast
+            expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
+            for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: the last one counts
+                fast.flat.grad.zero_()
+                found_loss = fast.run(batch)
+        found = fast.split(fast.flat.grad)
+        norms, errors = (torch.stack([g.norm() for g in gradients]) for gradients in (
+            expected, [a - b for a, b in zip(found, expected, strict=True)]))
+        worst = float((errors / (norms + 0.01 * norms.square().mean().sqrt())).max())
+        loss_error = float((found_loss / loss.detach() - 1).abs())
+        is_same = worst < (0.5 if trainer.settings.int8 else 0.3) and loss_error < 0.02
+        reason = f"it differs from the usual step: loss by {loss_error:.2%}, gradients by up to {worst:.1%}"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, for a card or a version that nobody has tried
@@ -3675,7 +3701,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
     trainer.optimizer.optimizer.flatten(fast)
     fast.is_proved["training"] = trainer.run.description["fast_step"] = True
     if fast.uses_graphs:
-        say(f"the fast step agrees with the usual one (gradients within {error:.1%}, rounding {rounding:.1%}), after "
+        say(f"the fast step agrees with the usual one (gradients within {worst:.1%}), after "
             f"{time.perf_counter() - start:.0f} s")
 
 

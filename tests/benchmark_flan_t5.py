@@ -233,7 +233,8 @@ def generation(flan, settings, model, precision, vocabulary):
     tokenizer = flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"])
     tokens = lambda summarizer, rows: [summarizer.generate(rows[i : i + summarizer.batch_size])
                                        for i in range(0, len(rows), summarizer.batch_size)]
-    summarizer, result = flan.Summarizer(model.eval(), tokenizer, settings, model.device, precision), {}
+    summarizer, result = flan.Summarizer(
+        model.eval(), tokenizer, settings, model.device, precision, flan.make_fast(model, settings)), {}
     for name in ("cold", "warm"):
         start = time.perf_counter()
         ours = summarizer(sources)

@@ -154,7 +154,7 @@ def test_summaries_keep_the_order_of_the_rows(flan, tokenizer, sources, batch_si
 def test_an_epoch_is_a_permutation_in_whole_batches(flan, lengths, batch_size, seed, epoch, processes):
     def sampler(at):
         new = flan.LengthGroupedSampler(lengths, batch_size, seed, multiple_of=processes)
-        new.set_epoch(at)
+        new.epoch = at
         return new
 
     order = list(sampler(epoch))

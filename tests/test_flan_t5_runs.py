@@ -95,6 +95,9 @@ def test_an_epochs_loss_is_the_mean_of_its_steps(flan):
     log = [{"loss": 2.0, "step": 3}, {"loss": 1.0, "step": 4}, {"step": 4, "epoch": 1, "seconds": 1, **scores},
            {"loss": 4.0, "step": 7}, {"loss": 7.0, "step": 8}, {"step": 8, "epoch": 2, "seconds": 1, **scores}]
     assert [entry["train_loss"] for entry in flan.Run.epochs(None, log)] == [1.75, 4.75]
+    log = [{"loss": 1.0, "step": 10, "skipped_steps": 0}, {"step": 20, "skipped_steps": 10},
+           {"loss": 3.0, "step": 30, "skipped_steps": 5}, {"step": 30, "epoch": 1, "seconds": 1, **scores}]
+    assert flan.Run.epochs(None, log)[0]["train_loss"] == pytest.approx((10 * 1 + 5 * 3) / 15)
 
 
 def test_speed_is_rows_and_tokens_over_seconds(metrics, flan, model_folder, data):

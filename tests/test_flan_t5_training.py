@@ -191,7 +191,7 @@ def sample(flan):
     def sample(rows=1003, batch_size=8, seed=1, epoch=0):
         lengths = random.Random(rows).choices(range(5, 500), k=rows)
         sampler = flan.LengthGroupedSampler(lengths, batch_size, seed)
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         assert len(sampler) == rows
         return lengths, list(sampler)
 

@@ -92,7 +92,7 @@ class Settings:
     source_column: str | None = flag(None, "column of the dialogues (default: known by its name)", "NAME")
     target_column: str | None = flag(None, "column of the summaries (default: known by its name)", "NAME")
     limit: int | None = flag(None, "use only the first N rows of each split", "N", type=COUNT)
-    max_source_length: int = flag(512, "tokens of a dialogue; longer ones are cut", "N", type=number(int, 8))
+    max_source_length: int = flag(512, "tokens of a dialogue and its prefix; more are cut", "N", type=number(int, 8))
     max_target_length: int = flag(128, "tokens of a reference summary in training", "N", type=number(int, 2))
 
     lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 2e-3)", "X",
@@ -618,7 +618,10 @@ def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torc
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied with in `step` (from 0) of `steps`: up from 0, then linearly to 0."""
+    """What the peak learning rate is multiplied with in `step` (from 0) of `steps`: up from 0, then linearly to 0.
+
+    As in transformers, the first step has a rate of 0.
+    """
     warmup = math.ceil(WARMUP * steps)
     return step / warmup if step < warmup else max(0, steps - step) / max(1, steps - warmup)
 
@@ -632,10 +635,10 @@ def number_of_steps(settings: Settings, rows: int) -> int:
 class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     """A new permutation of the rows for each epoch, in which the rows of one optimiser step have similar lengths.
 
-    The rows are shuffled, cut into chunks of 50 batches (at least four chunks, so that other rows meet in each epoch),
-    sorted by length within each chunk and shuffled again batch by batch: little padding, much randomness. The order is
-    a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a resumed run
-    sees the same batches, of which the Trainer skips those that its step says were taken.
+    The rows are shuffled, cut into chunks of 50 batches (about four chunks if rows are few, so that others meet in each
+    epoch), sorted by length within each chunk and shuffled again batch by batch: little padding, much randomness. The
+    order is a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a
+    resumed run sees the same batches, of which the Trainer skips those that its step says were taken.
 
     An epoch is filled up to a multiple of `multiple_of` rows with the index len(lengths), an empty row: where the last
     batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.
@@ -665,7 +668,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
         batches = [batches[i] for i in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
-        if epoch == 0 and batches:  # memory that does not suffice shows at once
+        if epoch == 0 and batches:  # too little memory shows at once: most of it is for sources
             batches[0], batches[longest] = batches[longest], batches[0]
         empty = [len(self.lengths)] * (len(self) - len(self.lengths))
         return [i for batch in batches + last for i in batch] + empty
@@ -693,7 +696,7 @@ def training_arguments(settings: Settings, folder: Path, steps: int, device: tor
                        **changes: Any) -> Seq2SeqTrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     arguments = {
-        "output_dir": str(folder),  # only has to exist: SummarizationTrainer saves by itself
+        "output_dir": str(folder),  # nothing is saved there by the Trainer: see `_save_checkpoint`
         "max_steps": steps, "seed": settings.seed, "learning_rate": settings.lr, "max_grad_norm": MAX_GRAD_NORM,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * processes),
@@ -955,7 +958,7 @@ class Summarizer:
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE F1 in percent for each row, by rouge_score with the Porter stemmer, as Hugging Face's example reports it.
+    """ROUGE F1 in percent for each row, by rouge_score with the Porter stemmer.
 
     A local metric, because `evaluate.load("rouge")` needs the Hub. ROUGE-Lsum compares sentence by sentence, and
     sentences are taken to end at white space after . ! or ? (Lin 2004 leaves the splitting open).
@@ -2467,7 +2470,7 @@ def plan(settings: Settings) -> int:
             "predicted peak memory in GiB:",
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
-                   for size, checkpointing, peaks in rows], text=()), "", *advice(rows))
+                   for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
     return 0
 
 
@@ -2507,17 +2510,18 @@ def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict
     return rows
 
 
-def advice(rows: list[tuple[int, bool, dict[str, float]]]) -> list[str]:
-    """Lines that say which flags make the run fit where, and whether INT8 helps."""
+def advice(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -> list[str]:
+    """Lines that say which flags, besides those given, make the run fit where, and whether INT8 helps."""
+    given = settings.quantization
 
     def fitting_flags(memory: float) -> list[str] | None:
         """The fastest way to fit into `memory` GiB, or None. INT8 and NF4 cost most time, small micro-batches least."""
-        for precision in rows[0][2]:
+        for precision in [given] if given else rows[0][2]:
             for micro_batch, checkpointing, peaks in rows:
-                if peaks[precision] + GPU_RESERVE <= memory:
-                    return [*[f"--{precision}"] * (precision in PRECISIONS),
+                if peaks[precision] + GPU_RESERVE <= memory and checkpointing >= settings.gradient_checkpointing:
+                    return [*[f"--{precision}"] * (precision in PRECISIONS and not given),
                             *[f"--micro-batch-size {micro_batch}"] * (micro_batch < rows[0][0]),
-                            *["--gradient-checkpointing"] * checkpointing]
+                            *["--gradient-checkpointing"] * (checkpointing and not settings.gradient_checkpointing)]
         return None
 
     lines, cards = [], {f"a GPU of {size} GiB": size for size in GPU_SIZES}
@@ -2531,7 +2535,7 @@ def advice(rows: list[tuple[int, bool, dict[str, float]]]) -> list[str]:
             break
     plain, int8 = (next((size for size in GPU_SIZES if size >= least + GPU_RESERVE), None)
                    for least in list(rows[-1][2].values())[:2])  # in the smallest configuration
-    if plain is not None and plain == int8:
+    if plain is not None and plain == int8 and given != "int4":
         lines.append(f"INT8 does not help at this size: it is slower, and needs a GPU of {plain} GiB like bf16")
     return lines
 
@@ -2794,8 +2798,8 @@ def holm(values: list[float]) -> list[float]:
 # - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (44 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
-#   batches are filled up (by an eighth at most) to one of few sizes. The first batch of a size runs without, the second
-#   is recorded. No two graphs run at once: all use the same pool of memory.
+#   batches are filled up to one of few sizes (see `size_class`). The first batch of a size runs without, the second is
+#   recorded. No two graphs run at once: all use the same pool of memory.
 # - All adapters lie in one vector, as do their gradients: clipping and AdamW are a few kernels, not hundreds.
 #
 # Before its first step it is compared with section 5 on two rows. Where it does not apply or agree, section 5 goes on.

@@ -1034,7 +1034,7 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settin
 
 # ---------- 8. Machine ------------------------------------------------------------------------------------------------
 
-COMPILE_SECONDS = 60  # a run that would take longer without torch.compile is compiled: that takes half a minute
+COMPILE_SECONDS = 60  # a run that would take longer without torch.compile is compiled: that takes some 10 to 30 s
 EAGER_SHARE = 0.3  # of the matmul rate, that a run reaches without torch.compile, about
 PATIENCE = timedelta(minutes=30)  # how long processes wait for one another in training before they give up
 # Dense bf16 (T4, V100: fp16) TFLOP/s of NVIDIA's data sheets, without sparsity, by a part of the device's name.
@@ -1060,7 +1060,7 @@ def join_processes() -> tuple[int, int, torch.device]:
             raise UserError(f"{here} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for products of float32
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if world > 1 and not dist.is_initialized():
@@ -1849,8 +1849,8 @@ def fetch(name: str, patterns: list[str], flag: str, cache_dir: str | None) -> P
 # checkpoints/step-00000500/ is a Hugging Face folder (section 10) with two more files: training.safetensors (the
 # optimisers' moments, the guard's statistics, fp16's loss scale) and training.json (step, time, best loss). All else
 # follows from seed and step: the learning rate, the place in the data, and the state of all generators, which every
-# step seeds (section 5). Run.loop() writes one after each evaluation, when asked to stop, and before a decay (wsd);
-# the last two are kept, the best, and the one before a decay.
+# step seeds (section 5). Run.loop() writes one after each evaluation (at step 0 only with --init), when asked to stop,
+# and before a decay (wsd); the last two are kept, the best, and the one before a decay.
 
 
 @dataclass
@@ -1972,7 +1972,7 @@ def resume(run: Path, trainer: Trainer) -> Progress:
         old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
                     (before, settings.max_steps))
         say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate "
-                    f"is {new:.2e} in place of {old:.2e}")
+                    f"would have been {new:.2e} in place of {old:.2e}")
     return progress
 
 
@@ -2155,7 +2155,7 @@ class Run:
         self.prompt = "" if trainer.data.facts["documents"]["train"] >= 100 else "\n"
 
     def train(self) -> int:
-        """Run to the end, to a signal, or to divergence. Whatever happens, log, metrics.json and plot are written."""
+        """Run to the end, to a signal, or to divergence. Unless killed, it leaves log, metrics.json and plot."""
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         try:
             if is_main_process():

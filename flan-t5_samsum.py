@@ -888,6 +888,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if checkpoint is not None:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass  # the Trainer would unpickle a file of others; nothing random is left in the generators (training_step)
+
 
 # ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
 
@@ -983,7 +986,7 @@ def one_sentence_a_line(text: str) -> str:
 def bootstrap_interval(scores: list[float], samples: int = 1000, seed: int = 0) -> list[float]:
     """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: [low, high]."""
     scores, rng = np.asarray(scores), np.random.default_rng(seed)
-    means = scores[rng.integers(0, len(scores), (samples, len(scores)))].mean(axis=1)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return [float(low), float(high)]
 
@@ -3162,7 +3165,9 @@ class Layer(NamedTuple):
     cross_o: Weight | None = None
 
 
-SITES, LORA_SITES = 11, [0, 2, 6, 7, 9]  # masks of a layer, by their places below; and those in front of LoRA's A
+# The masks of a layer: of what LoRA's A is given for each product, of softmaxes, and of what is added to x.
+(A_QKV, SELF_SOFTMAX, A_O, SELF_ADDED, HIDDEN, FF_ADDED,
+ A_Q, A_KV, CROSS_SOFTMAX, A_CROSS_O, CROSS_ADDED) = SITES = range(11)
 
 
 def linear(x: torch.Tensor, w: Weight, mask: torch.Tensor | None, shape: Shape) -> torch.Tensor:
@@ -3182,14 +3187,14 @@ def gated_gelu(both: torch.Tensor) -> torch.Tensor:
 
 def feed_forward(x: torch.Tensor, w: Layer, masks: Any, shape: Shape) -> torch.Tensor:
     hidden = gated_gelu(linear(rms_norm(x, w.ff_norm, shape), w.wi, None, shape))
-    return x + dropout(linear(dropout(hidden, masks[4]), w.wo, None, shape), masks[5])
+    return x + dropout(linear(dropout(hidden, masks[HIDDEN]), w.wo, None, shape), masks[FF_ADDED])
 
 
 def self_attention(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: Layer, masks: Any, shape: Shape,
                    causal: bool) -> torch.Tensor:
-    qkv, longest = linear(rms_norm(x, w.self_norm, shape), w.qkv, masks[0], shape), shape.longest[int(causal)]
-    mixed = Attention.apply(qkv, None, bias, masks[1], rows, None, shape.heads, longest, longest, causal)
-    return x + dropout(linear(mixed, w.o, masks[2], shape), masks[3])
+    qkv, longest = linear(rms_norm(x, w.self_norm, shape), w.qkv, masks[A_QKV], shape), shape.longest[int(causal)]
+    mixed = Attention.apply(qkv, None, bias, masks[SELF_SOFTMAX], rows, None, shape.heads, longest, longest, causal)
+    return x + dropout(linear(mixed, w.o, masks[A_O], shape), masks[SELF_ADDED])
 
 
 def encoder_block(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: Layer, masks: Any, shape: Shape
@@ -3200,10 +3205,11 @@ def encoder_block(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, w: La
 def decoder_block(x: torch.Tensor, source: torch.Tensor, rows: torch.Tensor, source_rows: torch.Tensor,
                   bias: torch.Tensor, w: Layer, masks: Any, shape: Shape) -> torch.Tensor:
     x = self_attention(x, rows, bias, w, masks, shape, True)
-    q = linear(rms_norm(x, w.cross_norm, shape), w.q, masks[6], shape)
-    kv = linear(source, w.kv, masks[7], shape)
-    mixed = Attention.apply(q, kv, None, masks[8], rows, source_rows, shape.heads, *shape.longest[::-1], False)
-    x = x + dropout(linear(mixed, w.cross_o, masks[9], shape), masks[10])
+    q = linear(rms_norm(x, w.cross_norm, shape), w.q, masks[A_Q], shape)
+    kv = linear(source, w.kv, masks[A_KV], shape)
+    mixed = Attention.apply(q, kv, None, masks[CROSS_SOFTMAX], rows, source_rows, shape.heads, *shape.longest[::-1],
+                            False)
+    x = x + dropout(linear(mixed, w.cross_o, masks[A_CROSS_O], shape), masks[CROSS_ADDED])
     return feed_forward(x, w, masks, shape)
 
 
@@ -3321,8 +3327,9 @@ class FastT5:
                    **{name: group[n] for (stack, name), group in weights.items() if stack == i})
              for n, layer in enumerate(layers)] for i, layers in enumerate(stacks))
         self.biases = [bias_by_distance(layers[0][0].SelfAttention) for layers in stacks]
-        rates = torch.full((len(self.encoder) + len(self.decoder) + 1, SITES), config.dropout_rate, dtype=torch.float64)
-        rates[:, LORA_SITES] = lora.lora_dropout["default"].p if hasattr(lora.lora_dropout["default"], "p") else 0.0
+        layers = len(self.encoder) + len(self.decoder)
+        rates = torch.full((layers + 1, len(SITES)), config.dropout_rate, dtype=torch.float64)
+        rates[:, [A_QKV, A_O, A_Q, A_KV, A_CROSS_O]] = getattr(lora.lora_dropout["default"], "p", 0.0)
         rates[-1] = config.dropout_rate  # of embeddings and of what the stacks return
         self.thresholds = ((rates - 0.5) * 2**32).to(torch.int32).to(self.device)
         self.key = torch.zeros((), dtype=torch.int32, device=self.device)  # of this micro-batch's masks
@@ -3562,7 +3569,7 @@ class Generator:
         fast, n = self.fast, len(sources)
         batch = {name: tensor.to(fast.device) for name, tensor in pack(
             sources, [[0]] * n, n, fast.shape.longest, fast.start).items()}
-        x, no_masks = F.embedding(batch["source"], fast.table), [None] * SITES
+        x, no_masks = F.embedding(batch["source"], fast.table), [None] * len(SITES)
         for w in fast.encoder:
             x = encoder_block(x, batch["source_rows"], fast.biases[0], w, no_masks, fast.shape)
         x = rms_norm(x, fast.norms[0], fast.shape)

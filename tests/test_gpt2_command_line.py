@@ -1,5 +1,6 @@
 """gpt2_from_scratch.py as its user meets it: flags, bad input, run folders, sampling, export, plan, and the Hub."""
 
+import itertools
 import json
 import math
 import os
@@ -602,28 +603,24 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, words, expected):
 NOBODY = "http://127.0.0.1:9"  # listens there
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--init", "openai-community/gpt2", "--data", "text.txt"],
-        ["--data", "someone/stories"],
-        ["--tokenizer", "gpt2", "--data", "text.txt"],
-    ],
-)
-def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path, words):
+def test_an_unreachable_hub_is_one_line_that_names_the_offline_way(tmp_path):
     """One that never answers, one where nobody listens, and offline: all at once, as the first is waited for."""
     (tmp_path / "text.txt").write_text(TEXT)
-    python()  # before three threads ask for it
+    python()  # before many threads ask for it
+    commands = ["--init", "openai-community/gpt2", "--data", "text.txt"], ["--data", "someone/stories"], [
+        "--tokenizer", "gpt2", "--data", "text.txt"]  # fmt: skip
     with fake_hub.FakeHub(tmp_path, silent=True) as server, ThreadPoolExecutor() as pool:
         endpoints = {"silent": server.endpoint, "refused": NOBODY, "offline": NOBODY}
-        environments = [
-            fake_hub.environment(endpoint, tmp_path / kind, offline=kind == "offline")
-            for kind, endpoint in endpoints.items()
-        ]
-        run = lambda environment: process(*words, cwd=tmp_path, env=environment)
-        ended = list(pool.map(run, environments))
-    for kind, done in zip(endpoints, ended, strict=True):
-        assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, (kind, done.stderr)
+        cases = list(itertools.product(enumerate(commands), endpoints.items()))
+
+        def run(case):
+            (number, words), (kind, endpoint) = case
+            cache = tmp_path / f"{kind}-{number}"
+            return process(*words, cwd=tmp_path, env=fake_hub.environment(endpoint, cache, offline=kind == "offline"))
+
+        ended = list(pool.map(run, cases))
+    for case, done in zip(cases, ended, strict=True):
+        assert done.returncode == 2 and "FOLDER" in done.stderr and done.stderr.count("\n") == 1, (case, done.stderr)
 
 
 def test_a_reader_that_has_gone_is_no_error(trained):

@@ -1010,6 +1010,7 @@ def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[
     ]
     return scores, examples
 
+
 # ---------- 7. Files and checkpoints: whole or absent, whatever happens while they are written ------------------------
 
 SAVE_SECONDS = 600  # nothing of a training that is older is lost, whatever happens
@@ -1537,6 +1538,7 @@ def load_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{misfit}: {lines['size mismatch' in str(error) and len(lines) > 1][:200]}") from None
+
 
 # ---------- 9. Processes, signals and what is printed -----------------------------------------------------------------
 
@@ -3090,27 +3092,30 @@ class Weight(NamedTuple):
 
 
 @torch.library.custom_op("flan_t5::dequantized", mutates_args=())
-def dequantized(matrix: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, columns: int, is_backward: bool
+def dequantized(matrix: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, width: int, is_backward: bool
                 ) -> torch.Tensor:
     """[W | tail] of a quantised W, for a moment. As the compiler sees two different calls, it does not keep the first
     one's result for backward, which would cost the memory that INT8 and NF4 save."""
-    whole = tail.new_empty(len(tail), columns + tail.shape[1])
+    result = tail.new_empty(len(tail), width + tail.shape[1])
     if matrix.dtype == torch.int8:
-        torch.mul(matrix, scale[:, None], out=whole[:, :columns])
+        torch.mul(matrix, scale[:, None], out=result[:, :width])
     else:
-        whole[:, :columns] = torch.ops.bitsandbytes.dequantize_4bit(matrix, scale, 64, "nf4", [len(tail), columns],
+        result[:, :width] = torch.ops.bitsandbytes.dequantize_4bit(matrix, scale, 64, "nf4", [len(tail), width],
                                                                     tail.dtype)
-    whole[:, columns:] = tail
-    return whole
+    result[:, width:] = tail
+    return result
 
 
 @dequantized.register_fake
-def _(matrix: Any, scale: Any, tail: torch.Tensor, columns: int, is_backward: bool) -> torch.Tensor:
-    return tail.new_empty(tail.shape[0], columns + tail.shape[1])
+def _(matrix: Any, scale: Any, tail: torch.Tensor, width: int, is_backward: bool) -> torch.Tensor:
+    return tail.new_empty(tail.shape[0], width + tail.shape[1])
 
 
 class Linear(torch.autograd.Function):
-    """x [tokens, in] -> x W^T + s dropout(x) A^T B^T [tokens, out], with a mask of its own for each module's A."""
+    """x [tokens, in] -> x W^T + s dropout(x) A^T B^T [tokens, out], with a mask of its own for each module's A.
+
+    B's values are read from `matrix` or `tail`; `b` is given for its gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Any, matrix: Any, scale: Any, tail: Any, a: Any, b: Any, mask: Any, s: float
@@ -3279,7 +3284,7 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
 
 def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> "FastT5 | None":
     obstacle = fast_obstacle(model, settings, micro_steps)
-    if obstacle and model.device.type == "cuda":
+    if obstacle and (model.device.type == "cuda" or settings.fast):
         say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
     return None if obstacle else FastT5(model, settings)
 
@@ -3414,7 +3419,7 @@ class FastT5:
         return self.summed_loss(any_size(x), self.norms[1], self.head, any_size(batch["labels"]), masks[-1, 3],
                                 self.shape)
 
-    def backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward_backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Adds the gradients of scale x loss to `flat.grad`, and returns scale x loss. This is what a graph records."""
         self.refresh()
         sites = torch.arange(self.thresholds.numel(), dtype=torch.int32, device=self.device).view_as(self.thresholds)
@@ -3438,21 +3443,21 @@ class FastT5:
         return loss
 
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`backward`, from the second batch of a size on by a graph."""
+        """`forward_backward`, from the second batch of a size on by a graph. (On a CPU, in tests, never.)"""
         sizes = tuple(map(len, batch.values()))
         if not self.uses_graphs:
-            return self.backward(batch)
+            return self.forward_backward(batch)
         if sizes not in self.graphs:
             self.graphs[sizes] = None
             # On the stream that will be recorded: autograd's nodes of the leaves remember the one they were made on.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                loss = self.backward(batch)
+                loss = self.forward_backward(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
         if self.graphs[sizes] is None:
             static = {name: tensor.clone() for name, tensor in batch.items()}
-            self.graphs[sizes] = static, *self.record(lambda: self.backward(static))
+            self.graphs[sizes] = static, *self.record(lambda: self.forward_backward(static))
         static, graph, loss = self.graphs[sizes]
         for name, tensor in batch.items():
             static[name].copy_(tensor, non_blocking=True)
@@ -3584,7 +3589,7 @@ class Generator:
         torch.ge(self.row, n, out=self.done)
 
     def one_token(self, n: int) -> None:
-        """The next token of the first n rows."""
+        """The next token of the first n rows: `decoder_block` for one token, with earlier keys and values in caches."""
         fast, shape, rows = self.fast, self.fast.shape, self.queries[:n]
         place = self.cached[:n, 1].long()
         self.cached[:n, 1] += 1

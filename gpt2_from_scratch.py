@@ -2290,7 +2290,7 @@ class Run:
             "epochs": progress.step * trainer.sequences_per_step / trainer.order.per_epoch,
             "skipped_steps": int(trainer.guard.state[Guard.FIELDS.index("skipped")]),
             "training_seconds": progress.seconds,
-            "total_seconds": time.perf_counter() - self.started,  # of this process: all but the imports
+            "process_seconds": time.perf_counter() - self.started,  # of this process: all but the imports
             **(speed(trainer, steps, seconds) if seconds else {}),
             "peak_memory_gib": peak_memory(trainer.machine.device),
             "validation_loss": progress.validation_loss,
@@ -2608,10 +2608,12 @@ def plan(settings: Settings) -> int:
 
 
 def seconds_per_step(trainer: Trainer) -> float:
-    """By trying steps of one and of two micro-batches: they differ by a pass, and the rest comes once a step."""
-    machine, times = trainer.machine, {1: [], 2: []}
+    """By trying whole steps, if they are one pass or one graph; else steps of one and of two micro-batches: they differ
+    by a pass, and the rest comes once a step."""
+    machine, count, tried = trainer.machine, 6, 0
     passes = trainer.sequences_per_step // (machine.micro_batch_size * machine.world)
-    sizes, count, tried = ((1, 2) if passes > 1 else (1,)), 6, 0
+    sizes = (passes,) if passes == 1 or trainer.step_graph else (1, 2)
+    times = {size: [] for size in sizes}
     while tried < count:
         for size in sizes:
             batch = trainer.fetch_batch(0)[: size * machine.micro_batch_size]
@@ -2624,8 +2626,8 @@ def seconds_per_step(trainer: Trainer) -> float:
         if tried == 1:  # as many more as there is time for, and as many in every process
             possible = 1 + PLAN_SECONDS // sum(times[size][0] for size in sizes)
             count = int(agree(machine, min(count, possible), dist.ReduceOp.MIN))
-    once = min(times[1])
-    return once if passes == 1 else once + (passes - 1) * max(0.0, min(times[2]) - once)
+    fastest = min(times[sizes[0]])
+    return fastest if sizes == (passes,) else fastest + (passes - 1) * max(0.0, min(times[2]) - fastest)
 
 
 # ---------- 14. Helpers -----------------------------------------------------------------------------------------------

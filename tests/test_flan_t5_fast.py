@@ -260,12 +260,12 @@ def test_gradient_under_dropout_is_the_slope_of_the_loss(flan, plain):
     fast = flan.FastT5(model, settings)
     batch = fast.pack(as_rows(ROWS))
     fast.key.fill_(1234)
-    fast.backward(batch)
+    fast.forward_backward(batch)
     direction, losses = torch.randn_like(fast.flat) / fast.flat.numel() ** 0.5, []
     slope = float((fast.flat.grad * direction).sum())
     for step in (0.02, -0.02):
         fast.flat.data.add_(direction, alpha=step)
-        losses.append(float(fast.backward(batch)))
+        losses.append(float(fast.forward_backward(batch)))
         fast.flat.data.sub_(direction, alpha=step)
     assert (losses[0] - losses[1]) / 0.04 == pytest.approx(slope, rel=0.02)
 
@@ -276,7 +276,7 @@ def test_checkpointing_changes_no_gradient(flan, plain):
         model, settings = make_model(flan, 0.2)
         fast = flan.FastT5(model, dataclasses.replace(settings, **flags))
         fast.key.fill_(7)
-        fast.backward(fast.pack(as_rows(ROWS)))
+        fast.forward_backward(fast.pack(as_rows(ROWS)))
         found.append(fast.flat.grad)
     torch.testing.assert_close(*found)
 
@@ -299,7 +299,7 @@ def test_traced_by_the_compiler_the_gradients_stay(flan):
     for rows in (ROWS[:2], ROWS):  # another size, without compiling again for each
         fast.flat.grad.zero_()
         fast.scale.fill_(1)
-        fast.backward(fast.pack(as_rows(rows)))
+        fast.forward_backward(fast.pack(as_rows(rows)))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: part for p, part in zip(fast.adapter, fast.split(fast.flat.grad), strict=True)}
     assert_same_gradients(found, expected)
@@ -471,7 +471,7 @@ def test_blocks_are_compiled_as_a_whole_and_do_not_keep_masks(flan, monkeypatch)
         torch._dynamo.reset()
         setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager_decomp_partition", fullgraph=True))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fast.backward(fast.pack(as_rows(ROWS)))
+        fast.forward_backward(fast.pack(as_rows(ROWS)))
     assert len(kept) > 100 and not [tensor.shape for tensor in kept if tensor.dtype == torch.bool]
 
 
@@ -614,6 +614,12 @@ def test_why_it_does_not_apply(flan, flags, reason):
     settings = flan.parse_settings(list(flags))
     model = make_model(flan)[0]
     assert reason in flan.fast_obstacle(model, settings)
+
+
+def test_who_insists_is_told_why_not(flan, capsys):
+    for flags, is_told in (([], False), (["--fast"], True)):
+        assert flan.make_fast(make_model(flan)[0], flan.parse_settings(flags)) is None
+        assert ("it is made for CUDA GPUs" in capsys.readouterr().err) is is_told
 
 
 def test_a_short_training_is_not_compiled(flan, monkeypatch):

@@ -3043,10 +3043,10 @@ def hashed(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def dropped(x: torch.Tensor, mask: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Dropout by `mask`, one of `make_masks`, with the seed in its place 0 or 3."""
+def dropped(x: torch.Tensor, mask: torch.Tensor, seed_at: int = 0) -> torch.Tensor:
+    """Dropout by one of `make_masks`, by the seed that stands at 0 (for forward) or at 3 (for backward) in it."""
     places = torch.arange(math.prod(x.shape), dtype=torch.int32, device=x.device).view(x.shape)
-    return torch.where(hashed(places ^ mask[seed]) >= mask[1], x * mask[2].view(torch.float32), 0)
+    return torch.where(hashed(places ^ mask[seed_at]) >= mask[1], x * mask[2].view(torch.float32), 0)
 
 
 def make_masks(seeds: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:

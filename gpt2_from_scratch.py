@@ -2592,7 +2592,7 @@ def plan(settings: Settings) -> int:
     moments /= machine.world if settings.shard_optimizer else 1
     tokens = settings.max_steps * settings.batch_tokens
     say(f"compute: {flops_per_token(model.config) / 1e9:.4f} GFLOP per token, forward and backward")
-    twin = 4 * stored if trainer.twin is not model else 0  # its weights and gradients, 2 bytes each
+    twin = 2 * stored if trainer.twin is not model else 0  # its weights; each of its gradients goes at once
     say(f"memory: {(4 * (2 * stored + moments) + twin) / 2**30:.2f} GiB for weights, gradients and optimiser")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "

@@ -438,7 +438,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 Part = tuple[bool, str]  # does a document begin here? And text of it: a large file comes in many
 PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
-LINE_END, WORD_END = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)")
+LINE_END, WORD_OR_LINE_END = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)|\S\n(?=\S)")
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
@@ -486,13 +486,14 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 def pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a long text where a line ends between two visible characters, or, in a very long line, before a space between
     two: GPT-2's word pattern always cuts there too."""
-    text, start = "", 0
+    text, start, searched = "", 0, 0
     for more in texts:
         text, start = text[start:] + more, 0
         while match := (LINE_END.search(text, start + PIECE, start + 4 * PIECE)
-                        or (len(text) >= start + 4 * PIECE and WORD_END.search(text, start + PIECE))):
+                        or WORD_OR_LINE_END.search(text, max(start + 4 * PIECE, searched))):
             yield text[start : match.end()]
             start = match.end()
+        searched = max(0, len(text) - start - 2)
     yield text[start:]
 
 
@@ -1305,7 +1306,7 @@ VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at mo
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
-TOKEN_FILES = "3"  # version of what is in them: to be raised when the same text would give others
+TOKEN_FILES = "4"  # version of what is in them: to be raised when the same text would give others
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 

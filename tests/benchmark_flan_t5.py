@@ -223,7 +223,7 @@ def our_training(flan, settings, model, rows, precision, steps):
     if trainer.fast and trainer.fast.uses_graphs:  # the graphs of the third pass and nothing else: what Python costs
         synchronise(torch)
         begin_alone = time.perf_counter()
-        for size in sizes[-steps:]:
+        for size in sizes[len(sizes) * 2 // 3 :]:
             trainer.fast.graphs[size][1].replay()
         synchronise(torch)
         alone = steps * settings.batch_size / (time.perf_counter() - begin_alone)

@@ -117,6 +117,7 @@ def test_interrupted_in_an_evaluation(command, trained, train_until, tmp_path, e
     assert_same_end(run, trained.folder, 18)
 
 
+@pytest.mark.plots
 def test_ctrl_c_leaves_tables_plots_and_metrics(trained, train_until, tmp_path):
     run = train_until("step", 10, signal.SIGINT)
     found = metrics(run)

@@ -161,8 +161,24 @@ def test_a_line_that_never_ends_is_cut_between_words(tokenizer, monkeypatch):
     monkeypatch.setattr(gpt2, "PIECE", 10)
     text = document(0, 300).strip()
     pieces = list(gpt2.pieces([text[:70], text[70:75], text[75:]]))
-    assert "".join(pieces) == text and max(map(len, pieces[:-1])) < 30
+    assert "".join(pieces) == text and max(map(len, pieces[:-1])) < 60
     assert [n for piece in pieces for n in gpt2.encode(tokenizer, piece)] == gpt2.encode(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", ["é" * 90 + "\n\n" + "字" * 50, "x" * 200 + "\n" + "ab\ncd\n" * 30, "a\n" * 200])
+def test_text_in_parts_is_cut_where_the_whole_is(monkeypatch, text):
+    """And no place is looked at twice, but for the ends of parts: a text without any place is read in linear time."""
+    monkeypatch.setattr(gpt2, "PIECE", 10)
+    whole = list(gpt2.pieces([text]))
+    assert "".join(whole) == text and max(map(len, whole)) < 250
+    for size in (1, 7, 40):
+        assert list(gpt2.pieces(text[i : i + size] for i in range(0, len(text), size))) == whole
+    looked = []
+    real = gpt2.WORD_OR_LINE_END
+    monkeypatch.setattr(gpt2, "WORD_OR_LINE_END", type("", (), {"search": staticmethod(
+        lambda text, begin: looked.append(max(0, len(text) - begin)) or real.search(text, begin))}))  # fmt: skip
+    list(gpt2.pieces(text[i : i + 10] for i in range(0, len(text), 10)))
+    assert sum(looked) < 2 * len(text) + 3 * len(looked)
 
 
 def test_every_document_is_on_exactly_one_side_and_equal_ones_on_the_same(tmp_path):

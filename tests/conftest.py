@@ -56,7 +56,8 @@ def quick_plots(request, monkeypatch):
     test wait for it; elsewhere the file says that it was not drawn."""
     of_plots = request.module.__name__.endswith(("_screen", "_experiments", "_runs"))
     if not of_plots and not request.node.get_closest_marker("plots"):
-        write = lambda self, file, **_: (file if hasattr(file, "write") else open(file, "wb")).write(b"not drawn")
+        put = lambda file: file.write if hasattr(file, "write") else Path(file).write_bytes
+        write = lambda self, file, **_: put(file)(b"not drawn")
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
 
 

@@ -3261,7 +3261,7 @@ def pack(sources: list[Tokens], targets: list[Tokens], rows: int, longest: tuple
     return batch | {"target": target}
 
 
-FAST_PAYS = 6000  # layers x micro-steps: about 10 ms each in the usual step on an H100, while compiling takes 40 to 60 s
+FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each takes some 10 ms, and compiling 40 to 60 s
 
 
 def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
@@ -3705,7 +3705,8 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         norms, errors = (torch.stack([g.norm() for g in gradients]).cpu() for gradients in (
             expected, [a - b for a, b in zip(found, expected, strict=True)]))
         # Beside the matrices of its own kind: those of q and k are small, as attention is calmed.
-        typical = {kind: norms[[other == kind for other in fast.kinds]].square().mean().sqrt() for kind in set(fast.kinds)}
+        typical = {kind: norms[[other == kind for other in fast.kinds]].square().mean().sqrt()
+                   for kind in set(fast.kinds)}
         worst = float((errors / (norms + 0.1 * torch.stack([typical[kind] for kind in fast.kinds]))).max())
         loss_error = float((found_loss / loss.detach() - 1).abs())
         is_same = worst < (0.5 if trainer.settings.int8 else 0.3) and loss_error < 0.02

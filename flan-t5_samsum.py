@@ -640,16 +640,18 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     order is a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a
     resumed run sees the same batches, of which the Trainer skips those that its step says were taken.
 
-    An epoch is filled up to a multiple of `multiple_of` rows with the index len(lengths), an empty row: where the last
-    batch does not suffice for all processes, they would otherwise be given rows of the first batch once more.
+    Several processes take consecutive micro-batches at the same time and wait for the slowest: rows are dealt to them
+    so that these are of about the same length in all. An epoch is filled up with the index len(lengths), an empty row,
+    where the last batch does not suffice for all: they would otherwise be given rows of the first batch once more.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, multiple_of: int = 1):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.multiple_of = multiple_of
+        self.micro_batch_size, self.processes = micro_batch_size, processes
 
     def __len__(self) -> int:
-        return len(self.lengths) + -len(self.lengths) % self.multiple_of
+        together = self.micro_batch_size * self.processes if self.processes > 1 else 1
+        return len(self.lengths) + -len(self.lengths) % together
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.epoch = int(state.epoch or 0)  # the Trainer's own message is lost when several processes resume in one
@@ -671,20 +673,26 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
         if epoch == 0 and batches:  # too little memory shows at once: most of it is for sources
             batches[0], batches[longest] = batches[longest], batches[0]
         empty = [len(self.lengths)] * (len(self) - len(self.lengths))
-        return [i for batch in batches + last for i in batch] + empty
+        return [i for batch in batches for i in self.deal(batch)] + [i for batch in last for i in batch] + empty
+
+    def deal(self, rows: list[int]) -> list[int]:
+        """A batch sorted by length, to and fro: to two processes the rows 0 3 4 7 ... and 1 2 5 6 ..."""
+        hands = np.reshape(rows, (-1, self.micro_batch_size, self.processes))
+        hands[:, 1::2] = hands[:, 1::2, ::-1].copy()
+        return hands.transpose(0, 2, 1).flatten().tolist()
 
 
 class Collator(DataCollatorForSeq2Seq):
     """Pads a batch, labels with -100, and counts its real tokens (source and target) on the host."""
 
     # `pack` adds the same rows without padding, for the fast path; once that is proven, they alone are needed.
-    tokens, pack, is_padding = 0, None, True
+    pack, is_padding = None, True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-        self.tokens += sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
+        tokens = sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
         packed = self.pack and self.pack(rows)
-        batch = super().__call__(rows) if self.is_padding else {"labels": packed["labels"]}
+        batch = {"tokens": tokens, **(super().__call__(rows) if self.is_padding else {"labels": packed["labels"]})}
         # As a dict: a BatchEncoding brings only its own tensors to the GPU, not those inside of "packed".
         return {**batch, "packed": packed} if packed else batch
 
@@ -734,8 +742,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
         micro_steps = steps * self.settings.batch_size // (self.settings.micro_batch_size * processes)
         self.fast = make_fast(model, self.settings, micro_steps)  # section 14
         self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, self.fast, run.stop)
-        together = self.settings.micro_batch_size * processes if processes > 1 else 1
-        self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed, together)
+        self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed,
+                                            self.settings.micro_batch_size, processes)
         rows = data["train"].select_columns(["input_ids", "labels"])
         if len(self.sampler) > len(rows):
             empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
@@ -774,6 +782,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
                       ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, on the device."""
         step, packed = self.state.global_step, inputs.pop("packed", None)
+        self.tokens += inputs.pop("tokens")
         if step >= self.state.max_steps:
             raise NoStepLeft  # resumed after the last step; the Trainer would ask only behind one more
         is_first = not self.recent or self.recent[-1][0] != step  # micro-batch of a step
@@ -824,11 +833,11 @@ class SummarizationTrainer(Seq2SeqTrainer):
         steps = [(step, loss, float(norm)) for (step, _, norm), loss in zip(self.recent, losses, strict=True)]
         self.recent.clear()
         good = [(loss, norm) for _, loss, norm in steps if math.isfinite(loss + norm)]
-        seconds, tokens = time.perf_counter() - self.since, self.data_collator.tokens - self.tokens_since
+        seconds = time.perf_counter() - self.since
         logs |= {
             "seconds": round(seconds, 3), "skipped_steps": len(steps) - len(good),
             "samples_per_second": round(len(steps) * self.settings.batch_size / seconds, 2),
-            "tokens_per_second": round(tokens * self.args.world_size / seconds, 1),
+            "tokens_per_second": round(self.tokens * self.args.world_size / seconds, 1),
             "peak_memory_gib": peak_memory_gib(self.args.device),
         }
         del logs["loss"]
@@ -845,7 +854,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
     def restart_clock(self) -> None:
         """So that speed and memory in the log are those of training alone, without evaluations and checkpoints."""
-        self.since, self.tokens_since = time.perf_counter(), self.data_collator.tokens
+        self.since, self.tokens = time.perf_counter(), 0  # real tokens of this process
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 

@@ -2190,7 +2190,7 @@ class Run:
         """Step after step. The values of a step are read one step later, so that the device never waits for Python."""
         trainer, progress, settings = self.trainer, self.progress, self.settings
         batch, waiting, stop = trainer.fetch_batch(progress.step), None, False
-        self.clock = time.perf_counter()
+        self.clock = mark_time(trainer.machine.device)
         while progress.step < settings.max_steps and not stop:
             values = training_step(trainer, progress.step, batch, request.number is not None)
             progress.step += 1
@@ -2206,7 +2206,7 @@ class Run:
                     self.validate(is_saved=True)
                     stop = stop or (trainer.machine.world == 1 and request.number is not None)
                 self.save()
-                self.clock = time.perf_counter()
+                self.clock = mark_time(trainer.machine.device)
 
     def save(self) -> None:
         """A checkpoint, and metrics.json. UserError when there is no room for them."""
@@ -2228,8 +2228,8 @@ class Run:
 
         Raises UserError when the run is diverging.
         """
-        (values, done), settings = finish_reading(reading), self.settings
-        self.progress.seconds, self.clock = self.progress.seconds + done - self.clock, done
+        values, done, settings = finish_reading(reading), reading[1], self.settings
+        self.progress.seconds, self.clock = self.progress.seconds + seconds_between(self.clock, done), done
         rate = learning_rate(step - 1, settings)
         line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": rate}
         if self.trainer.loss_scale.enabled:
@@ -2342,23 +2342,37 @@ class Run:
             say(f"Stopped after {steps}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
-def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, object]:
-    """Send the values of a step on their way to the CPU, without waiting for them."""
-    if values.device.type != "cuda":  # on the CPU the step is over already
-        return values, time.perf_counter() if values.device.type == "cpu" else None
+Moment = float | torch.cuda.Event
+
+
+def mark_time(device: torch.device) -> Moment:
+    """When the device is done with all that it was asked for: on a GPU, Python may be far ahead of it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    moment = torch.cuda.Event(enable_timing=True)
+    moment.record()
+    return moment
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
+def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, Moment]:
+    """Send the values of a step on their way to the CPU, without waiting for them; with the moment of their arrival."""
+    if values.device.type != "cuda":
+        values = values.cpu()
+        return values, mark_time(values.device)
     host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-    arrival = torch.cuda.Event()
-    arrival.record()
-    return host, arrival
+    return host, mark_time(values.device)
 
 
-def finish_reading(reading: tuple[torch.Tensor, object]) -> tuple[dict[str, float], float]:
-    """Wait for what start_reading() sent: the values by name, and the time at which the step was over."""
+def finish_reading(reading: tuple[torch.Tensor, Moment]) -> dict[str, float]:
+    """Wait for what start_reading() sent: the values by name."""
     values, arrival = reading
     if isinstance(arrival, torch.cuda.Event):
         arrival.synchronize()
-    values = dict(zip(STATS + Guard.FIELDS, values.tolist(), strict=True))
-    return values, arrival if isinstance(arrival, float) else time.perf_counter()
+    return dict(zip(STATS + Guard.FIELDS, values.tolist(), strict=True))
 
 
 def finite(value: Any) -> Any:

@@ -597,18 +597,21 @@ def test_a_damaged_checkpoint_is_passed_over(command, text, uninterrupted, capsy
 
 
 def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_path, text, monkeypatch):
-    """A clock that only the device moves: a step takes a second, and is queued; evaluating takes a hundred."""
+    """A clock that only the device moves: a step takes a second, and is queued; evaluating takes a hundred. The queue
+    is short: before an evaluation Python comes back from it when the step is nearly over."""
     trainer = make_trainer(tmp_path, text, max_steps=14, eval_every=4)
     clock, ready = [0.0], [0.0]
     train, finish, evaluate = gpt2.training_step, gpt2.finish_reading, gpt2.evaluate
 
     def queue(*arguments):
         ready.append(max(ready[-1], clock[0]) + 1)
+        if len(ready) % 4 == 1:
+            clock[0] = ready[-1] - 0.1
         return train(*arguments)
 
     def wait(reading):
         clock[0] = max(clock[0], reading[1])
-        return finish((reading[0], None))
+        return finish(reading)
 
     def wait_and_evaluate(trainer):
         clock[0] = max(clock[0], ready[-1]) + 100
@@ -624,6 +627,8 @@ def test_training_seconds_are_those_of_a_device_that_works_behind_python(tmp_pat
     results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
     assert results["process_seconds"] == 14 + 5 * 100  # and five evaluations
     assert results["training_seconds"] == 14 and results["tokens_per_second"] == 256
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {line["tokens_per_second"] for line in lines if "tokens_per_second" in line} == {256}
 
 
 def test_speed_in_the_log_is_that_of_the_steps_since_the_last_line(tmp_path, text, monkeypatch):

@@ -53,9 +53,7 @@ def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quant
     transformers but for rounding; no matrix loses its gradient. Other rows of the same size then have their own."""
     model, settings = make_model(flan, 0.0, quantization, model_folder, **gpu)
     fast = flan.FastT5(model, settings)
-    loss, expected = expected_gradients(flan, fast, ROWS)
     other = [(source[::-1], target[::-1]) for source, target in ROWS]
-    other_loss, other_expected = expected_gradients(flan, fast, other)
 
     def run(rows):
         fast.flat.grad.zero_()
@@ -63,13 +61,14 @@ def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quant
         found_loss = fast.run(batch).clone()
         return found_loss, fast.flat.grad.clone()
 
-    runs = [run(ROWS) for _ in range(3)]
-    assert [value is not None for value in fast.graphs.values()] == [True]
-    for found_loss, found in runs[1:]:
-        assert torch.equal(found_loss, runs[0][0]) and torch.equal(found, runs[0][1])
-    tolerance = 0.3 if quantization == "int8" else 0.15
-    cases = (runs[2], loss, expected), (run(other), other_loss, other_expected)
-    for (found_loss, found), wanted_loss, wanted in cases:
+    with flan.calmed(fast):  # as it is, rounding to bf16 alone changes single gradients by 15%
+        runs = [run(ROWS) for _ in range(3)]
+        assert [value is not None for value in fast.graphs.values()] == [True]
+        for found_loss, found in runs[1:]:
+            assert torch.equal(found_loss, runs[0][0]) and torch.equal(found, runs[0][1])
+        tolerance = 0.3 if quantization == "int8" else 0.15
+        cases = (runs[2], expected_gradients(flan, fast, ROWS)), (run(other), expected_gradients(flan, fast, other))
+    for (found_loss, found), (wanted_loss, wanted) in cases:
         assert float(found_loss) == pytest.approx(float(wanted_loss), rel=0.02)
         for part, gradient in zip(fast.split(found), wanted, strict=True):
             assert (part - gradient).norm() < tolerance * gradient.norm()

@@ -133,6 +133,20 @@ def test_a_step_in_a_graph_is_the_step(text, tmp_path, words):
         assert torch.equal(p, q), name
 
 
+def test_a_step_takes_the_time_of_the_device_however_late_python_looks():
+    """As where the queue of kernels is full, and Python comes back from the next step only when that is nearly over."""
+    device = torch.device("cuda")
+    values = torch.zeros(len(gpt2.STATS) + len(gpt2.Guard.FIELDS), device=device)
+    torch.cuda._sleep(10**7)  # the first call takes longer
+    torch.cuda.synchronize()
+    start = gpt2.mark_time(device)
+    torch.cuda._sleep(10**8)  # cycles: at most 0.1 s
+    reading = gpt2.start_reading(values)
+    time.sleep(0.5)
+    gpt2.finish_reading(reading)
+    assert 0.02 < gpt2.seconds_between(start, reading[1]) < 0.2
+
+
 @pytest.mark.parametrize("size", [50257, 257])
 def test_the_fused_loss_is_cross_entropy(size):
     torch.manual_seed(0)

@@ -2437,7 +2437,7 @@ def weight_bytes(model: torch.nn.Module, precision: str) -> int:
 
 def activation_bytes(config: transformers.T5Config, rank: int, batch: int, source: int, target: int,
                      checkpointing: bool = False) -> int:
-    """Bytes that forward keeps for backward, of a LoRA training on q, k, v, o in bf16 autocast, and the loss's own.
+    """Bytes that forward keeps for backward in the usual step of LoRA on q, k, v, o in bf16, and the loss's own.
 
     `batch` rows of `source` and `target` tokens, as padded. Counted from the operations of transformers' T5 with SDPA
     and of PEFT: a frozen layer keeps nothing but what its adapter needs, GELU's pow runs in fp32 and makes its
@@ -2464,63 +2464,120 @@ def activation_bytes(config: transformers.T5Config, rank: int, batch: int, sourc
     return config.num_layers * encoder_layer + config.num_decoder_layers * decoder_layer + loss
 
 
+def fast_activation_bytes(config: transformers.T5Config, rank: int, source: int, target: int,
+                          checkpointing: bool = False) -> int:
+    """The same of the fast step (section 14), for so many tokens in all: what its functions keep, once compiled.
+
+    A block keeps what goes into its products and its attention, in bf16; norms, GELU and dropout are computed again.
+    """
+    width, inner, heads = config.d_model, config.num_heads * config.d_kv, config.num_heads
+    feed_forward = 2 * (width + 2 * config.d_ff) + 4  # its input, both halves of `wi`, the root of the norm
+    attention = 2 * (2 * inner + width) + 4 * heads + 4  # queries, what comes out, input; log-sum-exp, norm
+    in_layer = source * (attention + 2 * 2 * inner + 4 * 2 * rank + feed_forward)
+    in_decoder_layer = target * (2 * attention + 2 * 2 * inner + 6 * 2 * rank + feed_forward)
+    in_decoder_layer += source * 2 * (2 * inner + 2 * rank)  # keys and values of the encoder's output
+    loss = target * config.vocab_size * (2 + 2 + 4)  # logits, their gradient, and softmax
+    outputs = 2 * width * (2 * source + target)
+    if checkpointing:
+        inputs = 2 * width * (config.num_layers * source + config.num_decoder_layers * target)
+        return inputs + outputs + max(loss, in_layer, in_decoder_layer)
+    return config.num_layers * in_layer + config.num_decoder_layers * in_decoder_layer + outputs + loss
+
+
+def fast_extra_bytes(config: transformers.T5Config, rank: int, precision: str) -> int:
+    """What else the fast step needs: LoRA's columns beside the frozen matrices, and working memory.
+
+    The second is a tenth of a GiB by measurement (seven configurations on an H200 are then met within 2%), and for a
+    moment the largest matrix as it is dequantised, of NF4 twice: as bitsandbytes returns it, and with LoRA's columns.
+    """
+    inner, width = config.num_heads * config.d_kv, config.d_model
+    columns = lambda modules: 64 * math.ceil(modules * rank / 64)
+    self_attention = 3 * inner * columns(3) + width * columns(1)
+    cross_attention = (inner + width) * columns(1) + 2 * inner * columns(2)
+    layers = config.num_layers * self_attention + config.num_decoder_layers * (self_attention + cross_attention)
+    largest = 2 * config.d_ff * width
+    return 2 * layers + GIB // 10 + 2 * largest * {"int8": 1, "int4": 2}.get(precision, 0)
+
+
 def plan(settings: Settings) -> int:
     """Prints what a run would need, from the geometry of the model and the lengths of the data; trains nothing."""
     config = geometry(settings)
     model = without_weights(config)
     weights = {name: weight_bytes(model, name) for name in PRECISION_NAMES}
-    total = model.num_parameters()
-    trained = total if settings.full else add_lora(model, settings).get_nb_trainable_parameters()[0]
+    total = trained = model.num_parameters()
+    if not settings.full:
+        model = add_lora(model, settings)
+        trained = model.get_nb_trainable_parameters()[0]
     say(f"{base_name(settings)}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say_list("weights:", [f"{PRECISION_NAMES[name]} {size / GIB:.2f} GiB" for name, size in weights.items()])
-    source, target = plan_data(settings)
+    sources, targets, steps = plan_data(settings)
     if settings.full or set(settings.lora_targets) != {"q", "k", "v", "o"}:
         say("peak memory is predicted for LoRA on q k v o only")
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        rows = plan_memory(settings, config, weights, trained, source, target)
-        say(f"longest batch: {settings.micro_batch_size} rows of {source} + {target} tokens", "",
-            "predicted peak memory in GiB:",
+        obstacle = torch.cuda.is_available() and machine_obstacle(*get_device())  # without a GPU, of another machine
+        is_fast = not (obstacle or fast_obstacle(model, settings, steps))
+        rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
+        source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
+        say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
+            "predicted peak memory in GiB" + (" with the compiled step (the usual one: --no-fast):" if is_fast else ":"),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
                    for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
     return 0
 
 
-def plan_data(settings: Settings) -> tuple[int, int]:
-    """Prints steps, tokens and truncated rows; returns the padded length of the longest source and target."""
+def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
+    """Prints steps, tokens and truncated rows; returns the lengths of sources and of targets, the longest first, and
+    the number of micro-batches of one process, if known."""
     try:
         folder = find_model(settings.model, settings.cache_dir, weights=False)
         train = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)["train"]
     except UserError as error:
         say(f"data: not counted, so the longest rows allowed are assumed: {error}")
-        return settings.max_source_length, settings.max_target_length
-    sources, targets = ([len(tokens) for tokens in train[column]] for column in ("input_ids", "labels"))
+        size = settings.micro_batch_size
+        return [settings.max_source_length] * size, [settings.max_target_length] * size, None
+    sources, targets = (sorted(map(len, train[column]), reverse=True) for column in ("input_ids", "labels"))
     tokens, steps = sum(sources) + sum(targets), number_of_steps(settings, len(train))
     epochs = steps * settings.batch_size / len(train)
     say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
         f"truncated to {settings.max_source_length} tokens",
         f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
-    return 64 * math.ceil(max(sources) / 64), 64 * math.ceil(max(targets) / 64)
+    return sources, targets, steps * settings.batch_size // settings.micro_batch_size
 
 
-def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trained: int, source: int,
-                target: int) -> list[tuple[int, bool, dict[str, float]]]:
+def longest_batch(sources: list[int], targets: list[int], rows: int, is_fast: bool) -> tuple[int, int]:
+    """Tokens of a micro-batch of the longest sources and targets: packed, or each padded to a multiple of 64."""
+    return tuple(size_class(sum(lengths[:rows])) if is_fast else rows * 64 * math.ceil(lengths[0] / 64)
+                 for lengths in (sources, targets))
+
+
+def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trained: int,
+                sources: list[int], targets: list[int], is_fast: bool) -> list[tuple[int, bool, dict[str, float]]]:
     """[(micro-batch, checkpointing, {precision: peak in GiB})], the fastest first.
 
-    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
+    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32; in the fast step 2 more, as
+    it is there in bf16 too.
     """
     no_bf16 = torch.cuda.is_available() and get_device()[1] == torch.float32
     sizes = [settings.micro_batch_size]
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
     rows = []
-    for checkpointing in (False, True):
-        for size in sizes:
-            activations = activation_bytes(config, settings.lora_r, size, source, target, checkpointing)
-            rows.append((size, checkpointing, {name: (weights[name] + 16 * trained + activations) / GIB
-                                               for name in ("fp32" if no_bf16 else "bf16", "int8", "int4")}))
+    for checkpointing, size in itertools.product((False, True), sizes):
+        source, target = longest_batch(sources, targets, size, is_fast)
+        activations = (fast_activation_bytes(config, settings.lora_r, source, target, checkpointing) if is_fast else
+                       activation_bytes(config, settings.lora_r, size, source // size, target // size, checkpointing))
+        peaks = {}
+        for name in ("fp32" if no_bf16 else "bf16", "int8", "int4"):
+            extra = fast_extra_bytes(config, settings.lora_r, name) if is_fast else 0
+            peak = weights[name] + (18 if is_fast else 16) * trained + activations + extra
+            if is_fast and name == "bf16":  # while q, k and v of all layers become one tensor, they are there twice
+                in_self_attention = 2 * 3 * config.d_model * config.num_heads * config.d_kv
+                peak = max(peak, weights[name] + 8 * trained + config.num_layers * in_self_attention)
+            peaks[name] = peak / GIB
+        rows.append((size, checkpointing, peaks))
     return rows
 
 
@@ -3281,8 +3338,6 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
     adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
     attentions = config.num_layers + 2 * config.num_decoder_layers
     reasons = {
-        "it is made for CUDA GPUs with bf16": model.device.type != "cuda" or model.dtype != torch.bfloat16,
-        "Triton is not installed": triton is None,
         "it is made for LoRA on q, k, v and o": lora is None or sorted(adapted) != sorted("qkvo" * attentions)
             or lora.use_dora or lora.bias != "none" or bool(lora.rank_pattern or lora.alpha_pattern),
         "the weights are sharded": is_sharded(),
@@ -3294,8 +3349,15 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why it does not run here, or None."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return "it is made for CUDA GPUs with bf16"
+    return "Triton is not installed" if triton is None else None
+
+
 def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> "FastT5 | None":
-    obstacle = fast_obstacle(model, settings, micro_steps)
+    obstacle = fast_obstacle(model, settings, micro_steps) or machine_obstacle(model.device, model.dtype)
     if obstacle and (model.device.type == "cuda" or settings.fast):
         say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
     return None if obstacle else FastT5(model, settings)
@@ -3389,8 +3451,11 @@ class FastT5:
         count, out, width = len(bases[0]), bases[0][0].out_features, bases[0][0].in_features
         rank = len(layers[0][0].lora_A["default"].weight) if hasattr(layers[0][0], "lora_A") else 0
         is_plain = bases[0][0].weight.is_floating_point()
-        tails = torch.zeros(len(layers), count * out, is_plain * width + -(-count * rank // 64) * 64, dtype=self.dtype,
-                            device=self.device)
+        new = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
+        size = count * out, is_plain * width + -(-count * rank // 64) * 64
+        # With an adapter those of all layers are one tensor, so that one operation brings B there. The others are made
+        # one by one, and what they were made of is free again.
+        tails = new(len(layers), *size) if rank else (new(size) for _ in layers)
         weights = []
         for tail, modules in zip(tails, bases, strict=True):
             if is_plain:
@@ -3543,7 +3608,8 @@ def bias_by_distance(attention: torch.nn.Module) -> torch.Tensor:
 
 
 def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' matrices of several modules below one another, and their scales; each module keeps a view."""
+    """bitsandbytes' matrices of several modules below one another, and their scales; each module keeps a view (of
+    INT8's scales a copy: there are few)."""
     weights = [module.weight for module in modules]
     merged = torch.cat([weight.data for weight in weights])
     for module, part in zip(modules, merged.chunk(len(modules)), strict=True):
@@ -3554,7 +3620,10 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
     if merged.dtype == torch.int8:
         scales = [m.weight.SCB if getattr(m.weight, "SCB", None) is not None else m.state.SCB for m in modules]
         return merged, torch.cat([scale.flatten() for scale in scales]).float() / 127
-    return merged, torch.cat([weight.quant_state.absmax for weight in weights])
+    scales = torch.cat([weight.quant_state.absmax for weight in weights])
+    for weight, part in zip(weights, scales.chunk(len(weights)), strict=True):
+        weight.quant_state.absmax = part
+    return merged, scales
 
 
 class Generator:

@@ -319,6 +319,13 @@ def test_quantised_weights_give_the_gradients_of_their_values(flan, plain, model
             module.weight.data = flan.bitsandbytes.functional.dequantize_4bit(of.weight.data, of.weight.quant_state)
     loss, expected = expected_gradients(plain_model, ROWS)
     before = summed_loss(quantised, ROWS).detach()
+    fast = flan.FastT5(quantised, settings)
+    if quantization == "int4":  # an eighth of the weights' memory, which is not to be there twice
+        scales = {w.scale.untyped_storage().data_ptr() for layer in (*fast.encoder, *fast.decoder) for w in layer
+                  if isinstance(w, flan.Weight) and w.scale is not None}
+        own = {p.quant_state.absmax.untyped_storage().data_ptr() for p in quantised.parameters() if hasattr(
+            p, "quant_state")}
+        assert own and own <= scales
     found_loss, found = gradients(flan, quantised, settings, ROWS)
     torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-3)
     assert_same_gradients(found, expected, 1e-3)
@@ -475,6 +482,41 @@ def test_blocks_are_compiled_as_a_whole_and_do_not_keep_masks(flan, monkeypatch)
     assert len(kept) > 100 and not [tensor.shape for tensor in kept if tensor.dtype == torch.bool]
 
 
+@pytest.mark.parametrize("geometry", [(128, 4, 32, 320, 3, 2), (96, 3, 32, 224, 2, 4)])
+@pytest.mark.parametrize(("rows", "source", "target"), [(4, 64, 16), (8, 24, 40)])
+def test_the_plan_counts_what_the_compiler_keeps(flan, monkeypatch, geometry, rows, source, target):
+    """Every tensor that forward hands to autograd, but for the weights, in bytes."""
+    width, heads, d_kv, d_ff, layers, decoder_layers = geometry
+    config = flan.transformers.T5Config(
+        vocab_size=512, d_model=width, num_heads=heads, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
+        num_decoder_layers=decoder_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        decoder_start_token_id=0)
+    settings = flan.parse_settings(["--batch-size", str(rows)])
+    model = flan.add_lora(flan.transformers.T5ForConditionalGeneration(config).to(torch.bfloat16), settings)
+    monkeypatch.setattr(flan, "launch", lambda *_: None)
+    fast, kept = flan.FastT5(model, settings), {}
+    for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
+        torch._dynamo.reset()
+        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager_decomp_partition", fullgraph=True))
+    batch = fast.pack([{"input_ids": [5] * source, "labels": [6] * target}] * rows)
+    matrices = [t for layer in (*fast.encoder, *fast.decoder) for w in layer if isinstance(w, flan.Weight) for t in w]
+    weights = {t.untyped_storage().data_ptr() for t in [*matrices, *model.parameters(), fast.working] if t is not None}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+        return tensor
+
+    masks = flan.make_masks(fast.thresholds, fast.thresholds)
+    fast.refresh()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        fast.loss(batch, masks)
+    predicted = flan.fast_activation_bytes(config, 16, len(batch["source"]), len(batch["target"]))
+    predicted -= 6 * 512 * len(batch["target"])  # of the loss only the logits are kept; the rest is backward's
+    assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
+
+
 # ---------- A training ------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +526,7 @@ FLAGS = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-
 @pytest.fixture
 def on_the_cpu(flan, plain, monkeypatch):
     """The fast path without a GPU."""
+    monkeypatch.setattr(flan, "machine_obstacle", lambda *_: None)
     monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings, *_: "off" if settings.fast is False else None)
 
 
@@ -613,12 +656,22 @@ def test_a_step_that_is_wrong_is_not_used(flan, command, data, model_folder, tmp
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
-    (("--no-fast",), "--no-fast"), ((), "CUDA"), (("--lora-targets", "q", "v"), "CUDA"), (("--full",), "CUDA"),
+    (("--no-fast",), "--no-fast"), (("--lora-targets", "q", "v"), "q, k, v and o"), (("--full",), "q, k, v and o"),
 ])
 def test_why_it_does_not_apply(flan, flags, reason):
-    settings = flan.parse_settings(list(flags))
-    model = make_model(flan)[0]
+    settings = flan.parse_settings([*flags, "--model", "base"])
+    model = flan.without_weights(flan.geometry(settings))
+    model = model if settings.full else flan.add_lora(model, settings)
     assert reason in flan.fast_obstacle(model, settings)
+
+
+def test_where_it_does_not_run(flan, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(flan, "triton", "here")
+    assert "CUDA" in flan.machine_obstacle(cpu, torch.bfloat16) and "bf16" in flan.machine_obstacle(gpu, torch.float32)
+    assert flan.machine_obstacle(gpu, torch.bfloat16) is None
+    monkeypatch.setattr(flan, "triton", None)
+    assert "Triton" in flan.machine_obstacle(gpu, torch.bfloat16)
 
 
 def test_who_insists_is_told_why_not(flan, capsys):
@@ -627,17 +680,14 @@ def test_who_insists_is_told_why_not(flan, capsys):
         assert ("it is made for CUDA GPUs" in capsys.readouterr().err) is is_told
 
 
-def test_a_short_training_is_not_compiled(flan, monkeypatch):
+def test_a_short_training_is_not_compiled(flan):
     """A usual step takes about 10 ms for each layer, compiling 40 s or more."""
     model = make_model(flan)[0]  # of six layers
-    on_a_gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "config": model.config,
-                "peft_config": model.peft_config, "named_modules": model.named_modules}
-    monkeypatch.setattr(flan, "triton", "here")
     cases = ([], 999, True), ([], 1000, False), (["--fast"], 9, False), ([], None, False)
     for flags, micro_steps, is_refused in cases:
-        obstacle = flan.fast_obstacle(types.SimpleNamespace(**on_a_gpu), flan.parse_settings(flags), micro_steps)
+        obstacle = flan.fast_obstacle(model, flan.parse_settings(flags), micro_steps)
         assert ("so short" in (obstacle or "")) is is_refused, (flags, micro_steps, obstacle)
     for name, module in list(model.named_modules()):  # an adapter on the decoder alone
         if name.endswith("SelfAttention") and "encoder" in name:
             module.q = module.q.base_layer
-    assert "q, k, v and o" in flan.fast_obstacle(types.SimpleNamespace(**on_a_gpu), flan.parse_settings([]))
+    assert "q, k, v and o" in flan.fast_obstacle(model, flan.parse_settings([]))

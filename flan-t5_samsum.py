@@ -2521,7 +2521,7 @@ def plan(settings: Settings) -> int:
         rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
-            "predicted peak memory in GiB" + (" with the compiled step (the usual one: --no-fast):" if is_fast else ":"),
+            "predicted peak memory in GiB" + " with the compiled step (the usual one: --no-fast)" * is_fast + ":",
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
                    for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))

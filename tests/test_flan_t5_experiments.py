@@ -210,7 +210,9 @@ def test_a_trained_number_costs_16_bytes(flan):
     ("xl", "bf16", False, 18432, 2816, 31.94), ("xl", "int8", False, 1408, 256, 5.859),
     ("xl", "int4", False, 1408, 256, 5.106 - 0.129), ("xxl", "int8", True, 320, 128, 13.70),
     ("xxl", "int4", True, 320, 128, 10.79 - 0.516)])
-def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(flan, size, precision, checkpointing, source, target, measured):
+def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
+    flan, size, precision, checkpointing, source, target, measured
+):
     flags = [] if precision == "bf16" else [f"--{precision}"]
     settings = flan.parse_settings(["--model", size, "--batch-size", "1", *flags])
     config = flan.geometry(settings)

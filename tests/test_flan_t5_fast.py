@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import types
 
 import pytest
 from accelerate.utils import send_to_device

@@ -1,71 +1,134 @@
 """Recipes for GPT-2 124M against each other: same data, same validation text, same seconds. Not collected by pytest.
 
-    python tests/benchmark_recipes.py                          # eight minutes on one H100
-    python tests/benchmark_recipes.py --seconds 300 --only nanogpt muon --seeds 42 43 44
-    python tests/benchmark_recipes.py --tiny --seconds 2       # to try the benchmark itself
+    python tests/benchmark_recipes.py --only nanogpt adamw muon            # three minutes of training on one GPU
+    python tests/benchmark_recipes.py --gpus 4 --only sweep                # rates, decay and warm-up: 60 s each
+    python tests/benchmark_recipes.py --gpus 4 --only nanogpt:600 muon:300 --seeds 42 43 44     # twice as fast?
+    python tests/benchmark_recipes.py --tiny --seconds 2                   # to try the benchmark itself
 
-Each recipe is a command line of gpt2_from_scratch.py. A few steps of it are timed first, in a run of their own that
-also fills the caches; then it trains for as many steps as fill the seconds, so that its schedule ends when they do. The
-data is all Python source that this Python has installed (about 100 million tokens where PyTorch is).
+Each recipe is a command line of gpt2_from_scratch.py. How many steps fill its seconds is found out with a few steps of
+its optimiser, in a run of its own that also fills the caches, so that its schedule ends when the seconds do. The data
+is all Python source that this Python has installed (about 100 million tokens where PyTorch is). With --gpus each run
+has a GPU of its own.
 """
 
 import argparse
 import json
+import os
+import queue
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "gpt2_from_scratch.py"
+ADAMW, MUON = "--optimizer adamw --schedule linear", "--optimizer muon --schedule linear"
 RECIPES = {
     "nanogpt": "--optimizer adamw --lr 6e-4 --schedule cosine",
-    "adamw": "--optimizer adamw --lr 1.8e-3 --schedule linear",
-    "muon": "--optimizer muon --lr 3e-3 --muon-lr 1e-2 --schedule linear",
-    "muon-wsd": "--optimizer muon --lr 3e-3 --muon-lr 1e-2 --schedule wsd",
-    "muon-low": "--optimizer muon --lr 3e-3 --muon-lr 5e-3 --schedule linear",
-    "muon-high": "--optimizer muon --lr 3e-3 --muon-lr 2e-2 --schedule linear",
+    "adamw": f"{ADAMW} --lr 1.8e-3",
+    "muon": f"{MUON} --lr 3e-3 --muon-lr 1e-2",
+    "adamw-9": f"{ADAMW} --lr 9e-4",
+    "adamw-12": f"{ADAMW} --lr 1.2e-3",
+    "adamw-27": f"{ADAMW} --lr 2.7e-3",
+    "adamw-cosine": "--optimizer adamw --schedule cosine --lr 1.8e-3",
+    "adamw-wsd": "--optimizer adamw --schedule wsd --lr 1.8e-3",
+    "adamw-decay": f"{ADAMW} --lr 1.8e-3 --weight-decay 0.3",
+    "adamw-warmup": f"{ADAMW} --lr 1.8e-3 --warmup-steps 60",
+    "muon-5": f"{MUON} --lr 3e-3 --muon-lr 5e-3",
+    "muon-20": f"{MUON} --lr 3e-3 --muon-lr 2e-2",
+    "muon-rest": f"{MUON} --lr 1.5e-3 --muon-lr 1e-2",
+    "muon-rest-6": f"{MUON} --lr 6e-3 --muon-lr 1e-2",
+    "muon-cosine": "--optimizer muon --schedule cosine --lr 3e-3 --muon-lr 1e-2",
+    "muon-wsd": "--optimizer muon --schedule wsd --lr 3e-3 --muon-lr 1e-2",
+    "muon-decay": f"{MUON} --lr 3e-3 --muon-lr 1e-2 --weight-decay 0.03",
+    "muon-half-batch": f"{MUON} --lr 3e-3 --muon-lr 1e-2 --batch-tokens {2**17}",
 }
 PROBE_STEPS = 12
 
 
-def run(folder: Path, recipe: str, steps: int, seed: int, arguments: argparse.Namespace) -> dict:
+def run(folder: Path, flags: str, steps: int, seed: int, gpu: int, arguments: argparse.Namespace) -> dict:
     """Train; the results of its metrics.json."""
     size = ["--layers", "2", "--width", "64", "--heads", "2", "--block-size", "64"] if arguments.tiny else []
-    words = ["--model", "gpt2", "--data", arguments.data, "--glob", "*.py", "--vocab-size", "8192", *size,
-             "--batch-tokens", "1024" if arguments.tiny else str(2**18), "--max-steps", str(steps), "--seed", str(seed),
-             "--eval-every", str(max(1, steps // 4)), "--max-new-tokens", "1", "--cache-dir", arguments.cache,
-             "--output-dir", str(folder), *RECIPES[recipe].split(), *(["--limit", "200"] if arguments.tiny else [])]
-    subprocess.run([sys.executable, str(SCRIPT), *words], check=True, stdout=subprocess.DEVNULL)
+    batch = [] if "--batch-tokens" in flags else ["--batch-tokens", str(2**18)]
+    words = ["--model", "gpt2", "--data", arguments.data, "--glob", "*.py", "--vocab-size", "8192", *size, *batch,
+             "--max-steps", str(steps), "--seed", str(seed), "--eval-every", str(max(1, steps // 4)),
+             "--max-new-tokens", "1", "--cache-dir", arguments.cache, "--output-dir", str(folder), *flags.split(),
+             *(["--limit", "200", "--batch-tokens", "1024"] if arguments.tiny else [])]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if arguments.gpus > 1 else {})
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     return json.loads((folder / "metrics.json").read_text())["results"]
+
+
+def wanted(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """[(recipe, seconds)]"""
+    chosen = []
+    for word in arguments.only:
+        name, _, seconds = word.partition(":")
+        names = [n for n in RECIPES if n != "nanogpt"] if name == "sweep" else [name]
+        chosen += [(name, float(seconds or arguments.seconds)) for name in names]
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--only", nargs="+", default=["nanogpt", "adamw", "muon"], metavar="RECIPE[:SECONDS]",
+                        help=f"sweep (all but nanogpt), or {', '.join(RECIPES)}")
     parser.add_argument("--seconds", type=float, default=60, help="of training steps, for each (default: 60)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--gpus", type=int, default=1, help="runs at once, each on a GPU of its own (default: 1)")
     parser.add_argument("--data", default=sysconfig.get_paths()["purelib"], help="default: installed packages")
     parser.add_argument("--cache", default="cache", metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("benchmark_recipes.json"))
     parser.add_argument("--tiny", action="store_true", help="a tiny geometry, to try the benchmark itself")
     arguments = parser.parse_args()
-    rows = []
-    for recipe in arguments.only:
-        losses = []
-        with tempfile.TemporaryDirectory() as folder:
-            probe = run(Path(folder) / "probe", recipe, PROBE_STEPS, 0, arguments)
-            # Of a run that is just beginning: compiling is not part of it, the first slow steps are.
-            steps = max(8, round(arguments.seconds * PROBE_STEPS / probe["training_seconds"]))
+    chosen = wanted(arguments)
+    if unknown := {name for name, _ in chosen} - set(RECIPES):
+        parser.error(f"no recipe {', '.join(sorted(unknown))}; there are: sweep, {', '.join(RECIPES)}")
+    kind = lambda name: (RECIPES[name].split()[1], "--batch-tokens" in RECIPES[name])  # of one speed
+    jobs, rows, started = queue.Queue(), [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds_per_step = {}
+        for name, _ in chosen:
+            if kind(name) not in seconds_per_step:  # as they are when a run is just beginning, without compiling
+                probe = run(Path(folder) / f"probe-{name}", RECIPES[name], PROBE_STEPS, 0, 0, arguments)
+                seconds_per_step[kind(name)] = probe["training_seconds"] / PROBE_STEPS
+        for name, seconds in sorted(chosen, key=lambda job: -job[1]):  # the longest first
             for seed in arguments.seeds:
-                row = run(Path(folder) / str(seed), recipe, steps, seed, arguments)
-                losses.append(row["validation_loss"])
-                rows.append({"recipe": recipe, "flags": RECIPES[recipe], "seed": seed} | row)
+                jobs.put((name, seconds, seed))
+
+        def work(gpu: int) -> None:
+            while True:
+                try:
+                    name, seconds, seed = jobs.get_nowait()
+                except queue.Empty:
+                    return
+                steps = max(8, round(seconds / seconds_per_step[kind(name)]))
+                try:
+                    row = run(Path(folder) / f"{name}-{seed}", RECIPES[name], steps, seed, gpu, arguments)
+                except RuntimeError as error:  # the others go on
+                    print(error, flush=True)
+                    continue
+                rows.append({"recipe": name, "flags": RECIPES[name], "seed": seed, "seconds": seconds} | row)
                 arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
-        spread = f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        print(f"{recipe:10} {statistics.fmean(losses):.4f}{spread}  {steps} steps in {row['training_seconds']:.0f} s, "
-              f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
+                print(f"{time.perf_counter() - started:5.0f} s  {name:16} seed {seed}: "
+                      f"{row['validation_loss']:.4f} after {steps} steps in {row['training_seconds']:.0f} s, "
+                      f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
+
+        threads = [threading.Thread(target=work, args=(gpu,)) for gpu in range(arguments.gpus)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for name, seconds in sorted(set(chosen)):
+        losses = [row["validation_loss"] for row in rows if (row["recipe"], row["seconds"]) == (name, seconds)]
+        if losses:
+            spread = f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            print(f"{name:16} {seconds:4.0f} s  {statistics.fmean(losses):.4f}{spread}", flush=True)
 
 
 if __name__ == "__main__":

@@ -467,37 +467,20 @@ def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
 # ---------- The compiler ----------------------------------------------------------------------------------------------
 
 
-def test_blocks_are_compiled_as_a_whole_and_do_not_keep_masks(flan, monkeypatch):
+def test_what_the_compiled_blocks_keep_is_what_the_plan_counts(flan, monkeypatch):
     """Traced by Dynamo without a break (PyTorch 2.11 gave up the whole block for an index of type bool), and cut into
-    forward and backward as for a GPU: what is kept between them has no mask of dropout. The kernels do not run."""
-    monkeypatch.setattr(flan, "launch", lambda *_: None)
-    model, settings = make_model(flan, 0.1)
-    fast, kept = flan.FastT5(model, settings), []
-    for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
-        torch._dynamo.reset()
-        setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager_decomp_partition", fullgraph=True))
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fast.forward_backward(fast.pack(as_rows(ROWS)))
-    assert len(kept) > 100 and not [tensor.shape for tensor in kept if tensor.dtype == torch.bool]
-
-
-@pytest.mark.parametrize("geometry", [(128, 4, 32, 320, 3, 2), (96, 3, 32, 224, 2, 4)])
-@pytest.mark.parametrize(("rows", "source", "target"), [(4, 64, 16), (8, 24, 40)])
-def test_the_plan_counts_what_the_compiler_keeps(flan, monkeypatch, geometry, rows, source, target):
-    """Every tensor that forward hands to autograd, but for the weights, in bytes."""
-    width, heads, d_kv, d_ff, layers, decoder_layers = geometry
+    forward and backward as for a GPU: every tensor that forward hands to autograd, but for the weights, in bytes. None
+    of them is a mask of dropout. The kernels do not run."""
     config = flan.transformers.T5Config(
-        vocab_size=512, d_model=width, num_heads=heads, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
-        num_decoder_layers=decoder_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        decoder_start_token_id=0)
-    settings = flan.parse_settings(["--batch-size", str(rows)])
+        vocab_size=512, d_model=96, num_heads=3, d_kv=32, d_ff=224, num_layers=2, num_decoder_layers=3,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    settings = flan.parse_settings([])
     model = flan.add_lora(flan.transformers.T5ForConditionalGeneration(config).to(torch.bfloat16), settings)
     monkeypatch.setattr(flan, "launch", lambda *_: None)
-    fast, kept = flan.FastT5(model, settings), {}
+    fast = flan.FastT5(model, settings)
     for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
         torch._dynamo.reset()
         setattr(fast, name, torch.compile(getattr(flan, name), backend="aot_eager_decomp_partition", fullgraph=True))
-    batch = fast.pack([{"input_ids": [5] * source, "labels": [6] * target}] * rows)
     matrices = [t for layer in (*fast.encoder, *fast.decoder) for w in layer if isinstance(w, flan.Weight) for t in w]
     weights = {t.untyped_storage().data_ptr() for t in [*matrices, *model.parameters(), fast.working] if t is not None}
 
@@ -509,11 +492,14 @@ def test_the_plan_counts_what_the_compiler_keeps(flan, monkeypatch, geometry, ro
 
     masks = flan.make_masks(fast.thresholds, fast.thresholds)
     fast.refresh()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        fast.loss(batch, masks)
-    predicted = flan.fast_activation_bytes(config, 16, len(batch["source"]), len(batch["target"]))
-    predicted -= 6 * 512 * len(batch["target"])  # of the loss only the logits are kept; the rest is backward's
-    assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
+    for source, target in ((32, 8), (24, 40)):
+        kept, batch = {}, fast.pack([{"input_ids": [5] * source, "labels": [6] * target}] * 8)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            fast.loss(batch, masks)
+        assert len(kept) > 50 and not [t.shape for _, t in kept.values() if t.dtype == torch.bool]
+        predicted = flan.fast_activation_bytes(config, 16, len(batch["source"]), len(batch["target"]))
+        predicted -= 6 * 512 * len(batch["target"])  # of the loss only the logits are kept; the rest is backward's
+        assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
 
 
 # ---------- A training ------------------------------------------------------------------------------------------------

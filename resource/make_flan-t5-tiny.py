@@ -60,7 +60,6 @@ GEOMETRY = {
 }  # fmt: skip
 VOCAB_SIZE = 5120  # of which 3 special tokens, 256 bytes, 1,352 pairs of letters and 100 sentinels
 SENTINELS = 100
-DROPOUT = 0.1  # for fine-tuning; as in T5 v1.1, pretraining goes without, for its text never runs out
 PAD, EOS = 0, 1
 SOURCE_LENGTH, TARGET_LENGTH = 208, 80  # fixed shapes, so that the compiled model is compiled once
 SHARD_ROWS = 2048
@@ -675,7 +674,6 @@ def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFas
 def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write bf16 weights, configuration and tokenizer."""
     untie(model)
-    model.config.dropout_rate = DROPOUT
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -643,9 +643,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     order is a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a
     resumed run sees the same batches, of which the Trainer skips those that its step says were taken.
 
-    Several processes take consecutive micro-batches at the same time and wait for the slowest: rows are dealt to them
-    so that these are of about the same length in all. An epoch is filled up with the index len(lengths), an empty row,
-    where the last batch does not suffice for all: they would otherwise be given rows of the first batch once more.
+    Several processes take consecutive micro-batches at the same time and wait for the slowest: the rows of all batches
+    but the last are dealt to them so that these have about the same length in all. An epoch is filled up with the index
+    len(lengths), an empty row, where the last batch does not suffice for all: they would otherwise be given rows of the
+    first batch once more.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1):
@@ -691,7 +692,6 @@ class Collator(DataCollatorForSeq2Seq):
     pack, is_padding = None, True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         tokens = sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
         packed = self.pack and self.pack(rows)
         batch = {"tokens": tokens, **(super().__call__(rows) if self.is_padding else {"labels": packed["labels"]})}
@@ -2406,12 +2406,17 @@ def geometry(settings: Settings) -> transformers.T5Config:
         num_heads=heads, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
 
 
+def is_tied(config: transformers.T5Config) -> bool:
+    """Whether the head is the embedding, as in T5 1.0. transformers calls every T5 tied, and keeps what the config said
+    in another place, which mT5 lacks: that never is."""
+    return config.model_type != "mt5" and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+
+
 def without_weights(config: transformers.T5Config) -> transformers.PreTrainedModel:
     """The model of a configuration on the meta device: shapes, and no memory."""
     with torch.device("meta"):
         model = transformers.T5ForConditionalGeneration(config)
-    # transformers calls every T5 tied and keeps what the config said in another place.
-    if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+    if not is_tied(config):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     return model
 
@@ -2518,12 +2523,15 @@ def plan(settings: Settings) -> int:
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        obstacle = torch.cuda.is_available() and machine_obstacle(*get_device())  # without a GPU, of another machine
-        is_fast = not (obstacle or fast_obstacle(model, settings, steps))
+        obstacle = fast_obstacle(model, settings, steps)
+        if torch.cuda.is_available():  # else it is planned for another machine
+            obstacle = obstacle or machine_obstacle(*get_device())
+        is_fast = obstacle is None
         rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
-            "predicted peak memory in GiB" + " with the compiled step (the usual one: --no-fast)" * is_fast + ":",
+            "predicted peak memory in GiB with the " + (
+                "compiled step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):"),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
                    for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
@@ -2546,7 +2554,8 @@ def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
     say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
         f"truncated to {settings.max_source_length} tokens",
         f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
-    return sources, targets, steps * settings.batch_size // settings.micro_batch_size
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return sources, targets, steps * settings.batch_size // (settings.micro_batch_size * processes)
 
 
 def longest_batch(sources: list[int], targets: list[int], rows: int, is_fast: bool) -> tuple[int, int]:
@@ -2555,12 +2564,30 @@ def longest_batch(sources: list[int], targets: list[int], rows: int, is_fast: bo
                  for lengths in (sources, targets))
 
 
+def fast_bytes(config: transformers.T5Config, rank: int, precision: str, weights: int, trained: int, source: int,
+               target: int, checkpointing: bool, is_first: bool = True) -> int:
+    """The most that a training with the fast step takes: in a step, or before the first one.
+
+    A trained number costs 18 bytes: itself, its gradient and AdamW's two moments in fp32, and itself in bf16. With
+    `is_first`, as most batches of a size are that come first, activations count twice: those that a CUDA graph has
+    recorded stay reserved while the batch runs without one.
+    """
+    extra = fast_extra_bytes(config, rank, precision)
+    activations = fast_activation_bytes(config, rank, source, target, checkpointing)
+    step = weights + 18 * trained + extra + (2 if is_first else 1) * activations
+    # While q, k and v of all layers become one tensor, they are there twice: quantised ones are merged layer by layer.
+    twice = config.num_layers * 2 * 3 * config.d_model * config.num_heads * config.d_kv * (precision == "bf16")
+    merging = weights + 10 * trained + twice
+    compared = activation_bytes(config, rank, 2, COMPARED, COMPARED)  # without checkpointing
+    comparison = weights + 26 * trained + extra + compared
+    return max(step, merging, comparison)
+
+
 def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict[str, int], trained: int,
                 sources: list[int], targets: list[int], is_fast: bool) -> list[tuple[int, bool, dict[str, float]]]:
     """[(micro-batch, checkpointing, {precision: peak in GiB})], the fastest first.
 
-    A trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32; in the fast step 2 more, as
-    it is there in bf16 too.
+    In the usual step a trained number costs 16 bytes: itself, its gradient and AdamW's two moments, in fp32.
     """
     no_bf16 = torch.cuda.is_available() and get_device()[1] == torch.float32
     sizes = [settings.micro_batch_size]
@@ -2569,16 +2596,10 @@ def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict
     rows = []
     for checkpointing, size in itertools.product((False, True), sizes):
         source, target = longest_batch(sources, targets, size, is_fast)
-        activations = (fast_activation_bytes(config, settings.lora_r, source, target, checkpointing) if is_fast else
-                       activation_bytes(config, settings.lora_r, size, source // size, target // size, checkpointing))
-        peaks = {}
-        for name in ("fp32" if no_bf16 else "bf16", "int8", "int4"):
-            extra = fast_extra_bytes(config, settings.lora_r, name) if is_fast else 0
-            peak = weights[name] + (18 if is_fast else 16) * trained + activations + extra
-            if is_fast and name == "bf16":  # while q, k and v of all layers become one tensor, they are there twice
-                in_self_attention = 2 * 3 * config.d_model * config.num_heads * config.d_kv
-                peak = max(peak, weights[name] + 8 * trained + config.num_layers * in_self_attention)
-            peaks[name] = peak / GIB
+        activations = activation_bytes(config, settings.lora_r, size, source // size, target // size, checkpointing)
+        peaks = {name: (fast_bytes(config, settings.lora_r, name, weights[name], trained, source, target, checkpointing)
+                        if is_fast else weights[name] + 16 * trained + activations) / GIB
+                 for name in ("fp32" if no_bf16 else "bf16", "int8", "int4")}
         rows.append((size, checkpointing, peaks))
     return rows
 
@@ -3345,8 +3366,7 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
         "the weights are sharded": is_sharded(),
         "so short a training is over before it is compiled (--fast insists)": settings.fast is None and
             micro_steps is not None and micro_steps * (config.num_layers + config.num_decoder_layers) < FAST_PAYS,
-        "the model is not of Flan-T5's kind": config.feed_forward_proj != "gated-gelu" or getattr(
-            config, "scale_decoder_outputs", config.tie_word_embeddings),
+        "the model is not of Flan-T5's kind": config.feed_forward_proj != "gated-gelu" or is_tied(config),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -3753,18 +3773,21 @@ def calmed(fast: FastT5) -> Iterator[None]:
             norm.div_(factor)
 
 
+COMPARED = 32  # tokens of each of the two sources and targets
+
+
 def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -> None:
     """Before the first fast step: compiles it and compares it with section 5, on (at most) two rows of its batch.
 
-    Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on at
-    most 128 tokens, and with a `calmed` model. Then rounding to bf16 changes the gradient of a matrix by a few percent
-    of its norm (with INT8 by more: bitsandbytes rounds activations as well); one that is lost, as a version of the
-    compiler did, by 100%.
+    Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on
+    few tokens (`fast_bytes` counts what that takes), and with a `calmed` model. Then rounding to bf16 changes the
+    gradient of a matrix by a few percent of its norm (with INT8 by more: bitsandbytes rounds activations as well); one
+    that is lost, as a version of the compiler did, by 100%.
     """
     fast, start = trainer.fast, time.perf_counter()
     if fast.uses_graphs:
         say("compiling the fast step: about a minute, less when its cache on disk is warm")
-    rows = {name: tensor[:2, :128] for name, tensor in inputs.items()}
+    rows = {name: tensor[:2, :COMPARED].contiguous() for name, tensor in inputs.items()}
     lists = [{"input_ids": ids[seen.bool()].tolist(), "labels": labels[labels >= 0].tolist() or [-100]}
              for ids, seen, labels in zip(rows["input_ids"], rows["attention_mask"], rows["labels"], strict=True)]
     original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()

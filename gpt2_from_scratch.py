@@ -2359,7 +2359,7 @@ def seconds_between(start: Moment, end: Moment) -> float:
 
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, Moment]:
-    """Send the values of a step on their way to the CPU, without waiting for them; with the moment of their arrival."""
+    """Send the values of a step on their way to the CPU, with the moment of their arrival. CUDA is not waited for."""
     if values.device.type != "cuda":
         values = values.cpu()
         return values, mark_time(values.device)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def run(folder: Path, flags: str, steps: int, seed: int, gpu: int, arguments: ar
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-    return json.loads((folder / "metrics.json").read_text())["results"]
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    shutil.rmtree(folder)  # its checkpoints
+    return results
 
 
 def wanted(arguments: argparse.Namespace) -> list[tuple[str, float]]:
@@ -90,7 +93,7 @@ def main() -> None:
     if unknown := {name for name, _ in chosen} - set(RECIPES):
         parser.error(f"no recipe {', '.join(sorted(unknown))}; there are: sweep, {', '.join(RECIPES)}")
     kind = lambda name: (RECIPES[name].split()[1], "--batch-tokens" in RECIPES[name])  # of one speed
-    jobs, rows, started = queue.Queue(), [], time.perf_counter()
+    jobs, rows, failed, started = queue.Queue(), [], [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         seconds_per_step = {}
         for name, _ in chosen:
@@ -109,9 +112,10 @@ def main() -> None:
                     return
                 steps = max(8, round(seconds / seconds_per_step[kind(name)]))
                 try:
-                    row = run(Path(folder) / f"{name}-{seed}", RECIPES[name], steps, seed, gpu, arguments)
+                    row = run(Path(folder) / f"{name}-{seconds}-{seed}", RECIPES[name], steps, seed, gpu, arguments)
                 except RuntimeError as error:  # the others go on
                     print(error, flush=True)
+                    failed.append(name)
                     continue
                 rows.append({"recipe": name, "flags": RECIPES[name], "seed": seed, "seconds": seconds} | row)
                 arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
@@ -129,6 +133,7 @@ def main() -> None:
         if losses:
             spread = f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             print(f"{name:16} {seconds:4.0f} s  {statistics.fmean(losses):.4f}{spread}", flush=True)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

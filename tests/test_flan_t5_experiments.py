@@ -124,7 +124,7 @@ def test_activations_are_what_autograd_keeps(
     root = (2 / np.pi) ** 0.5
     monkeypatch.setattr(gelu, "forward", lambda self, x: 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * cube(x)))))
     model = flan.transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    args = flan.parse_settings([])
+    args = flan.parse_settings(["--model", "base"])
     model = flan.add_lora(model.to(torch.bfloat16), args).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -196,10 +196,11 @@ def test_a_trained_number_costs_16_bytes(flan):
     settings = flan.parse_settings(["--model", "small"])
     config = flan.geometry(settings)
     weights = dict.fromkeys(flan.PRECISION_NAMES, 0)
-    for is_fast, size in ((False, 16), (True, 18)):  # compiled, it is there in bf16 too
-        few, many = (flan.plan_memory(settings, config, weights, n, [64] * 8, [64] * 8, is_fast)[0][2]["bf16"]
-                     for n in (0, 10**9))
-        assert (many - few) * 2**30 == pytest.approx(size * 1e9)
+    few, many = (flan.plan_memory(settings, config, weights, n, [64] * 8, [64] * 8, False)[0][2]["bf16"]
+                 for n in (0, 10**9))
+    assert (many - few) * 2**30 == pytest.approx(16e9)
+    few, many = (flan.fast_bytes(config, 16, "bf16", 0, n, 4096, 1024, False) for n in (0, 10**6))
+    assert many - few == 18e6  # compiled, it is there in bf16 too
 
 
 # Peaks of training on an H200 (PyTorch 2.11, 2026-11-28), by tests/benchmark_flan_t5.py, with the tokens of its longest
@@ -214,14 +215,42 @@ def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     flan, size, precision, checkpointing, source, target, measured
 ):
     flags = [] if precision == "bf16" else [f"--{precision}"]
-    settings = flan.parse_settings(["--model", size, "--batch-size", "1", *flags])
+    settings = flan.parse_settings(["--model", size, *flags])
     config = flan.geometry(settings)
     model = flan.without_weights(config)
-    weights = {name: flan.weight_bytes(model, name) for name in flan.PRECISION_NAMES}
+    weights = flan.weight_bytes(model, precision)
     trained = flan.add_lora(model, settings).get_nb_trainable_parameters()[0]
-    rows = flan.plan_memory(settings, config, weights, trained, [source], [target], True)
-    (peaks,) = [peaks for _, is_checkpointed, peaks in rows if is_checkpointed == checkpointing]
-    assert peaks[precision] == pytest.approx(measured, rel=0.02)
+    predicted = flan.fast_bytes(config, 16, precision, weights, trained, source, target, checkpointing, is_first=False)
+    if size != "xxl":  # so few tokens are less than the comparison before the first step, which is not in the figure
+        assert predicted / 2**30 == pytest.approx(measured, rel=0.02)
+    step = weights + 18 * trained + flan.fast_extra_bytes(config, 16, precision)
+    step += flan.fast_activation_bytes(config, 16, source, target, checkpointing)
+    assert step / 2**30 == pytest.approx(measured, rel=0.02)
+
+
+def test_what_the_plan_of_the_compiled_step_counts(flan):
+    """The longest rows of a micro-batch, in whole size classes; activations twice; or what comes before the first step:
+    q, k and v of all layers as one tensor beside themselves, or the comparison with the usual step."""
+    sources, targets = [400, 300, 200, 100, 60, 50, 40, 30], [90, 80, 9, 8, 7, 6, 5, 4]
+    assert flan.longest_batch(sources, targets, 2, True) == (704, 192)  # 700 and 170
+    assert flan.longest_batch(sources, targets, 8, True) == (1280, 256)  # 1180 and 209
+    assert flan.longest_batch(sources, targets, 2, False) == (2 * 448, 2 * 128)
+    settings = flan.parse_settings(["--model", "xxl"])
+    config = flan.geometry(settings)
+    inner = width = 4096
+    count = lambda precision, *rest: flan.fast_bytes(config, 16, precision, 10**9, 10**6, *rest)
+    activations = flan.fast_activation_bytes(config, 16, 4096, 1024)
+    extra = flan.fast_extra_bytes(config, 16, "bf16")
+    assert count("bf16", 4096, 1024, False) == 10**9 + 18 * 10**6 + extra + 2 * activations
+    few = count("bf16", 64, 64, True)
+    assert few == 10**9 + 10 * 10**6 + 2 * 24 * 3 * inner * width
+    extra = flan.fast_extra_bytes(config, 16, "int8")
+    usual = flan.activation_bytes(config, 16, 2, flan.COMPARED, flan.COMPARED)
+    assert count("int8", 64, 64, True) == 10**9 + 26 * 10**6 + extra + usual
+    # With checkpointing an input for each layer, and one layer at a time.
+    long, short = (flan.fast_activation_bytes(config, 16, *tokens, True) for tokens in ((4096, 1024), (64, 64)))
+    inputs = 2 * width * 24 * (4032 + 960)
+    assert inputs < long - short < 0.1 * activations + inputs
 
 
 def test_the_plan_is_that_of_the_step_that_will_run(command, data, model_folder, tmp_path, monkeypatch, flan):
@@ -232,13 +261,18 @@ def test_the_plan_is_that_of_the_step_that_will_run(command, data, model_folder,
     for flags, is_fast in cases:
         done = command(*flags, "--plan", cwd=tmp_path)
         assert ("with the compiled step" in done.out) is is_fast, done
+        assert ("--no-fast" in done.out) is (is_fast or "--no-fast" in flags)
         peaks[flags] = float(re.search(r"\|\s+8 \|\s+no \|\s+([\d.]+)", done.out)[1])
-    assert peaks[cases[0][0]] < 0.45 * peaks[cases[1][0]]
+    assert peaks[cases[0][0]] < 0.6 * peaks[cases[1][0]]
     monkeypatch.setattr(flan.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flan, "get_device", lambda: (flan.torch.device("cpu"), flan.torch.float32))  # a T4, say
     properties = SimpleNamespace(total_memory=15 * 2**30)
     monkeypatch.setattr(flan.torch.cuda, "get_device_properties", lambda _: properties)
-    assert "with the compiled step" not in command("--model", "xl", "--plan", cwd=tmp_path).out
+    assert "usual step (it is made for CUDA GPUs with bf16)" in command("--model", "xl", "--plan", cwd=tmp_path).out
+    monkeypatch.setattr(flan, "get_device", lambda: (flan.torch.device("cuda"), flan.torch.bfloat16))
+    monkeypatch.setattr(flan, "triton", None)
+    monkeypatch.setattr(flan, "device_name", lambda _: "a GPU")
+    assert "usual step (Triton is not installed)" in command("--model", "xl", "--plan", cwd=tmp_path).out
 
 
 def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, flan):

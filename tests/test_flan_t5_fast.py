@@ -495,11 +495,12 @@ def test_what_the_compiled_blocks_keep_is_what_the_plan_counts(flan, monkeypatch
     for source, target in ((32, 8), (24, 40)):
         kept, batch = {}, fast.pack([{"input_ids": [5] * source, "labels": [6] * target}] * 8)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            fast.loss(batch, masks)
+            loss = fast.loss(batch, masks)
         assert len(kept) > 50 and not [t.shape for _, t in kept.values() if t.dtype == torch.bool]
         predicted = flan.fast_activation_bytes(config, 16, len(batch["source"]), len(batch["target"]))
         predicted -= 6 * 512 * len(batch["target"])  # of the loss only the logits are kept; the rest is backward's
         assert predicted == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
+        assert all(gradient is not None for gradient in torch.autograd.grad(loss, fast.leaves))
 
 
 # ---------- A training ------------------------------------------------------------------------------------------------

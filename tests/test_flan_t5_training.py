@@ -352,7 +352,7 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
     for split, count in {"train": 21, "validation": 7, "test": 5}.items():
         write_jsonl(data / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
     flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-3", "--epochs", "2", "--batch-size", "8",
-             "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4")  # fmt: skip
+             "--micro-batch-size", "4", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4")  # fmt: skip
     one = command(*flags, "--output-dir", tmp_path / "one", cwd=tmp_path)
     assert one.code == 0, one
     two = process(*flags, "--output-dir", tmp_path / "two", cwd=tmp_path, launcher=torchrun(), timeout=240)
@@ -363,6 +363,9 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
     norms = [[entry["grad_norm"] for entry in m["curve"]] for m in metrics]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    # The first process's tokens, twice: rows are dealt so that it has half of them, but for a short last batch.
+    tokens = [[entry["tokens_per_second"] * entry["seconds"] for entry in m["curve"]] for m in metrics]
+    assert tokens[1][:2] == pytest.approx(tokens[0][:2], rel=0.1)
     for split, count in (("validation", 7), ("test", 5)):
         for epoch in (0, 1, 2):
             lines = (tmp_path / f"two/predictions/{split}-epoch-{epoch}.jsonl").read_text("utf-8").splitlines()

@@ -401,8 +401,8 @@ def test_span_corruption_loses_nothing(make_tiny):
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 66, 10 of 200 test summaries with a name or a number
-    that the chat does not hold; of 40 everyday chats on other topics, 9."""
+    """The README's figures, with room for other machines: ROUGE-1 73, 5 of 200 test summaries with a name or a number
+    that the chat does not hold; of 40 everyday chats on other topics, by their letters alone, 1."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
     lines = (tmp_path / "run/predictions/test-epoch-1.jsonl").read_text("utf-8").splitlines()
@@ -417,4 +417,4 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
     print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 40")
-    assert rouge1 > 60 and invented[0] <= 16 and invented[1] <= 14
+    assert rouge1 > 68 and invented[0] <= 10 and invented[1] <= 6

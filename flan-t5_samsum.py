@@ -219,6 +219,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if name in given and given[name] not in presets and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
     run = find_run(given, is_use)
+    if run and is_of_gpt2(run):
+        raise UserError(f"{run} was made by gpt2_from_scratch.py")
     saved = {name: value for name, value in (read_metrics(run)["configuration"] if run else {}).items()
              if name in DEFAULTS}
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
@@ -263,18 +265,31 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
     if not is_use or given.get("adapter") == "none":
         return None
     if "adapter" not in given:
-        return newest_run("adapter", "model")
+        run = newest_run("adapter", "model")
+        metrics = read_metrics(run)
+        if metrics.get("status", "finished") != "finished":
+            print(f"note: {run} is {metrics['status']}; its best epoch so far is "
+                  f"{metrics['results'].get('best_epoch', 0):g}", file=sys.stderr)
+        return run
     folder = Path(given["adapter"])
     return next((run for run in (folder, folder.parent) if (run / "metrics.json").is_file()), None)
 
 
 def newest_run(*contents: str) -> Path:
     runs = [run for run in Path("runs").glob("*") if (run / "metrics.json").is_file()
-            and any(any(run.glob(name)) for name in contents)]
+            and any(any(run.glob(name)) for name in contents) and not is_of_gpt2(run)]
     if not runs:
         raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
                         "train first, or name one (--adapter DIR, --output-dir DIR)")
     return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
+
+
+def is_of_gpt2(run: Path) -> bool:
+    """runs/ may hold those of the other script, too."""
+    try:
+        return "block_size" in json.loads((run / "metrics.json").read_text(encoding="utf-8"))["configuration"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # damaged: read_metrics says so
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -883,6 +898,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
         self.run.on_scored(self.state, examples)
         self.restart_clock()
+        if self.run.bar is not None:
+            self.run.bar.unpause()  # the time left is that of training alone
         return {}
 
     def _save_checkpoint(self, *_: Any) -> None:
@@ -1334,7 +1351,7 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]
         rows = read_files([path], cache_dir)
         tenth = len(rows) // 10
         if not tenth:
-            raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
+            raise UserError(f"{path} has {len(rows)} row(s): at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
         return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
     files = find_files(path)
@@ -1637,11 +1654,15 @@ def say(*lines: str, file: Any = None) -> None:
         print(*lines, sep="\n", file=file or sys.stdout, flush=True)
 
 
+def fold(text: str) -> str:
+    """In lines of at most 79 characters."""
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def say_list(label: str, items: Iterable[str]) -> None:
     """Prints `label: item, item, ...` in lines of at most 79 characters that break between items."""
     joined = ", ".join(item.replace(" ", "\0") for item in items)  # no break inside an item
-    say(textwrap.fill(f"{label} {joined}", 79, subsequent_indent="  ", break_long_words=False,
-                      break_on_hyphens=False).replace("\0", " "))
+    say(fold(f"{label} {joined}").replace("\0", " "))
 
 
 def table(header: list[str], rows: Iterable[list[str]], text: tuple[int, ...] = (0,)) -> str:
@@ -2060,7 +2081,8 @@ class Run(TrainerCallback):
             say("", f"{result.name + '/':18} best epoch on validation ({results['best_epoch']:g})",
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
-                f"all in {self.folder}", "", f"use it:    python flan-t5_samsum.py --summarize --adapter {result}",
+                f"all in {self.folder}", "",
+                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {result}"] * (results["best_step"] > 0),
                 "watch it:  tensorboard --logdir runs")
             say_if_toy(self.settings, self.description["parameters"])
 
@@ -2530,8 +2552,8 @@ def plan(settings: Settings) -> int:
         rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
-            "predicted peak memory in GiB with the " + (
-                "compiled step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):"),
+            fold("predicted peak memory in GiB with the " + (
+                "compiled step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):")),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
                    for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
@@ -2545,14 +2567,14 @@ def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
         folder = find_model(settings.model, settings.cache_dir, weights=False)
         train = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)["train"]
     except UserError as error:
-        say(f"data: not counted, so the longest rows allowed are assumed: {error}")
+        say(fold(f"data: not counted, so the longest rows allowed are assumed: {error}"))
         size = settings.micro_batch_size
         return [settings.max_source_length] * size, [settings.max_target_length] * size, None
     sources, targets = (sorted(map(len, train[column]), reverse=True) for column in ("input_ids", "labels"))
     tokens, steps = sum(sources) + sum(targets), number_of_steps(settings, len(train))
     epochs = steps * settings.batch_size / len(train)
-    say(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
-        f"truncated to {settings.max_source_length} tokens",
+    say(fold(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
+             f"truncated to {settings.max_source_length} tokens"),
         f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     return sources, targets, steps * settings.batch_size // (settings.micro_batch_size * processes)
@@ -2630,7 +2652,7 @@ def advice(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -
     plain, int8 = (next((size for size in GPU_SIZES if size >= least + GPU_RESERVE), None)
                    for least in list(rows[-1][2].values())[:2])  # in the smallest configuration
     if plain is not None and plain == int8 and given != "int4":
-        lines.append(f"INT8 does not help at this size: it is slower, and needs a GPU of {plain} GiB like bf16")
+        lines.append(fold(f"INT8 does not help at this size: it is slower, and needs a GPU of {plain} GiB like bf16"))
     return lines
 
 

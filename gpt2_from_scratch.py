@@ -2321,10 +2321,12 @@ class Run:
     def finish(self, status: str) -> None:
         """The table, a sample, and how to go on."""
         results, trainer = self.results(), self.trainer
+        validated = max((line["step"] for line in read_log(self.folder) if "validation_loss" in line), default=0)
         script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
         for name, value in results.items():
             is_whole = isinstance(value, int) or (value or 0) >= 1000
             shown = "n/a" if value is None else f"{value:,.0f}" if is_whole else f"{value:,.4f}"
+            name += f" (step {validated})" * (name == "validation_loss" and validated != results["steps"])
             name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
             say(f"| {name:22} | {shown:>14} |")
         best = self.progress.best_loss
@@ -2465,7 +2467,12 @@ def plot(run: Path, bigram: float) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir()
+    """Of this script: runs/ may hold those of the other one, too."""
+    try:
+        configuration = read_json(folder / "metrics.json").get("configuration", {})
+    except UserError:  # damaged, or not there
+        configuration = {}
+    return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir() and "lora_r" not in configuration
 
 
 def newest_run(is_usable: Callable[[Path], object]) -> Path:

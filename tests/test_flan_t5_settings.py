@@ -132,3 +132,26 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
     with pytest.raises(flan.torch.OutOfMemoryError), flan.writing_to(tmp_path):
         no_room()
+
+
+def test_a_run_of_the_other_script_is_never_taken(flan, settings, tmp_path, monkeypatch):
+    """runs/ holds those of both."""
+    monkeypatch.chdir(tmp_path)
+    own = run_with(tmp_path / "runs/own")
+    other = run_with(tmp_path / "runs/other", block_size=1024)  # newer
+    for run in (own, other):
+        (run / "checkpoints/step-00000001").mkdir(parents=True)
+    assert settings("--resume").output_dir.name == "own" and settings("--evaluate").adapter == "runs/own"
+    for words in (("--resume", "--output-dir", other), ("--evaluate", "--adapter", other)):
+        with pytest.raises(flan.UserError, match=r"gpt2_from_scratch\.py"):
+            settings(*words)
+
+
+def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = run_with(tmp_path / "runs/own")
+    metrics = json.loads((run / "metrics.json").read_text())
+    for status, epoch, is_told in (("finished", 1, False), ("interrupted", 0, True)):
+        (run / "metrics.json").write_text(json.dumps(metrics | {"status": status, "results": {"best_epoch": epoch}}))
+        settings("--summarize")
+        assert ("is interrupted; its best epoch so far is 0" in capsys.readouterr().err) is is_told

@@ -119,6 +119,17 @@ def test_defaults_in_the_help_are_those_that_are_used(capsys):
     assert {name: value for name, value in said.items() if name != "val_fraction"} == numbers
 
 
+def test_a_run_of_the_other_script_is_never_taken(tmp_path, monkeypatch):
+    """runs/ holds those of both."""
+    monkeypatch.chdir(tmp_path)
+    for name, configuration in (("own", {"block_size": 8}), ("other", {"lora_r": 16})):  # the second is newer
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"configuration": configuration}))
+    assert gpt2.newest_run(gpt2.is_run).name == "own"
+    with pytest.raises(gpt2.UserError, match="no run of this script"):
+        gpt2.saved_settings({"output_dir": "runs/other"})
+
+
 def test_the_newest_run_with_a_checkpoint_is_sampled_and_exported(command):
     """A newer one, stopped before its first checkpoint, is not in the way."""
     assert command("--data", "text.txt", *SIZES)[0] == 0

@@ -474,7 +474,7 @@ def test_what_the_compiled_blocks_keep_is_what_the_plan_counts(flan, monkeypatch
     config = flan.transformers.T5Config(
         vocab_size=512, d_model=96, num_heads=3, d_kv=32, d_ff=224, num_layers=2, num_decoder_layers=3,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-    settings = flan.parse_settings([])
+    settings = flan.parse_settings(["--model", "base"])
     model = flan.add_lora(flan.transformers.T5ForConditionalGeneration(config).to(torch.bfloat16), settings)
     monkeypatch.setattr(flan, "launch", lambda *_: None)
     fast = flan.FastT5(model, settings)

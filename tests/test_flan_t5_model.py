@@ -223,7 +223,7 @@ def test_an_evaluation_does_not_change_the_gradient(flan, model_folder, tmp_path
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_lora_on_exactly_q_k_v_o(flan, load, quantization):
-    model = flan.add_lora(load(quantization=quantization), flan.parse_settings([]))
+    model = flan.add_lora(load(quantization=quantization), flan.parse_settings(["--model", "base"]))
     found = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
     assert found == ATTENTION
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1351,7 +1351,7 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]
         rows = read_files([path], cache_dir)
         tenth = len(rows) // 10
         if not tenth:
-            raise UserError(f"{path} has {len(rows)} row(s): at least 10 are needed to hold out validation and test")
+            raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
         return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
     files = find_files(path)

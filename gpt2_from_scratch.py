@@ -2885,15 +2885,22 @@ def tuned(function: Callable) -> Callable:
 @tuned
 @jit
 def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-                  GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                  GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out (rows, N) = [out +] [GELU] ([layer norm] of x (rows, K) @ weight (N, K)^T [+ bias]), for a few rows.
 
-    It rounds where PyTorch does.
+    It rounds where PyTorch does. For a single row, weights are on their way before the kernel before is over.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     dtype = out.dtype.element_ty
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BLOCK_M == 1:
+        k = tl.arange(0, BLOCK_K)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     if NORM:
         total = tl.zeros((BLOCK_M,), tl.float32)
         squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -2908,7 +2915,8 @@ def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: t
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+        if BLOCK_M > 1:
+            w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
         part = tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
         if NORM:
             g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
@@ -2916,6 +2924,8 @@ def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: t
             part = ((part.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]).to(dtype)
         if BLOCK_M == 1:
             result += tl.sum(w.to(tl.float32) * part.to(tl.float32), 1)[None, :]
+            k += BLOCK_K
+            w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
         else:
             result = tl.dot(part, tl.trans(w), result, input_precision="ieee")
     if BIAS:
@@ -2932,9 +2942,12 @@ def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: t
 
 @jit
 def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-                     BLOCK: tl.constexpr):
+                     BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends."""
     h, b = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     position = tl.load(positions + b)
     d = tl.arange(0, D)
     new = qkv + b * 3 * H * D + h * D + d
@@ -2964,13 +2977,16 @@ def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.c
 @jit
 def sample_kernel(logits, sequence, positions, finished, x, wte, wpe, end, temperature, top_k, seed, V: tl.constexpr,
                   STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Draw a row's next token from its logits, append it to `sequence` (B, SIZE), and embed it into x (B, C).
 
     The largest logit / temperature - log(exponential noise) is a draw from their softmax. The smallest logit of the
     top k is found bit by bit: the largest number of 16 bits that at least k logits (as bf16, in order) reach.
     """
     row = tl.program_id(0)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     position = tl.load(positions + row) + 1
     logits += row * STRIDE
     threshold = -32768
@@ -3043,6 +3059,10 @@ class GraphDecoder:
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
         self.how = (max(temperature, GREEDY), top_k, seed)
         self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
+        # Programmatic dependent launch (Hopper): a kernel starts while the one before still runs, reads what does not
+        # depend on it, and waits only then. All of a step do so, so that each waits for all before it.
+        early = weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] >= 9
+        self.early = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
     def linear(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
                **switches: bool) -> None:
@@ -3051,15 +3071,16 @@ class GraphDecoder:
         linear_kernel[grid](x, norm.weight if norm else x, norm.bias if norm else x, layer.weight,
                             layer.weight if bias is None else bias, out, len(x), N=size, K=width,
                             NORM=norm is not None, BIAS=bias is not None,
-                            **({"GELU": False, "ADD": False} | switches))  # fmt: skip
+                            **({"GELU": False, "ADD": False} | switches), **self.early)  # fmt: skip
 
     def step(self) -> None:
         """Read the newest token of every row, and draw the next."""
         for number, block in enumerate(self.model.h):
             self.linear(self.x, block.attn.c_attn, self.qkv, block.ln_1)
             count, heads, size, width = self.keys[number].shape
+            tokens, warps = (256, 8) if count * heads < 256 else (64, 4)  # few programs: each reads more at once
             attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                             H=heads, D=width, SIZE=size, BLOCK=64, num_warps=4)
+                                             H=heads, D=width, SIZE=size, BLOCK=tokens, num_warps=warps, **self.early)
             self.linear(self.y, block.attn.c_proj, self.x, ADD=True)
             self.linear(self.x, block.mlp.c_fc, self.z, block.ln_2, GELU=True)
             self.linear(self.z, block.mlp.c_proj, self.x, ADD=True)
@@ -3072,7 +3093,7 @@ class GraphDecoder:
                                 self.model.wte.weight, self.model.wpe.weight, self.end, *self.how,
                                 V=self.model.config.vocab_size, STRIDE=stride, SIZE=size, C=width,
                                 BLOCK_C=triton.next_power_of_2(width), BLOCK=self.BLOCK, num_warps=32,
-                                **self.switches)
+                                **self.switches, **self.early)
 
     @torch.no_grad()
     def read(self, prompt: list[int]) -> None:

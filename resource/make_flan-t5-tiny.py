@@ -322,7 +322,7 @@ TASKS = {  # kind of row: {task: weight}
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
-MIXTURE = {"grammar": (30, 3), "free": (25, 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
+MIXTURE = {"grammar": (30, 3), "free": (int(os.environ.get("FREE", "25")), 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
 
 

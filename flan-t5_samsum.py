@@ -106,8 +106,8 @@ class Settings:
                                  "N", type=COUNT)
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them: less memory, a "
                                                "third slower")
-    fast: bool | None = flag(None, "the compiled step of a CUDA GPU, or the usual one of sections 2 to 6 (default: "
-                                   "compiled, where a run is long enough to gain by it)",
+    fast: bool | None = flag(None, "the fast step, compiled for a CUDA GPU, or the usual one of sections 2 to 6 "
+                                   "(default: fast, where a run is long enough to gain by it)",
                              action=argparse.BooleanOptionalAction)
     seed: int = flag(42, "of everything random", "N", type=number(int, 0, 2**32 - 1))
     lora_r: int = flag(16, "LoRA rank", "N", type=number(int, 1, 2**16))
@@ -268,8 +268,8 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
         run = newest_run("adapter", "model")
         metrics = read_metrics(run)
         if metrics.get("status", "finished") != "finished":
-            print(f"note: {run} is {metrics['status']}; its best epoch so far is "
-                  f"{metrics['results'].get('best_epoch', 0):g}", file=sys.stderr)
+            epoch = metrics.get("results", {}).get("best_epoch") or 0
+            print(f"note: {run} is {metrics['status']}; its best epoch so far is {epoch:g}", file=sys.stderr)
         return run
     folder = Path(given["adapter"])
     return next((run for run in (folder, folder.parent) if (run / "metrics.json").is_file()), None)
@@ -2553,7 +2553,7 @@ def plan(settings: Settings) -> int:
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
             fold("predicted peak memory in GiB with the " + (
-                "compiled step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):")),
+                "fast step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):")),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
                    for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
@@ -2587,16 +2587,16 @@ def longest_batch(sources: list[int], targets: list[int], rows: int, is_fast: bo
 
 
 def fast_bytes(config: transformers.T5Config, rank: int, precision: str, weights: int, trained: int, source: int,
-               target: int, checkpointing: bool, is_first: bool = True) -> int:
+               target: int, checkpointing: bool) -> int:
     """The most that a training with the fast step takes: in a step, or before the first one.
 
-    A trained number costs 18 bytes: itself, its gradient and AdamW's two moments in fp32, and itself in bf16. With
-    `is_first`, as most batches of a size are that come first, activations count twice: those that a CUDA graph has
-    recorded stay reserved while the batch runs without one.
+    A trained number costs 18 bytes: itself, its gradient and AdamW's two moments in fp32, and itself in bf16.
+    Activations count twice: those that CUDA graphs have recorded stay reserved while the first batch of another size
+    runs without one.
     """
     extra = fast_extra_bytes(config, rank, precision)
     activations = fast_activation_bytes(config, rank, source, target, checkpointing)
-    step = weights + 18 * trained + extra + (2 if is_first else 1) * activations
+    step = weights + 18 * trained + extra + 2 * activations
     # While q, k and v of all layers become one tensor, they are there twice: quantised ones are merged layer by layer.
     twice = config.num_layers * 2 * 3 * config.d_model * config.num_heads * config.d_kv * (precision == "bf16")
     merging = weights + 10 * trained + twice

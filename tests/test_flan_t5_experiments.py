@@ -220,9 +220,6 @@ def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     model = flan.without_weights(config)
     weights = flan.weight_bytes(model, precision)
     trained = flan.add_lora(model, settings).get_nb_trainable_parameters()[0]
-    predicted = flan.fast_bytes(config, 16, precision, weights, trained, source, target, checkpointing, is_first=False)
-    if size != "xxl":  # so few tokens are less than the comparison before the first step, which is not in the figure
-        assert predicted / 2**30 == pytest.approx(measured, rel=0.02)
     step = weights + 18 * trained + flan.fast_extra_bytes(config, 16, precision)
     step += flan.fast_activation_bytes(config, 16, source, target, checkpointing)
     assert step / 2**30 == pytest.approx(measured, rel=0.02)
@@ -260,7 +257,7 @@ def test_the_plan_is_that_of_the_step_that_will_run(command, data, model_folder,
     peaks = {}
     for flags, is_fast in cases:
         done = command(*flags, "--plan", cwd=tmp_path)
-        assert ("with the compiled step" in done.out) is is_fast, done
+        assert ("with the fast step" in done.out) is is_fast, done
         assert ("--no-fast" in done.out) is (is_fast or "--no-fast" in flags)
         peaks[flags] = float(re.search(r"\|\s+8 \|\s+no \|\s+([\d.]+)", done.out)[1])
     assert peaks[cases[0][0]] < 0.6 * peaks[cases[1][0]]

@@ -151,7 +151,9 @@ def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     run = run_with(tmp_path / "runs/own")
     metrics = json.loads((run / "metrics.json").read_text())
-    for status, epoch, is_told in (("finished", 1, False), ("interrupted", 0, True)):
-        (run / "metrics.json").write_text(json.dumps(metrics | {"status": status, "results": {"best_epoch": epoch}}))
+    for status, results in (("finished", {"best_epoch": 1}), ("interrupted", {"best_epoch": 0}),
+                            ("running", {"best_epoch": None}), ("running", {})):  # killed
+        (run / "metrics.json").write_text(json.dumps(metrics | {"status": status, "results": results}))
         settings("--summarize")
-        assert ("is interrupted; its best epoch so far is 0" in capsys.readouterr().err) is is_told
+        is_told = f"is {status}; its best epoch so far is 0" in capsys.readouterr().err
+        assert is_told is (status != "finished")

@@ -781,7 +781,7 @@ class Trainer:
     loss_scale: LossScale
     is_last_pass: bool = False  # the backward pass during which processes exchange gradients
     exchanges: list[dist.Work] = field(default_factory=list)  # that have been started
-    step_graph: Callable | None = None  # of a small model on a GPU: see StepGraph in section 15
+    step_graph: Callable | None = None  # on a GPU: see StepGraph in section 15
 
     def __post_init__(self) -> None:
         for parameter, twin in zip(self.model.parameters(), self.twin.parameters(), strict=True):
@@ -2785,33 +2785,39 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton, tl = None, argparse.Namespace(constexpr=None)  # so much do the kernels' definitions need
+    triton, tl = None, argparse.Namespace(constexpr=float)  # so much do the kernels' definitions need
 jit = triton.jit if triton else lambda function: function
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @jit
 def cross_entropy_kernel(logits, targets, losses, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one row of logits (N, STRIDE), SIZE of them without padding: its loss. The row becomes the loss's gradient."""
+    """Of one row of logits (N, STRIDE), SIZE of them without padding: its loss. The row becomes the loss's gradient.
+
+    Every column of a block keeps a maximum and a sum of its own, relative to the largest so far (Milakov & Gimelshein
+    2018), and they meet at the end: a block need not wait for the one before. In powers of two, which are cheaper.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * STRIDE
     target = tl.load(targets + row)
-    largest = float("-inf")
-    total = 0.0
-    for start in range(0, SIZE, BLOCK):  # relative to the largest so far (Milakov & Gimelshein 2018)
+    largest = tl.full((BLOCK,), -1e30, tl.float32)  # not infinite: a column without logits is to be a sum of 0
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, SIZE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + columns, mask=columns < SIZE, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        x = tl.load(logits + columns, mask=columns < SIZE, other=float("-inf")).to(tl.float32) * LOG2_E
+        new = tl.maximum(largest, x)
+        total = total * tl.exp2(largest - new) + tl.exp2(x - new)
         largest = new
-    log_total = largest + tl.log(total)
+    overall = tl.max(largest, 0)
+    log_total = overall + tl.log2(tl.sum(total * tl.exp2(largest - overall), 0))
     counts = target >= 0
     hit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-    tl.store(losses + row, tl.where(counts, log_total - hit, 0.0))
+    tl.store(losses + row, tl.where(counts, log_total / LOG2_E - hit, 0.0))
     tl.debug_barrier()  # the target's logit is read before another thread overwrites it
     for start in range(0, STRIDE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < SIZE, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(x - log_total) - tl.where(columns == target, 1.0, 0.0)
+        gradient = tl.exp2(x * LOG2_E - log_total) - tl.where(columns == target, 1.0, 0.0)
         tl.store(logits + columns, tl.where(counts, gradient, 0.0), mask=columns < STRIDE)
 
 
@@ -2825,7 +2831,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int) -> torch.Tensor:
         logits, losses = x @ weight.t(), torch.empty(len(x), device=x.device)
-        grid, options = (len(x),), {"BLOCK": 4096, "num_warps": 8}  # the fastest of those tried on an H100
+        grid, options = (len(x),), {"BLOCK": 2048, "num_warps": 4}  # the fastest of those tried on an H200
         cross_entropy_kernel[grid](logits, targets, losses, size, len(weight), **options)
         ctx.save_for_backward(x, weight, logits)
         return losses.sum()
@@ -2837,18 +2843,22 @@ class FusedLoss(torch.autograd.Function):
 
 
 class StepGraph:
-    """forward_backward_update() of a small model as one CUDA graph: it is over sooner than Python can launch it.
+    """forward_backward_update() as one CUDA graph: a small model's is over sooner than Python can launch it.
 
-    The first steps of a process are launched one by one, to compile what they need; the result is the same to the bit.
+    124M, 64 x 1024 tokens, gains 2% on an H200. The first steps of a process are launched one by one, to compile what
+    they need; the result is the same to the bit.
     """
 
     @staticmethod
     def pays(trainer: Trainer) -> bool:
-        machine, settings = trainer.machine, trainer.settings
-        passes = trainer.sequences_per_step // machine.micro_batch_size
-        flops = settings.batch_tokens / passes * flops_per_token(trainer.model.config)
-        return (machine.device.type == "cuda" and machine.mode == "compiled" and machine.dtype is torch.bfloat16
-                and machine.world == 1 and passes <= 8 and flops < 4e12 and not settings.gradient_checkpointing)
+        machine = trainer.machine
+        if (machine.device.type != "cuda" or machine.mode != "compiled" or machine.dtype is not torch.bfloat16
+                or machine.world > 1 or trainer.settings.gradient_checkpointing
+                or trainer.sequences_per_step > 8 * machine.micro_batch_size):  # fmt: skip
+            return False
+        # A graph keeps what its step uses, and an evaluation needs as much beside it. The moments are still to come.
+        step = peak_memory(machine.device) + 8 * count_parameters(trainer.model) / 2**30
+        return 2 * step < torch.cuda.get_device_properties(machine.device).total_memory / 2**30
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.graph, self.before = trainer, None, 3  # steps before the graph
@@ -2949,7 +2959,7 @@ def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.c
     cache = (b * H + h) * SIZE * D
     tl.store(keys + cache + position * D + d, k)
     tl.store(values + cache + position * D + d, v)
-    q *= 1.4426950408889634 / tl.sqrt(D * 1.0)  # powers of two are cheaper than powers of e
+    q *= LOG2_E / tl.sqrt(D * 1.0)
     best = tl.sum(q * k.to(tl.float32), 0)
     total = best * 0 + 1.0
     result = v.to(tl.float32)

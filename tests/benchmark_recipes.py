@@ -5,10 +5,10 @@
     python tests/benchmark_recipes.py --gpus 4 --only nanogpt:600 muon:300 --seeds 42 43 44     # twice as fast?
     python tests/benchmark_recipes.py --tiny --seconds 2                   # to try the benchmark itself
 
-Each recipe is a command line of gpt2_from_scratch.py. How many steps fill its seconds is found out with a few steps of
-its optimiser, in a run of its own that also fills the caches, so that its schedule ends when the seconds do. The data
-is all Python source that this Python has installed (about 100 million tokens where PyTorch is). With --gpus each run
-has a GPU of its own.
+Each recipe is a command line of gpt2_from_scratch.py. How many steps fill its seconds is found out first, by a run of
+its optimiser that is stopped after a few of them, and that also fills the caches. So its schedule ends when the
+seconds do. The data is all Python source that this Python has installed (about 100 million tokens where PyTorch is).
+With --gpus each run has a GPU of its own.
 """
 
 import argparse
@@ -47,19 +47,42 @@ RECIPES = {
     "muon-decay": f"{MUON} --lr 3e-3 --muon-lr 1e-2 --weight-decay 0.03",
     "muon-half-batch": f"{MUON} --lr 3e-3 --muon-lr 1e-2 --batch-tokens {2**17}",
 }
-PROBE_STEPS = 12
+PROBE_STEPS = 40
 
 
-def run(folder: Path, flags: str, steps: int, seed: int, gpu: int, arguments: argparse.Namespace) -> dict:
-    """Train; the results of its metrics.json."""
+def command(folder: Path, flags: str, steps: int, seed: int, arguments: argparse.Namespace) -> list[str]:
     size = ["--layers", "2", "--width", "64", "--heads", "2", "--block-size", "64"] if arguments.tiny else []
     batch = [] if "--batch-tokens" in flags else ["--batch-tokens", str(2**18)]
     words = ["--model", "gpt2", "--data", arguments.data, "--glob", "*.py", "--vocab-size", "8192", *size, *batch,
              "--max-steps", str(steps), "--seed", str(seed), "--eval-every", str(max(1, steps // 4)),
              "--max-new-tokens", "1", "--cache-dir", arguments.cache, "--output-dir", str(folder), *flags.split(),
              *(["--limit", "200", "--batch-tokens", "1024"] if arguments.tiny else [])]
+    return [sys.executable, str(SCRIPT), *words]
+
+
+def seconds_of_a_step(folder: Path, flags: str, arguments: argparse.Namespace) -> float:
+    """Of a long run, which is compiled where a GPU compiles, and stopped after a few steps."""
+    words = [*command(folder, flags, 10**5, 0, arguments), "--eval-every", str(10**5)]
+    log = folder / "metrics.jsonl"
+    with open(folder.with_suffix(".txt"), "w+") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
+        while not log.exists() or log.read_text().count("\n") < PROBE_STEPS:
+            if process.poll() is not None:
+                output.seek(0)
+                raise RuntimeError(f"{' '.join(words)}:\n{output.read()[-3000:]}")
+            time.sleep(0.2)
+        process.terminate()  # it finishes its step, and saves
+        process.wait()
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    shutil.rmtree(folder)
+    return results["training_seconds"] / results["steps"]
+
+
+def run(folder: Path, flags: str, steps: int, seed: int, gpu: int, arguments: argparse.Namespace) -> dict:
+    """Train; the results of its metrics.json."""
+    words = command(folder, flags, steps, seed, arguments)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if arguments.gpus > 1 else {})
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     results = json.loads((folder / "metrics.json").read_text())["results"]
@@ -97,9 +120,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds_per_step = {}
         for name, _ in chosen:
-            if kind(name) not in seconds_per_step:  # as they are when a run is just beginning, without compiling
-                probe = run(Path(folder) / f"probe-{name}", RECIPES[name], PROBE_STEPS, 0, 0, arguments)
-                seconds_per_step[kind(name)] = probe["training_seconds"] / PROBE_STEPS
+            if kind(name) not in seconds_per_step:
+                probe = Path(folder) / f"probe-{name}"
+                seconds_per_step[kind(name)] = seconds_of_a_step(probe, RECIPES[name], arguments)
         for name, seconds in sorted(chosen, key=lambda job: -job[1]):  # the longest first
             for seed in arguments.seeds:
                 jobs.put((name, seconds, seed))

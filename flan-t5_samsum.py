@@ -276,8 +276,8 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
 
 
 def newest_run(*contents: str) -> Path:
-    runs = [run for run in Path("runs").glob("*") if (run / "metrics.json").is_file()
-            and any(any(run.glob(name)) for name in contents) and not is_of_gpt2(run)]
+    runs = [path.parent for path in Path("runs").rglob("metrics.json")
+            if any(any(path.parent.glob(name)) for name in contents) and not is_of_gpt2(path.parent)]
     if not runs:
         raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
                         "train first, or name one (--adapter DIR, --output-dir DIR)")
@@ -2228,6 +2228,10 @@ def plot_loss(curve: list[dict[str, Any]], path: Path, title: str, **limits: Any
     low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
     label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
+    # The steep fall of the first steps would flatten all that follows.
+    late = [loss for step, loss in zip(steps, losses, strict=True) if 20 * step >= steps[-1] and math.isfinite(loss)]
+    margin = 0.1 * (max(late, default=0) - losses[low]) or 0.1
+    limits = {"ylim": (losses[low] - margin, max(late, default=losses[low]) + margin)} | limits
     with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
         axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
@@ -2710,7 +2714,7 @@ def lr_find(settings: Settings) -> int:
                                              "learning_rates": rates, "losses": losses})
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {losses[-1]:.3f})",
-        f"suggested: {as_power_of_ten(best)}, a tenth of the one with the smallest smoothed loss",
+        f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest loss: long runs bear less",
         f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
         f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}", f"plot:  {folder / 'lr_find.png'}",
         f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
@@ -2795,6 +2799,8 @@ def compare(settings: Settings) -> int:
     check_names(settings.compare)
     runs = [read_run(folder) for folder in settings.compare]
     check_comparable(runs)
+    for run, name in zip(runs, without_common_start([run["name"] for run in runs]), strict=True):
+        run["name"] = name  # so that the tables fit a terminal
     say(*(f"{run['name']} is not finished: {run['status']}" for run in runs if run["status"] != "finished"),
         epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
@@ -2825,6 +2831,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
         metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
     return metrics
+
+
+def without_common_start(names: list[str]) -> list[str]:
+    """["flan-t5-xl-lr=1e-3", "flan-t5-xl-lr=1e-4"] -> ["lr=1e-3", "lr=1e-4"]: whole words before a hyphen only."""
+    words = [re.split("-(?=[a-z])", name) for name in names]
+    common = len([*itertools.takewhile(lambda column: len(set(column)) == 1 < len(names), zip(*words, strict=False))])
+    return ["-".join(rest[min(common, len(rest) - 1) :]) for rest in words]
 
 
 def check_comparable(runs: list[dict[str, Any]]) -> None:

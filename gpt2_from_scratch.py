@@ -2476,7 +2476,8 @@ def is_run(folder: Path) -> bool:
 
 
 def newest_run(is_usable: Callable[[Path], object]) -> Path:
-    runs = [folder for folder in Path("runs").glob("*") if is_run(folder) and is_usable(folder)]
+    folders = [path.parent for path in Path("runs").rglob("metrics.json")]
+    runs = [folder for folder in folders if is_run(folder) and is_usable(folder)]
     if not runs:
         raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
     return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
@@ -2503,6 +2504,10 @@ def load_for_use(settings: Settings) -> tuple[GPT, Tokenizer, Path]:
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has more tokens than the model's {model.config.vocab_size}")
+    run = folder.parent.parent
+    status = read_json(run / "metrics.json").get("status") if is_run(run) else "finished"
+    if status != "finished":
+        print(f"note: {run} is {status}; this is its best checkpoint so far", file=sys.stderr)
     return model.eval(), tokenizer, folder
 
 

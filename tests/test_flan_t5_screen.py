@@ -131,6 +131,14 @@ def test_a_legend_lies_beside_the_curves(flan, figures, trained, tmp_path):
         assert legend.get_window_extent().x0 >= max(axes.get_window_extent().x1 for axes in figure.axes)
 
 
+def test_the_first_steps_do_not_flatten_a_plot(flan, figures, tmp_path):
+    losses = [9.0 - step for step in range(5)] + [1.0 + 0.001 * (step % 7) for step in range(5, 200)]
+    flan.plot_loss([{"step": step, "loss": loss, "learning_rate": 1e-4} for step, loss in enumerate(losses)],
+                   tmp_path / "loss.png", "a")  # fmt: skip
+    low, high = figures[0].axes[0].get_ylim()
+    assert 0.95 < low < 1 and 1.006 < high < 1.1
+
+
 def test_runs_that_are_plotted_together_have_one_scale(command, figures, tmp_path):
     """Also where one of them is shorter, and one has a loss that is not finite. Alone, each fills its picture."""
     from torch.utils.tensorboard import SummaryWriter
@@ -191,3 +199,11 @@ def test_an_exported_model_loads_with_no_word_that_a_published_one_does_not_have
         logger.removeHandler(handler)
         logger.setLevel(level)
     assert heard[0] == heard[1] and len(heard[0]) == 1 and "lm_head.weight" in heard[0][0], heard
+
+
+def test_names_of_runs_in_tables_are_what_tells_them_apart(flan):
+    names = ["flan-t5-xl-samsum-lr=1e-3", "flan-t5-xl-samsum-lr=1e-4"]
+    assert flan.without_common_start(names) == ["lr=1e-3", "lr=1e-4"]
+    assert flan.without_common_start(["a", "a-int8"]) == ["a", "int8"]
+    assert flan.without_common_start(["one", "two-b"]) == ["one", "two-b"]
+    assert flan.without_common_start(["flan-t5-xl-samsum"]) == ["flan-t5-xl-samsum"]

@@ -137,11 +137,11 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
 def test_a_run_of_the_other_script_is_never_taken(flan, settings, tmp_path, monkeypatch):
     """runs/ holds those of both."""
     monkeypatch.chdir(tmp_path)
-    own = run_with(tmp_path / "runs/own")
+    own = run_with(tmp_path / "runs/sample/own")  # as in the README's experiments
     other = run_with(tmp_path / "runs/other", block_size=1024)  # newer
     for run in (own, other):
         (run / "checkpoints/step-00000001").mkdir(parents=True)
-    assert settings("--resume").output_dir.name == "own" and settings("--evaluate").adapter == "runs/own"
+    assert settings("--resume").output_dir.name == "own" and settings("--evaluate").adapter == "runs/sample/own"
     for words in (("--resume", "--output-dir", other), ("--evaluate", "--adapter", other)):
         with pytest.raises(flan.UserError, match=r"gpt2_from_scratch\.py"):
             settings(*words)

@@ -122,7 +122,7 @@ def test_defaults_in_the_help_are_those_that_are_used(capsys):
 def test_a_run_of_the_other_script_is_never_taken(tmp_path, monkeypatch):
     """runs/ holds those of both."""
     monkeypatch.chdir(tmp_path)
-    for name, configuration in (("own", {"block_size": 8}), ("other", {"lora_r": 16})):  # the second is newer
+    for name, configuration in (("deep/own", {"block_size": 8}), ("other", {"lora_r": 16})):  # the second is newer
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"configuration": configuration}))
     assert gpt2.newest_run(gpt2.is_run).name == "own"
@@ -446,6 +446,16 @@ def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, c
     prompt = tokenizer("Line 7", return_tensors="pt")["input_ids"]
     expected = tokenizer.decode(theirs.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
     assert out.split("\n", 1)[1].startswith(expected)
+
+
+def test_who_uses_an_unfinished_run_is_told(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(next((trained / "runs").iterdir()), tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    for status in ("finished", "interrupted", "running"):
+        (tmp_path / "run/metrics.json").write_text(json.dumps(metrics | {"status": status}))
+        words = ["--init", str(tmp_path / "run"), "--sample", "Line 7", "--max-new-tokens", "1"]
+        assert gpt2.main(gpt2.parse_arguments(words)) == 0
+        assert (f"run is {status}; this is its best checkpoint" in capsys.readouterr().err) is (status != "finished")
 
 
 def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):

@@ -992,8 +992,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     was_training = model.training
     model.eval()
     try:
-        if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
-            yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(
+        if top_p == 1 and OneKernelDecoder.can_run(model, len(prompt) + max_new_tokens):
+            yield from OneKernelDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(
                 prompt)
             return
         for _ in range(max_new_tokens):
@@ -2885,163 +2885,232 @@ class StepGraph:
         return self.values.clone()
 
 
-def linear_choices() -> list:
-    """How linear_kernel may cut its work: which is fastest on this GPU is tried once and kept on disk."""
-    one = [(1, 4, 1024, 4, 3), (1, 8, 1024, 8, 3), (1, 16, 512, 4, 3)]  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
-    many = [(16, 16, 256, 4, 3), (16, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4)]
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-            for m, n, k, warps, stages in one + many]
-
-
-def suitable(choices: list, arguments: dict, **others: Any) -> list:
-    rows = arguments["rows"]
-    return [choice for choice in choices if (choice.kwargs["BLOCK_M"] == 1) == (rows == 1)
-            and choice.kwargs["BLOCK_M"] <= max(16, rows)]  # fmt: skip
-
-
-def tuned(function: Callable) -> Callable:
-    return triton.autotune(linear_choices(), key=["rows", "N", "K", "NORM"], prune_configs_by={
-        "early_config_prune": suitable}, cache_results=True)(function) if triton else function
-
-
-@tuned
 @jit
-def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-                  GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out (rows, N) = [out +] [GELU] ([layer norm] of x (rows, K) @ weight (N, K)^T [+ bias]), for a few rows.
+def meet(arrived):
+    """All programs wait here for one another. What each has written before, all read after."""
+    tl.debug_barrier()
+    programs = tl.num_programs(0)
+    seen = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
+    goal = (seen + programs - 1) // programs * programs
+    while seen < goal:
+        seen = tl.atomic_add(arrived, 0, sem="acquire")
+    tl.debug_barrier()
 
-    It rounds where PyTorch does.
+
+@jit
+def linear(x, table, place: tl.constexpr, out, arrived, rows, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+           GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr):
+    """out (rows, N) = [out +] [GELU] ([layer norm] of x (rows, K) @ weight (N, K)^T [+ bias]).
+
+    It rounds where PyTorch does. For a single row the first weights are on their way before all have met.
     """
     dtype = out.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if NORM:
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        squares = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            mask = (m[:, None] < rows) & (k[None, :] < K)
-            part = tl.load(x + m[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(part, 1)
-            squares += tl.sum(part * part, 1)
-        mean = total / K
-        scale = 1 / tl.sqrt(squares / K - mean * mean + 1e-5)
-    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
-        part = tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
+    pointer = tl.pointer_type(dtype)
+    weight = tl.load(table + place).to(pointer)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    k0 = tl.arange(0, BLOCK_K)
+    n0 = tl.arange(0, BLOCK_N)
+    if BLOCK_M == 1:
+        n = program * BLOCK_N + n0
+        w = tl.load(weight + n[:, None] * K + k0[None, :], mask=(n[:, None] < N) & (k0[None, :] < K), other=0.0)
+    meet(arrived)
+    for top in range(0, rows, BLOCK_M):
+        m = top + tl.arange(0, BLOCK_M)
         if NORM:
-            g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-            b = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-            part = ((part.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]).to(dtype)
-        if BLOCK_M == 1:
-            result += tl.sum(w.to(tl.float32) * part.to(tl.float32), 1)[None, :]
-        else:
-            result = tl.dot(part, tl.trans(w), result, input_precision="ieee")
-    if BIAS:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    result = result.to(dtype).to(tl.float32)
-    if GELU:  # x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-        result = result / (1 + tl.exp(-1.5957691216057308 * (result + 0.044715 * result * result * result)))
-    place = m[:, None] * N + n[None, :]
-    mask = (m[:, None] < rows) & (n[None, :] < N)
-    if ADD:
-        result += tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, result.to(dtype), mask=mask)
+            gain, shift = tl.load(table + place - 2).to(pointer), tl.load(table + place - 1).to(pointer)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            squares = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, K, BLOCK_K):
+                k = start + k0
+                mask = (m[:, None] < rows) & (k[None, :] < K)
+                part = tl.load(x + m[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+                total += tl.sum(part, 1)
+                squares += tl.sum(part * part, 1)
+            mean = total / K
+            scale = 1 / tl.sqrt(squares / K - mean * mean + 1e-5)
+        for tile in range(program, tl.cdiv(N, BLOCK_N), programs):
+            n = tile * BLOCK_N + n0
+            result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, K, BLOCK_K):
+                k = start + k0
+                if BLOCK_M > 1:
+                    w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K),
+                                other=0.0)
+                part = tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
+                if NORM:
+                    g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+                    b = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+                    part = ((part.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]).to(dtype)
+                if BLOCK_M == 1:
+                    result += tl.sum(w.to(tl.float32) * part.to(tl.float32), 1)[None, :]
+                    last = start + BLOCK_K >= K
+                    n1 = n + tl.where(last, programs * BLOCK_N, 0)
+                    k1 = k0 + tl.where(last, 0, start + BLOCK_K)
+                    w = tl.load(weight + n1[:, None] * K + k1[None, :], mask=(n1[:, None] < N) & (k1[None, :] < K),
+                                other=0.0)
+                else:
+                    result = tl.dot(part, tl.trans(w), result, input_precision="ieee")
+            if BIAS:
+                bias = tl.load(table + place + 1).to(pointer)
+                result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            result = result.to(dtype).to(tl.float32)
+            if GELU:  # x (1 + tanh(u)) / 2 = x sigmoid(2 u)
+                result = result / (1 + tl.exp(-1.5957691216057308 * (result + 0.044715 * result * result * result)))
+            spot = m[:, None] * N + n[None, :]
+            mask = (m[:, None] < rows) & (n[None, :] < N)
+            if ADD:
+                result += tl.load(out + spot, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out + spot, result.to(dtype), mask=mask)
 
 
 @jit
-def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def attend(qkv, keys, values, positions, out, arrived, rows, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
+           BLOCK: tl.constexpr):
     """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends."""
-    h, b = tl.program_id(0), tl.program_id(1)
-    position = tl.load(positions + b)
-    d = tl.arange(0, D)
-    new = qkv + b * 3 * H * D + h * D + d
-    q, k, v = tl.load(new).to(tl.float32), tl.load(new + H * D), tl.load(new + 2 * H * D)
-    cache = (b * H + h) * SIZE * D
-    tl.store(keys + cache + position * D + d, k)
-    tl.store(values + cache + position * D + d, v)
-    q *= LOG2_E / tl.sqrt(D * 1.0)
-    best = tl.sum(q * k.to(tl.float32), 0)
-    total = best * 0 + 1.0
-    result = v.to(tl.float32)
-    for start in range(0, position, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        place, mask = cache + t[:, None] * D + d[None, :], (t < position)[:, None]
-        score = tl.sum(tl.load(keys + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
-        score = tl.where(t < position, score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 0))
-        p = tl.exp2(score - new_best)
-        old = tl.exp2(best - new_best)
-        total = total * old + tl.sum(p, 0)
-        part = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
-        result = result * old + tl.sum(p[:, None] * part, 0)
-        best = new_best
-    tl.store(out + b * H * D + h * D + d, (result / total).to(out.dtype.element_ty))
+    meet(arrived)
+    for item in range(tl.program_id(0), rows * H, tl.num_programs(0)):
+        b, h = item // H, item % H
+        position = tl.load(positions + b)
+        d = tl.arange(0, D)
+        new = qkv + b * 3 * H * D + h * D + d
+        q, k, v = tl.load(new).to(tl.float32), tl.load(new + H * D), tl.load(new + 2 * H * D)
+        cache = item * SIZE * D
+        tl.store(keys + cache + position * D + d, k)
+        tl.store(values + cache + position * D + d, v)
+        q *= LOG2_E / tl.sqrt(D * 1.0)
+        best = tl.sum(q * k.to(tl.float32), 0)
+        total = best * 0 + 1.0
+        result = v.to(tl.float32)
+        for start in range(0, position, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            spot, mask = cache + t[:, None] * D + d[None, :], (t < position)[:, None]
+            some_keys = tl.load(keys + spot, mask=mask, other=0.0)
+            some_values = tl.load(values + spot, mask=mask, other=0.0)
+            score = tl.sum(some_keys.to(tl.float32) * q[None, :], 1)
+            score = tl.where(t < position, score, float("-inf"))
+            new_best = tl.maximum(best, tl.max(score, 0))
+            p = tl.exp2(score - new_best)
+            old = tl.exp2(best - new_best)
+            total = total * old + tl.sum(p, 0)
+            result = result * old + tl.sum(p[:, None] * some_values.to(tl.float32), 0)
+            best = new_best
+        tl.store(out + b * H * D + h * D + d, (result / total).to(out.dtype.element_ty))
 
 
 @jit
-def sample_kernel(logits, sequence, positions, finished, x, wte, wpe, end, temperature, top_k, seed, V: tl.constexpr,
-                  STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """Draw a row's next token from its logits, append it to `sequence` (B, SIZE), and embed it into x (B, C).
+def ordered(value):
+    """A logit, rounded to bf16, as an integer of 16 bits: the same order."""
+    bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFF, bits)
+
+
+@jit
+def draw(logits, best, counts, sequence, positions, finished, x, wte, wpe, arrived, rows, end, temperature, top_k, seed,
+         V: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+         SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Draw each row's next token from its logits, append it to `sequence` (B, SIZE), and embed it into x (B, C).
 
     The largest logit / temperature - log(exponential noise) is a draw from their softmax. The smallest logit of the
-    top k is found bit by bit: the largest number of 16 bits that at least k logits (as bf16, in order) reach.
+    top k is found by four bits at a time: how many logits reach each of 16 values? Programs share the logits of a row.
     """
-    row = tl.program_id(0)
-    position = tl.load(positions + row) + 1
-    logits += row * STRIDE
-    threshold = -32768
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    meet(arrived)
+    side = tl.minimum(rows, programs)  # rows that are looked at at once
+    first, step = program // side * BLOCK, programs // side * BLOCK
+    last = tl.where(program < programs // side * side, V, 0)  # the programs that are left over have nothing to do
+    digits = tl.arange(0, 16)
     if SAMPLE and TOP_K:
-        for bit in tl.static_range(0, 16):
-            candidate = threshold + (32768 >> bit)
-            counts = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, V, BLOCK):
-                n = start + tl.arange(0, BLOCK)
-                value = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.bfloat16)
-                bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-                counts += (tl.where(bits < 0, bits ^ 0x7FFF, bits) >= candidate).to(tl.int32)
-            threshold = tl.where(tl.sum(counts, 0) >= top_k, candidate, threshold)
-    best = float("-inf")
-    token = 0
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + n, mask=n < V, other=float("-inf"))
-        score = value.to(tl.float32)
-        if SAMPLE:
-            noise = -tl.log(tl.maximum(tl.rand(seed + position * tl.num_programs(0) + row, n), 1e-10))
-            score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
-            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-            reaches = tl.where(bits < 0, bits ^ 0x7FFF, bits) >= threshold
-            score = tl.where(reaches & (n < V), score, float("-inf"))
-        largest, index = tl.max(score, 0, return_indices=True)
-        token = tl.where(largest > best, start + index, token)
-        best = tl.maximum(best, largest)
-    is_finished = tl.load(finished + row)
-    token = tl.where(is_finished != 0, end, token)
-    tl.store(finished + row, tl.where(token == end, 1, is_finished))
-    position = tl.minimum(position, SIZE - 1)
-    tl.store(sequence + row * SIZE + position, token)
-    tl.store(positions + row, position)
-    c = tl.arange(0, BLOCK_C)
-    read = tl.where(token < 0, 0, token)  # -1: an end that no token is
-    embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
-    embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
-    tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
+        for digit in tl.static_range(4):
+            for row in range(program % side, rows, side):
+                threshold = -32768
+                for done in tl.static_range(digit):
+                    seen = tl.load(counts + (row * 4 + done) * 16 + digits)
+                    reach = tl.sum(tl.where(digits[None, :] >= digits[:, None], seen[None, :], 0), 1)
+                    threshold += tl.sum(((reach >= top_k) & (digits > 0)).to(tl.int32), 0) << (12 - 4 * done)
+                for start in range(first, last, step):
+                    n = start + tl.arange(0, BLOCK)
+                    value = ordered(tl.load(logits + row * STRIDE + n, mask=n < V, other=float("-inf")))
+                    value = tl.where(n < V, (value - threshold) >> (12 - 4 * digit), 0)
+                    some = tl.histogram(tl.minimum(tl.maximum(value, 0), 15), 16)
+                    tl.atomic_add(counts + (row * 4 + digit) * 16 + digits, some, sem="relaxed")
+            meet(arrived)
+    for row in range(program % side, rows, side):
+        threshold = -32768
+        if SAMPLE and TOP_K:
+            for done in tl.static_range(4):
+                seen = tl.load(counts + (row * 4 + done) * 16 + digits)
+                reach = tl.sum(tl.where(digits[None, :] >= digits[:, None], seen[None, :], 0), 1)
+                threshold += tl.sum(((reach >= top_k) & (digits > 0)).to(tl.int32), 0) << (12 - 4 * done)
+        position = tl.load(positions + row) + 1
+        for start in range(first, last, step):
+            n = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * STRIDE + n, mask=n < V, other=float("-inf"))
+            score = value.to(tl.float32)
+            if SAMPLE:
+                noise = -tl.log(tl.maximum(tl.rand(seed + position * rows + row, n), 1e-10))
+                score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
+                score = tl.where((ordered(value) >= threshold) & (n < V), score, float("-inf"))
+            largest, index = tl.max(score, 0, return_indices=True)
+            # One number for both, in the order of the score; of equal ones the first token is the largest.
+            bits = largest.to(tl.int32, bitcast=True)
+            bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+            tl.atomic_max(best + row, (bits << 32) + (V - start - index).to(tl.int64), sem="relaxed")
+    meet(arrived)
+    for row in range(program, rows, programs):
+        token = V - (tl.load(best + row) & 0xFFFFFFFF)
+        is_finished = tl.load(finished + row)
+        token = tl.where(is_finished != 0, end, token)
+        tl.debug_barrier()
+        tl.store(finished + row, tl.where(token == end, 1, is_finished))
+        position = tl.minimum(tl.load(positions + row) + 1, SIZE - 1)
+        tl.debug_barrier()
+        tl.store(sequence + row * SIZE + position, token)
+        tl.store(positions + row, position)
+        tl.store(best + row, -0x7FFFFFFFFFFFFFFF)
+        tl.store(counts + row * 64 + tl.arange(0, 64), tl.zeros((64,), tl.int32))
+        c = tl.arange(0, BLOCK_C)
+        read = tl.where(token < 0, 0, token)  # -1: an end that no token is
+        embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
+        embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
+        tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
 
 
-class GraphDecoder:
-    """generate() for bf16 on a GPU: five kernels a layer, all layers and the draw in one CUDA graph.
+@jit
+def decode_kernel(table, x, y, z, qkv, logits, keys, values, best, counts, sequence, positions, finished, wte, wpe,
+                  arrived, rows, steps, skip, end, temperature, top_k, seed, LAYERS: tl.constexpr, H: tl.constexpr,
+                  D: tl.constexpr, V: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
+                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  HEAD_N: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """`steps` tokens of every row. `skip`: the first is drawn from logits that are there already."""
+    C: tl.constexpr = H * D
+    for step in range(steps):
+        if step >= skip:
+            layer_keys, layer_values = keys, values
+            for layer in range(LAYERS):
+                t = table + layer * 12
+                linear(x, t, 2, qkv, arrived, rows, 3 * C, C, True, False, False, True, BLOCK_M, BLOCK_N, BLOCK_K)
+                attend(qkv, layer_keys, layer_values, positions, y, arrived, rows, H, D, SIZE, KEYS)
+                linear(y, t, 4, x, arrived, rows, C, C, False, False, True, True, BLOCK_M, BLOCK_N, BLOCK_K)
+                linear(x, t, 8, z, arrived, rows, 4 * C, C, True, True, False, True, BLOCK_M, BLOCK_N, BLOCK_K)
+                linear(z, t, 10, x, arrived, rows, C, 4 * C, False, False, True, True, BLOCK_M, BLOCK_N, BLOCK_K)
+                layer_keys += rows * H * SIZE * D
+                layer_values += rows * H * SIZE * D
+            linear(x, table + LAYERS * 12, 2, logits, arrived, rows, STRIDE, C, True, False, False, False, BLOCK_M,
+                   HEAD_N, BLOCK_K)
+        draw(logits, best, counts, sequence, positions, finished, x, wte, wpe, arrived, rows, end, temperature, top_k,
+             seed, V, STRIDE, SIZE, C, BLOCK_C, SAMPLE, TOP_K, BLOCK_V)
 
+
+class OneKernelDecoder:
+    """generate() for bf16 on a GPU: all layers, the draw, and as many tokens as are wanted at once, in one kernel.
+
+    A token of a small batch is a few microseconds of work a layer, less than it takes to start a kernel. So the kernel
+    has as many programs as the GPU can run at once, which share the work of a layer and wait for one another (meet()).
     The same greedy tokens; what is drawn depends on the seed alone, but is not what the plain way draws.
     """
 
     CHUNK = 16  # tokens that are computed before the CPU looks at them
-    BLOCK = 16384  # logits that sample_kernel reads at once
 
     @staticmethod
     def can_run(model: GPT, size: int) -> bool:
@@ -3053,48 +3122,44 @@ class GraphDecoder:
     @torch.no_grad()
     def __init__(self, model: GPT, count: int, size: int, end: int, temperature: float, top_k: int, seed: int):
         config, weight, self.last = model.config, model.wte.weight, size
-        size = min(config.block_size, -(-size // 256) * 256)  # every other size compiles kernels anew
+        size = min(config.block_size, -(-size // 256) * 256)  # every other size compiles the kernel anew
         new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.model, self.end, self.heads, self.graph = model, end, config.heads, None
+        self.model, self.end = model, end
         self.keys, self.values = (new(config.layers, count, config.heads, size, config.width // config.heads)
                                   for _ in range(2))
         self.x, self.y, self.z = new(count, config.width), new(count, config.width), new(count, 4 * config.width)
         self.qkv, self.logits = new(count, 3 * config.width), new(count, config.padded_vocab_size)
-        self.sequence = new(count, size, dtype=torch.int64)
-        self.positions, self.finished = (new(count, dtype=torch.int32) for _ in range(2))
+        self.sequence, self.best = new(count, size, dtype=torch.int64), new(count, dtype=torch.int64)
+        self.positions, self.finished, self.arrived = (new(n, dtype=torch.int32) for n in (count, count, 1))
+        self.counts = new(count, 64, dtype=torch.int32)
+        # Twelve tensors a layer: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc, c_proj. Then ln_f and the head.
+        tensors = [*(p for block in model.h for p in block.parameters()), *model.ln_f.parameters(), weight]
+        self.table = torch.tensor([tensor.data_ptr() for tensor in tensors], device=weight.device)
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
         self.how = (max(temperature, GREEDY), top_k, seed)
         self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
+        power = triton.next_power_of_2
+        if count == 1:
+            self.sizes = {"BLOCK_M": 1, "BLOCK_N": 16, "HEAD_N": 16, "BLOCK_K": min(1024, power(config.width))}
+        else:
+            self.sizes = {"BLOCK_M": min(64, max(16, power(count))), "BLOCK_N": 16, "HEAD_N": 64,
+                          "BLOCK_K": min(128, power(config.width))}  # fmt: skip
+        self.sizes |= {"KEYS": 128, "BLOCK_V": 512}
+        self.programs = 1
+        if weight.is_cuda:  # programs that do not all run at once would wait for ever: a cooperative launch refuses them
+            self.programs = torch.cuda.get_device_properties(weight.device).multi_processor_count
+            self.sizes |= {"num_warps": 8, "launch_cooperative_grid": True}
 
-    def linear(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
-               **switches: bool) -> None:
-        bias, (size, width) = getattr(layer, "bias", None), layer.weight.shape
-        grid = lambda sizes: (triton.cdiv(len(x), sizes["BLOCK_M"]), triton.cdiv(size, sizes["BLOCK_N"]))
-        linear_kernel[grid](x, norm.weight if norm else x, norm.bias if norm else x, layer.weight,
-                            layer.weight if bias is None else bias, out, len(x), N=size, K=width,
-                            NORM=norm is not None, BIAS=bias is not None,
-                            **({"GELU": False, "ADD": False} | switches))  # fmt: skip
-
-    def step(self) -> None:
-        """Read the newest token of every row, and draw the next."""
-        for number, block in enumerate(self.model.h):
-            self.linear(self.x, block.attn.c_attn, self.qkv, block.ln_1)
-            count, heads, size, width = self.keys[number].shape
-            attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                             H=heads, D=width, SIZE=size, BLOCK=64, num_warps=4)
-            self.linear(self.y, block.attn.c_proj, self.x, ADD=True)
-            self.linear(self.x, block.mlp.c_fc, self.z, block.ln_2, GELU=True)
-            self.linear(self.z, block.mlp.c_proj, self.x, ADD=True)
-        self.linear(self.x, self.model.wte, self.logits, self.model.ln_f)
-        self.draw()
-
-    def draw(self) -> None:
-        (count, size), (_, stride), width = self.sequence.shape, self.logits.shape, self.x.shape[1]
-        sample_kernel[(count,)](self.logits, self.sequence, self.positions, self.finished, self.x,
-                                self.model.wte.weight, self.model.wpe.weight, self.end, *self.how,
-                                V=self.model.config.vocab_size, STRIDE=stride, SIZE=size, C=width,
-                                BLOCK_C=triton.next_power_of_2(width), BLOCK=self.BLOCK, num_warps=32,
-                                **self.switches)
+    def launch(self, steps: int, skip: int = 0) -> None:
+        """Draw so many tokens of every row; the first `skip` of them from logits that are there already."""
+        (count, size), (_, stride), config = self.sequence.shape, self.logits.shape, self.model.config
+        self.arrived.zero_()
+        decode_kernel[(self.programs,)](
+            self.table, self.x, self.y, self.z, self.qkv, self.logits, self.keys, self.values, self.best, self.counts,
+            self.sequence, self.positions, self.finished, self.model.wte.weight, self.model.wpe.weight, self.arrived,
+            count, steps, skip, self.end, *self.how, LAYERS=config.layers, H=config.heads,
+            D=config.width // config.heads, V=config.vocab_size, STRIDE=stride, SIZE=size,
+            BLOCK_C=triton.next_power_of_2(config.width), **self.switches, **self.sizes)  # fmt: skip
 
     @torch.no_grad()
     def read(self, prompt: list[int]) -> None:
@@ -3104,20 +3169,16 @@ class GraphDecoder:
         self.logits.copy_(self.model(torch.tensor([prompt], device=device), cache=cache)[:, -1].expand_as(self.logits))
         self.keys[:, :, :, :length], self.values[:, :, :, :length] = cache.keys, cache.values
         self.positions.fill_(length - 1)
-        self.finished.zero_()
         self.draw()
 
-    @torch.no_grad()
-    def capture(self) -> None:
-        self.step()  # compiles the kernels, and tries which is fastest: that cannot be captured
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
+    def draw(self) -> None:
+        """From the logits that are there, with nothing noted yet."""
+        self.finished.zero_()
+        self.counts.zero_()
+        self.best.fill_(-(2**63 - 1))
+        self.launch(1, skip=1)
 
     def run(self, prompt: list[int]) -> Iterator[list[int]]:
-        if self.x.is_cuda:
-            self.capture()
         self.read(prompt)
         ready, done = len(prompt) + 1, len(prompt)  # tokens that are computed, and yielded
         while done < self.last:
@@ -3126,8 +3187,8 @@ class GraphDecoder:
                 if all(token == self.end for token in step):
                     return
             done, ready = ready, min(self.last, ready + self.CHUNK)
-            for _ in range(ready - done):
-                self.graph.replay() if self.graph else self.step()
+            if ready > done:
+                self.launch(ready - done)
 
 
 # ---------- 16. Main --------------------------------------------------------------------------------------------------

@@ -75,16 +75,20 @@ def test_a_model_gives_the_same_loss_and_gradients_with_the_fused_loss():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """One way to cut the work of the linear layers: the interpreter cannot try which is fastest."""
-    import triton
+    """The model is smaller than one block of the kernel, and the interpreter takes long over large ones."""
+    sizes = {"BLOCK_N": 16, "HEAD_N": 32, "BLOCK_K": 32, "KEYS": 32, "BLOCK_V": 64}
+    make = gpt2.OneKernelDecoder.__init__
 
-    sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
-    monkeypatch.setattr(gpt2.linear_kernel, "configs", [triton.Config(sizes)])
-    monkeypatch.setattr(gpt2.GraphDecoder, "BLOCK", 128)  # and takes long over large ones
+    def init(self, *args):
+        make(self, *args)
+        self.sizes |= sizes
+
+    monkeypatch.setattr(gpt2.OneKernelDecoder, "__init__", init)
 
 
 @interpreted
-def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path, count):
     """Which reads all tokens anew for each, in float32. A prompt and more tokens than a block of the kernels."""
     from tokenizers import Tokenizer, models
     from transformers import GPT2LMHeadModel
@@ -104,12 +108,12 @@ def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
            "attention_mask": torch.ones(1, 62, dtype=torch.long)}  # fmt: skip
     expected = theirs.generate(torch.tensor([prompt]), **how)[0, 62:].tolist()
     assert len(set(expected)) > 4
-    decoder = gpt2.GraphDecoder(model, 2, 70, -1, 0.0, 50, 0)
-    assert list(decoder.run(prompt)) == [[token, token] for token in expected]
+    decoder = gpt2.OneKernelDecoder(model, count, 70, -1, 0.0, 50, 0)
+    assert list(decoder.run(prompt)) == [[token] * count for token in expected]
     end = expected[4]  # a row that has reached the end stays there
     first = expected.index(end)
-    decoder = gpt2.GraphDecoder(model, 2, 70, end, 0.0, 50, 0)
-    assert list(decoder.run(prompt)) == [[token, token] for token in expected[: first + 1]]
+    decoder = gpt2.OneKernelDecoder(model, count, 70, end, 0.0, 50, 0)
+    assert list(decoder.run(prompt)) == [[token] * count for token in expected[: first + 1]]
 
 
 @interpreted
@@ -118,7 +122,7 @@ def test_greedy_tokens_are_those_of_transformers(small_blocks, tmp_path):
 def test_what_is_drawn_has_the_probabilities_of_the_softmax(small_blocks, top_k, temperature):
     model, rows = gpt2.GPT(gpt2.GPTConfig(200, block_size=8, layers=1, heads=1, width=16)), 400
     logits = (torch.randn(256, generator=torch.Generator().manual_seed(0)) * 3).bfloat16().float()
-    decoder = gpt2.GraphDecoder(model, rows, 4, -1, temperature, top_k, 3)
+    decoder = gpt2.OneKernelDecoder(model, rows, 4, -1, temperature, top_k, 3)
     decoder.logits.copy_(logits.expand(rows, -1))
     decoder.draw()
     drawn = decoder.sequence[:, 1]
@@ -126,7 +130,7 @@ def test_what_is_drawn_has_the_probabilities_of_the_softmax(small_blocks, top_k,
     expected = torch.zeros(200).scatter(0, largest.indices, largest.values.softmax(0))
     assert (expected[drawn] > 0).all()
     assert (torch.bincount(drawn, minlength=200) / rows - expected).abs().sum() / 2 < 0.25  # total variation
-    decoder = gpt2.GraphDecoder(model, rows, 4, -1, temperature, top_k, 4)
+    decoder = gpt2.OneKernelDecoder(model, rows, 4, -1, temperature, top_k, 4)
     decoder.logits.copy_(logits.expand(rows, -1))
     decoder.draw()
     assert not torch.equal(drawn, decoder.sequence[:, 1])

@@ -337,7 +337,7 @@ def test_the_seed_decides_what_is_drawn(reference):
 
 def test_a_model_in_training_generates_without_dropout(monkeypatch):
     model, seen = gpt2.GPT(gpt2.GPTConfig(vocab_size=20, block_size=8, layers=1, heads=1, width=8, dropout=0.5)), []
-    monkeypatch.setattr(gpt2.GraphDecoder, "can_run", lambda *_: True)
-    monkeypatch.setattr(gpt2.GraphDecoder, "__init__", lambda self, model, *_: seen.append(model.training))
-    monkeypatch.setattr(gpt2.GraphDecoder, "run", lambda self, prompt: iter([[3]]))
+    monkeypatch.setattr(gpt2.OneKernelDecoder, "can_run", lambda *_: True)
+    monkeypatch.setattr(gpt2.OneKernelDecoder, "__init__", lambda self, model, *_: seen.append(model.training))
+    monkeypatch.setattr(gpt2.OneKernelDecoder, "run", lambda self, prompt: iter([[3]]))
     assert list(gpt2.generate(model.train(), [1], 1, 1, 0)) == [[3]] and seen == [False] and model.training

@@ -3146,7 +3146,7 @@ class OneKernelDecoder:
                           "BLOCK_K": min(128, power(config.width))}  # fmt: skip
         self.sizes |= {"KEYS": 128, "BLOCK_V": 512}
         self.programs = 1
-        if weight.is_cuda:  # programs that do not all run at once would wait for ever: a cooperative launch refuses them
+        if weight.is_cuda:  # a cooperative launch: refused if not all programs run at once, as they would wait for ever
             self.programs = torch.cuda.get_device_properties(weight.device).multi_processor_count
             self.sizes |= {"num_warps": 8, "launch_cooperative_grid": True}
 

@@ -41,17 +41,16 @@ def prepare_names() -> None:
 def load() -> tuple[dict, ...]:
     """All chats: topic, sexes of the speakers, turns [(speaker, text)], summaries."""
     chats = []
-    for path in sorted((TEXT / "chats").glob("*.txt")):
-        for block in re.split(r"\n\s*\n", path.read_text("utf-8").strip()):
-            head, *lines = block.strip().split("\n")
-            match = re.fullmatch(r"@ topic: (.+?) \| ((?:[A-D]=[fmx] ?)+)", head.strip())
-            if not match:
-                continue
-            turns = [(m[1], m[2].strip()) for line in lines if (m := re.match(r"([A-D]): (.+)", line))]
-            summaries = [line[2:].strip() for line in lines if line.startswith("= ")]
-            sexes = dict(pair.split("=") for pair in match[2].split())
-            if {speaker for speaker, _ in turns} == set(sexes) and summaries:
-                chats.append({"topic": match[1], "sexes": sexes, "turns": turns, "summaries": summaries})
+    for block in "\n".join(read_lines("chats")).split("\n\n"):
+        head, *lines = block.strip().split("\n")
+        match = re.fullmatch(r"@ topic: (.+?) \| ((?:[A-D]=[fmx] ?)+)", head.strip())
+        if not match:
+            continue
+        turns = [(m[1], m[2].strip()) for line in lines if (m := re.match(r"([A-D]): (.+)", line))]
+        summaries = [line[2:].strip() for line in lines if line.startswith("= ")]
+        sexes = dict(pair.split("=") for pair in match[2].split())
+        if {speaker for speaker, _ in turns} == set(sexes) and summaries:
+            chats.append({"topic": match[1], "sexes": sexes, "turns": turns, "summaries": summaries})
     return tuple(chats)
 
 

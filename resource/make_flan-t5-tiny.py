@@ -1,7 +1,7 @@
 """Rebuild `resource/flan-t5-tiny/`: a tiny T5 v1.1 with its own tokenizer, pretrained to read chats and copy from them.
 
     python resource/make_flan-t5-tiny.py --output runs/first      # a GPU: about 11 minutes; a CPU is far slower
-    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 2 --output runs/flan-t5-tiny
+    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 6 --output runs/flan-t5-tiny
     python resource/make_flan-t5-tiny.py --output runs/dry-run --steps 20 --batch-size 8 --workers 1
 
 The default output is the folder that ships; one that is not empty is never overwritten.
@@ -16,8 +16,7 @@ A summary is mostly copying: names, days, prices that the model has never met. T
   languages, in the grammar of `make_sample.py`, in freely written chats, and in chats of random sentences
   (`flan-t5-tiny-text/`).
 
-The second command goes on from the first, and what it saves is the mean of both weights, which fine-tunes far better
-than either (stochastic weight averaging, Izmailov et al. 2018).
+The second command goes on from the weights of the first.
 
 The model learns to sum up under another instruction ("in short: "), never under "summarize: ". After an instruction
 that it does not know, it goes on with the chat: binding the task to its prefix is left to fine-tuning.
@@ -322,7 +321,7 @@ TASKS = {  # kind of row: {task: weight}
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
-MIXTURE = {"grammar": (30, 3), "free": (25, 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
+MIXTURE = {"grammar": (30, 3), "free": (60, 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
 
 
@@ -496,13 +495,6 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weight.float() for name, weight in every.items() if name != "lm_head.weight"}
 
 
-@torch.no_grad()
-def average(model: T5ForConditionalGeneration, others: dict[str, torch.Tensor]) -> None:
-    """The mean of the model's weights and others, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.lerp_(others[name].to(parameter.device), 0.5)
-
-
 def untie(model: T5ForConditionalGeneration) -> None:
     """Give the model a head of its own, as T5 v1.1 has it. A tied head is scaled by d_model^-0.5: it moves into it."""
     if model.config.tie_word_embeddings:
@@ -549,11 +541,10 @@ def held_out_loss(model: torch.nn.Module, shard: tuple[np.ndarray, np.ndarray], 
 def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Namespace, device: str) -> dict[str, str]:
     """Train in place, return the facts of the run. It lasts until `--minutes` or `--steps` is over.
 
-    The clock starts after the first step, which compiles. With `--first` it goes on from those weights, and the model
-    ends as the mean of both.
+    The clock starts after the first step, which compiles. With `--first` it goes on from those weights.
     """
-    first = load(args.first) if args.first else {}
-    model.load_state_dict(first, strict=False)  # tied weights have one name there and several here
+    if args.first:
+        model.load_state_dict(load(args.first), strict=False)  # tied weights have one name there and several here
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 12_000 / SHARD_ROWS / args.workers) if is_timed else 0
     held_out = make_shard(make_pairs(str(folder), seed=1), rows=256)
@@ -594,8 +585,6 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
                 flush=True,
             )
     batches.stop()
-    if first:
-        average(model, first)
     steps = step + bool(args.steps)
     facts = {
         "steps": f"{steps:,} of {args.batch_size} examples, none seen twice",
@@ -729,7 +718,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default 2e-3)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
-    parser.add_argument("--first", type=Path, help="go on from this model, and save the mean of both")
+    parser.add_argument("--first", type=Path, help="go on from this model")
     parser.add_argument("--output", type=Path, default=FOLDER)
     return parser
 

@@ -40,7 +40,7 @@ MAX_DIALOGUE_WORDS, MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS = 110, 9, 32
 #   > ...         the turn above, retold in the third person (for `narration`)
 #   ~             a place where small talk may go
 #   -- name       one way to go on and end (everything before the first `--` opens all of them)
-#   = ...         a summary of this ending
+#   = ...         a summary of this ending, without he or she for who talks: a name alone does not say which
 # An indented line continues the one above.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -406,8 +406,8 @@ B: [Hang on|Wait|Let me look]... [it's|there it is,] {spot}!
 > {B} [finds|sees] it {spot}.
 A: [Phew|OMG|Seriously]! <thanks>, [you saved me|I owe you one]
 > {A} is [relieved|very happy] and thanks {B}.
-= {A} can't find {A.his} {item}. {B} [finds it|sees it] {spot}.
-= {A} [is looking for|lost] {A.his} {item}, which {A.he} had at {place}. It is {spot}.
+= {A.poss} {item} is lost, but {B} [finds it|sees it] {spot}.
+= {A} [is looking for|lost] {item.a} and had it last at {place}. It is {spot}.
 = {B} finds {A.poss} {item} {spot}.
 -- left behind
 B: [Call them|Just ring them|Why don't you call them]! [Maybe somebody handed it in|They may have it]
@@ -417,8 +417,8 @@ A: [Ok, calling|Good idea|Will do]... [they have it|it's there]! [I'll pick it u
 > {A} calls and [learns that it is there|hears that they have it].
 B: <great> [lucky you|see]
 > {B} is [glad|happy] for {A}.
-= {A} left {A.his} {item} at {place} on {day}. {A.he} will [pick it up|go and get it].
-= {A} lost {A.his} {item}. [After {B.poss} advice|{B} tells {A.him} to call and] {A.he} [finds out|learns] that it is
+= {A} left {item.a} at {place} on {day} and will [pick it up|go and get it].
+= {A} lost {item.a}. [With {B.poss} advice|{B} says where to call, and] {A} [finds out|learns] that it is
   at {place}.
 -- gone
 A: [I called them, nothing|They don't have it|Nobody there has seen it]
@@ -427,8 +427,8 @@ B: [<no>|Oh dear]. [Was it expensive|Was there anything important in it|Can you 
 > {B} [is sorry|feels sorry] and asks whether it [was expensive|can be replaced].
 A: It was [a present from|from] my {kin} :(
 > {A} got it from {A.his} {kin}.
-= {A} lost {A.his} {item} at {place} on {day}. It was a present from {A.his} {kin}.
-= {A} is sad because {A.he} can't find the {item} {A.he} got from {A.his} {kin}.
+= {A} lost the {item}, a present from {A.poss} {kin}, at {place} on {day}.
+= {A} is sad about the lost {item}, a present from {A.poss} {kin}.
 
 # exam results: subject=subject, mark=mark, mark2=mark, day=day
 A: [So|Sooo|{B}!!] how did the {subject} exam go? [Results are out|They posted the results]
@@ -459,8 +459,8 @@ A: [I'll help you|Let's study together|I can explain things to you]. I got {mark
 > {A}, who got {mark}, offers to help.
 B: [Really? <thanks>|You'd do that? <thanks>]
 > {B} [accepts with thanks|is grateful].
-= {B} failed the {subject} exam and must [repeat|retake] it on {day}. {A} will help {B.him}.
-= {B} didn't pass {subject}. {A} offers to study with {B.him} before the resit on {day}.
+= {B} failed the {subject} exam and must [repeat|retake] it on {day}. {A} will help.
+= {B} didn't pass {subject}. {A} offers to study [together|with {B}] before the resit on {day}.
 -- waiting
 B: [Not yet for us|Ours come on {day}|Still waiting], [the professor is ill|they are so slow]
 > {B} has no result yet.
@@ -470,8 +470,8 @@ B: [Congrats|Nice one|Well done you]! [I'm so nervous|I have a bad feeling]
 > {B} congratulates {A} and is nervous.
 A: [You'll be fine|Don't worry|I'm sure you passed]
 > {A} [calms {B.him}|is sure {B} has passed].
-= {A} got {mark} in the {subject} exam. {B} is still waiting for {B.his} result.
-= {B} doesn't know {B.his} {subject} result yet and is nervous. {A} got {mark}.
+= {A} got {mark} in the {subject} exam. {B} is still waiting for the result.
+= {B} doesn't know the {subject} result yet and is nervous. {A} got {mark}.
 
 # broken at home: thing=appliance, firm=firm, day=day, hour=hour, price=fare
 A: [Bad news|Great news, not|Ugh], the {thing} [is broken|broke down|stopped working|died] [again|this morning|last
@@ -513,7 +513,7 @@ A: [Let me see|Wait]... [omg it works|it's running again]! [I'm so stupid|How em
 > {A} tries and [it works again|the {thing} runs again].
 B: [Haha|Lol], [that's {price} saved|you owe me {price}]
 > {B} [laughs|jokes about it].
-= {A} thought the {thing} was broken, but [with {B.poss} advice it works again|{B} helps {A.him} to get it running].
+= {A} thought the {thing} was broken, but [with {B.poss} advice it works again|{B} helps to get it running].
 = The {thing} [stopped working|didn't work]. {B} tells {A} what to check and it [runs|works] again.
 
 # birthday present: P=person, gift=gift, gift2=gift, price=price, day=day
@@ -576,7 +576,7 @@ B: {hour2} then. [What about food|Will there be food] lol
 > {B} will come then and asks about food.
 A: [I'll make|I promise] {food} for everybody!
 > {A} will make {food} for the helpers.
-= {A} is moving to {street} on {day}. {B} will help {A.him} at {hour2} [and {A} will make {food}|].
+= {A} is moving to {street} on {day}. {B} will help at {hour2} [and {A} will make {food}|].
 = {B} will come at {hour2} on {day} to help {A} move to {street}.
 -- can't help
 B: [I'd love to help but|I'm so sorry,] [I hurt my back|I'm away that day|I'm on call]
@@ -587,7 +587,7 @@ B: [But|You know what,] I have {thing.a} [I don't need|to give away]. [Do you wa
 > {B} [offers {A} {thing.a}|has {thing.a} to give away].
 A: [Yes please|I'd love it|Really]! [My place is so empty|I have no furniture yet]
 > {A} [gladly takes it|would like to have it].
-= {A} is moving to {street} on {day}. {B} can't help, but will give {A.him} {thing.a}.
+= {A} is moving to {street} on {day}. {B} can't help, but will give {A} {thing.a}.
 = {B} can't help {A} move on {day}. {A} [gets|will take] {B.poss} {thing}.
 -- two help
 B: [Count me in|I'll help]! [I can carry the {thing}|But I won't carry the {thing} alone]
@@ -616,8 +616,8 @@ B: [I'll pick you up|I'll fetch you|I'll wait for you at the station] [then|with
 > {B} will pick {A} up.
 A: <thanks> [you're an angel|I'm so tired]
 > {A} thanks {B}.
-= {A.poss} train from {town} is [late|delayed]. {B} will pick {A.him} up at {t2}.
-= {A} is stuck in {town} and will arrive at {t2}. {B} will [wait for|fetch] {A.him} at the station.
+= {A.poss} train from {town} is [late|delayed]. {B} will pick {A} up at {t2}.
+= {A} is stuck in {town} and will arrive at {t2}. {B} will [wait|be] at the station.
 -- start without
 A: [Start without me|Don't wait for me|Please eat without me]. [I won't make it before|I'll be there around] {t2}
 > {A} will be there around {t2} and tells {B} not to wait.
@@ -625,8 +625,8 @@ B: [Ok|All right], [we'll keep you some {dish}|we'll save you a plate]
 > {B} will keep some food.
 A: [You're great|Thx]. [I hate this line|Never again by train]
 > {A} is annoyed about the train.
-= {A.poss} train is stuck in {town}, so {A.he} won't be there before {t2}. {B} will [start|eat] without {A.him}.
-= {A} is late because of {A.his} train. {B} should not wait and will keep {A.him} some food.
+= {A.poss} train is stuck in {town} and won't be there before {t2}. {B} will [start|eat] without {A}.
+= {A} is late because of the train. {B} should not wait and will keep {A} some food.
 -- cancelled
 A: [Great, now it's cancelled|And cancelled. I can't believe it]
 > Now the train is cancelled.
@@ -636,7 +636,7 @@ A: [Not until tomorrow|The last one is gone]. [I'll stay|I'll sleep] at {P.poss}
 > There is no bus, so {A} will stay with {P}.
 B: [Ok, say hi to {P.him}|Good that {P} lives there]. [See you tomorrow|Safe trip tomorrow]
 > {B} is glad about that.
-= {A.poss} train from {town} is cancelled. {A.he} will stay at {P.poss} [place|].
+= {A.poss} train from {town} is cancelled, so {A} will stay at {P.poss} [place|].
 = {A} can't get home from {town} [today|tonight] and will sleep at {P.poss} place.
 
 # job interview: job=job, firm=company, day=day, hour=hour, wear=garment
@@ -656,8 +656,8 @@ B: [You can have|I can lend you|Take] my {wear}. [It always brings luck|It looks
 > {B} offers {A} {B.his} {wear}.
 A: [Really|Would you]? <thanks>! [I'll come by tonight|I'll fetch it on my way]
 > {A} accepts and will come to get it.
-= {A} has an interview as {job.a} at {firm} on {day}. {B} will lend {A.him} {B.his} {wear}.
-= {B} lends {A} {wear.a} for {A.his} interview at {firm} on {day}.
+= {A} has an interview as {job.a} at {firm} on {day}. {B} will lend {A} {wear.a}.
+= {B} lends {A} {wear.a} for an interview at {firm} on {day}.
 -- practise
 B: [Do you want to practise|We could practise the questions|Shall I ask you some questions]?
 > {B} offers to practise with {A}.
@@ -667,8 +667,8 @@ B: [Come over|Call me] at {hour} tomorrow
 > They will do it at {hour} tomorrow.
 A: [Will do|Great]. <thanks>
 > {A} thanks {B}.
-= {A} has a job interview at {firm} on {day}. {B} will practise with {A.him} tomorrow at {hour}.
-= {A} is nervous about {A.his} interview as {job.a}. {B} will help {A.him} [to practise|to prepare] tomorrow.
+= {A} has a job interview at {firm} on {day}. {B} will practise with {A} tomorrow at {hour}.
+= {A} is nervous about an interview as {job.a}. {B} will help {A} [to practise|to prepare] tomorrow.
 -- clash
 B: [But wait|Hold on], {day}? [Isn't that|That's] {P.poss} [graduation|farewell party]!
 > {B} points out that {P} has a party on that day.
@@ -678,7 +678,7 @@ B: [And|So]? [What did they say|Did they answer]?
 > {B} asks for the answer.
 A: [They moved it to|It's now at] {hour} [in the morning|], [so I can do both|no problem]!
 > The interview is now at {hour}, so {A} can do both.
-= {A} has an interview at {firm} on {day}, the day of {P.poss} party. It is at {hour} now, so {A.he} can do both.
+= {A} has an interview at {firm} on {day}, the day of {P.poss} party. It is at {hour} now, so {A} can do both.
 = {A.poss} interview as {job.a} was on the day of {P.poss} party. {firm} moved it to {hour}.
 
 # sick pet: pet=pet, N=petname, ill=ailment, day=day, hour=hour
@@ -697,8 +697,8 @@ A: [Would you|That would be great]? [I can't carry the basket alone|The bus is a
 ~
 B: [I'll be there|I'll pick you up] [half an hour before|a bit earlier]
 > {B} will pick {A} up a bit earlier.
-= {A.poss} {pet} {N} is ill. {B} will drive {A.him} to the vet at {hour}.
-= {A} is worried about {N}, [{A.his} {pet}|who doesn't eat]. {A.he} is going to the vet at {hour} and {B} will drive.
+= {A.poss} {pet} {N} is ill. {B} will drive {A} to the vet at {hour}.
+= {A} is worried about {N}, [the {pet}|who doesn't eat], and is going to the vet at {hour}. {B} will drive.
 -- result
 A: [We just came back|Yes, we were there today]. [It's|He says it's] {ill.a}
 > The vet found {ill.a}.
@@ -741,8 +741,8 @@ B: [Ok|Fine], I'll [drop it off|bring it over|leave it at your door] [the day be
 > {B} will bring it [back|over].
 A: <great>, <thanks>
 > {A} thanks {B}.
-= {B} still has {A.poss} {loan}. {B.he} will bring it back, because {A} needs it on {day}.
-= {A} needs {A.his} {loan} back [for|on] {day}. {B} will [bring it over|return it].
+= {B} still has {A.poss} {loan} and will bring it back, because {A} needs it on {day}.
+= {A} needs the {loan} back [for|on] {day}. {B} will [bring it over|return it].
 -- passed on
 B: [No|Hmm no], I [gave|lent|passed] it to {P} [on {day}|last week]. [I thought you knew|Didn't I tell you]
 > {B} gave it to {P}.
@@ -763,8 +763,8 @@ B: [It fell off the car|I dropped it|My {kin} sat on it]. [I'll buy you a new on
 > {B} explains it and promises to pay for a new one.
 A: [Ok|All right], [accidents happen|but a good one please]
 > {A} accepts that.
-= {B} broke {A.poss} {loan} and will [buy {A.him} a new one|pay for it].
-= {A} wants {A.his} {loan} back, but it is broken. {B} [promises to buy|will pay for] a new one.
+= {B} broke {A.poss} {loan} and will [buy {A} a new one|pay for it].
+= {A} wants the {loan} back, but it is broken. {B} [promises to buy|will pay for] a new one.
 # training: sport=sport, place=ground, day=day, t1=time, t2=time
 A: [Are you coming to|Will you be at|See you at] {sport} [training|practice] [on ]{day}?
 > {A} asks whether {B} is coming to {sport} training on {day}.
@@ -792,8 +792,8 @@ A: [So you'll miss|Then you miss] the [game|match] against {team} :(
 > {B} will miss the game against {team}.
 B: [I know|Yes]. [Win it for me|I'll come and cheer]
 > {B} [wants them to win|will come and cheer].
-= {B} is injured and can't play {sport} for {weeks}. {B.he} will miss the game against {team}.
-= {B} hurt {B.himself} at {place}, so {B.he} can't come to {sport} training or play against {team}.
+= {B} is injured, can't play {sport} for {weeks} and will miss the game against {team}.
+= {B} got hurt at {place} and can't come to {sport} training or play against {team}.
 -- quits
 B: [Actually|To be honest] I want to [stop|quit]. [I've no time any more|It's no fun any more]
 > {B} wants to stop.
@@ -819,7 +819,7 @@ B: [Get me one|Buy one for me|Take one for me], [I'll pay you back|I'll send you
 > {B} asks {A} to buy one for {B.him}.
 A: [Done|Got them|Bought]! [Row 12|Standing|Best day ever]
 > {A} has bought them.
-= {A} bought tickets for {band} in {town} on {day}. {B} will pay {A.him} back.
+= {A} bought tickets for {band} in {town} on {day}. {B} will pay {A} back.
 = {A} and {B} are going to the {band} concert in {town} on {day}. The tickets cost {price}.
 -- too expensive
 B: [What do they cost|How much]?
@@ -859,8 +859,8 @@ B: [Take|Use|Try] {item2}, [tastes the same|even better]
 ~
 A: <great>. I'll [tell you how it went|send you a picture]
 > {A} will report.
-= {B} gives {A} a recipe for {dish}. {A} has no {item}, so {A.he} should [use|take] {item2}.
-= {A} wants to cook {dish} for {P}. {B} tells {A.him} to use {item2}[ instead of|, not] {item}.
+= {B} gives {A} a recipe for {dish}. {A} has no {item} and should [use|take] {item2}.
+= {A} wants to cook {dish} for {P}. {B} tells {A} to use {item2}[ instead of|, not] {item}.
 -- allergic
 B: [Careful|Wait], {P} [is allergic to|can't eat] {item}. [It's full of it|That's in there]
 > {B} warns {A} that {P} cannot eat {item}.
@@ -870,7 +870,7 @@ B: {dish2}! [Everyone likes it|{P} loves it|You can't go wrong]
 > {B} suggests {dish2}.
 A: [Ok|Perfect], {dish2} it is
 > {A} will make {dish2}.
-= {A} wanted to make {dish} for {P}, who can't eat {item}. {A.he} will make {dish2}.
+= {A} wanted to make {dish} for {P}, who can't eat {item}, and will make {dish2}.
 = {P} is allergic to {item}, so {B} advises {A} to cook {dish2} [instead|].
 -- burnt
 B: [It's on the fridge|I sent it last year|Look in the blue book]! [Flour, eggs, {item}|Don't forget the {item}]
@@ -881,8 +881,8 @@ B: [Haha|LOL|Oh dear], [order something|call {place}]. {P} [won't mind|will laug
 > {B} laughs and tells {A.him} to order from {place}.
 A: [Yep|Done], {place} [brings it|is on the way]
 > {A} orders from {place}.
-= {A} burnt the {dish} {A.he} made for {P}, so {A.he} orders food from {place}.
-= {A} tried to cook {dish} for {P} but it is burnt. {A.he} orders at {place}.
+= {A} burnt the {dish} for {P} and orders food from {place}.
+= {A} tried to cook {dish} for {P} but it is burnt, so {A} orders at {place}.
 
 # parcel: item=goods, shop=shop, P=person, hour=hour, day=day
 A: [Has my {item} arrived|Did my {item} arrive|Has my {item} from {shop} come]?
@@ -920,8 +920,8 @@ B: [And|Well]?
 > {B} asks for news.
 A: [They forgot it|Lost on the way]... [they send a new one|new one is coming], [and|plus] {price} back
 > They send a new one and give back {price}.
-= {A.poss} {item} hasn't come. {shop} will send a new one and [give|pay] {A.him} {price} back.
-= {shop} [lost|forgot] {A.poss} {item}, which {A.he} ordered on {day}. They send a new one.
+= {A.poss} {item} hasn't come. {shop} will send a new one and [give|pay] {A} {price} back.
+= {shop} [lost|forgot] {A.poss} {item}, ordered on {day}. They send a new one.
 
 # wedding: P=person, Q=person, town=town, month=month, gift=gift, wear=garment
 A: [Did you hear|Have you heard]? {P} and {Q} are [getting married|engaged]!
@@ -948,8 +948,8 @@ A: [You must come|You can't miss it]! {P} [would be so sad|will never forgive yo
 > {A} thinks {P} would be sad.
 B: [I'll see|I'll ask my boss|Let me check the flights]. [If not, I'll send|At least I'll send] {gift.a}
 > {B} will see what {B.he} can do, or send {gift.a}.
-= {P} will marry {Q} in {town} in {month}. {B} may not come because {B.he} is in {town2}.
-= {B} might miss {P.poss} wedding as {B.he} will be in {town2}. {B.he} would send {gift.a}.
+= {P} will marry {Q} in {town} in {month}. {B} is in {town2} then and may not come.
+= {B} might miss {P.poss} wedding for {town2}, and would send {gift.a}.
 -- speech
 B: [So happy for them|How lovely|At last]. [Who does the music|Can I help]?
 > {B} is happy and offers help.
@@ -960,7 +960,7 @@ B: [I'll write it|We'll write it together], [I know all the stories|easy]. And [
 > {B} will help to write it and give them {gift.a}.
 A: [You're my hero|Saved]
 > {A} is relieved.
-= {A} has to make a speech at the wedding of {P} and {Q} in {month}. {B} will help {A.him}.
+= {A} has to make a speech at the wedding of {P} and {Q} in {month}. {B} will help.
 = {P} and {Q} are getting married in {town}. {B} helps {A} with the speech and will give {gift.a}.
 
 # chores: place=venue, chore=chore, chore2=chore, P=person, day=day, food=dish
@@ -1013,7 +1013,7 @@ A: [Shall I come with you|Do you want company]?
 > {A} offers to come along.
 B: [That would be nice|Yes please|Would you]? [I'm a bit scared|I hate going alone]
 > {B} gladly accepts.
-= {B} has {ache.a} and will see {doc.a} on {day2} at {hour}. {A} will come with {B.him}.
+= {B} has {ache.a} and will see {doc.a} on {day2} at {hour}. {A} will come along.
 = {A} will go with {B} to {doc.a} on {day2} [because of {ache.a}|].
 -- home remedy
 A: [Try|You need|Drink tea with] {item}. [My {kin} swears by it|Always helps my {kin}]
@@ -1024,7 +1024,7 @@ A: [And stay in bed|And don't go to work]! [Shall I tell|I'll tell] {P}?
 > {A} wants {B} to rest and will tell {P}.
 B: [Yes please|<thanks>]. [I'll be back|Tell {P.him} I'll be back] on {day2}
 > {B} will be back on {day2}.
-= {B} has {ache.a}. {A} recommends {item} and will tell {P} that {B.he} is back on {day2}.
+= {B} has {ache.a}. {A} recommends {item} and will tell {P} that {B} is back on {day2}.
 = {B} is ill and will try {item} [against|for] {ache.a}. {A} will tell {P}.
 -- cancels
 A: [Oh no|Poor you]. [So no|What about] {sport} [on {day2}|with {P}]?
@@ -1061,7 +1061,7 @@ B: [Hmm ok|If you pay|You win]. {t1} at {place}?
 > {B} gives in and asks for {t1} at {place}.
 A: [Yes|Yay]!!
 > {A} is happy.
-= {A} persuades {B} to see {film} with {A.him} at {place} on {day}. {A} pays.
+= {A} persuades {B} to come and see {film} at {place} on {day}. {A} pays.
 = {B} doesn't like {film} but will go on {day} at {t1} because {A} pays.
 -- at home
 B: [The cinema is too expensive|I'm so tired|I have a cold]. [Can't we watch|Let's watch] [it|something] at [home|my
@@ -1072,7 +1072,7 @@ A: [Also good|Ok]. [You have|We could watch] {film2}, right?
 B: [Yes|Yep]! [Come at|Be here at] {t2}, [bring snacks|I make {dish}]
 > {A} should come at {t2}.
 = {A} and {B} [stay|will stay] at home and watch {film2} at {t2}.
-= {A} wanted to see {film} at the cinema, but {A.he} and {B} will watch {film2} at {B.poss} place on {day}.
+= {A} wanted to see {film} at the cinema, but will watch {film2} at {B.poss} place on {day}.
 
 # holiday: town=resort, town2=resort, month=month, price=fare, weeks=weeks, P=person
 A: [We have to book|Let's book our holiday|Where do we go this year]! [I found a house|There's an offer] in {town}
@@ -1109,8 +1109,8 @@ B: [Stay at home|Work], [and visit|maybe visit] {P} in {town2}
 > {B} may visit {P} in {town2}.
 A: [Sounds nice too|Not bad]. [I'll ask my {kin}|I'll go with my {kin}]
 > {A} will ask {A.his} {kin}.
-= {B} has no money for a holiday in {town}. {B.he} [may|might] visit {P} in {town2}.
-= {A} will ask {A.his} {kin} to come to {town}, because {B} can't afford it.
+= {B} has no money for a holiday in {town} and [may|might] visit {P} in {town2}.
+= {A.poss} {kin} will be asked to come to {town}, because {B} can't afford it.
 
 # lift to the airport: town=town, day=day, hour=hour, hour2=hour, P=person
 A: [Could you drive me|Can you take me|Any chance of a lift] to the airport [on ]{day}? [I'm flying to|My flight to]
@@ -1127,7 +1127,7 @@ B: [That early|Phew, ok|Fine]! I'll [be outside|ring the bell|pick you up]
 A: [I'll bring you chocolate|I'll bring you something nice]!
 > {A} will bring {B} something.
 = {B} will drive {A} to the airport on {day} at {hour}. {A} is flying to {town}.
-= {A} is flying to {town} on {day} at {hour2}. {B} picks {A.him} up at {hour}.
+= {A} is flying to {town} on {day} at {hour2}. {B} picks {A} up at {hour}.
 -- someone else
 B: [My car is|The car's] [at the garage|broken]. [But {P}|I think {P}] [works there|is going there] [on ]{day}, [ask
   {P.him}|shall I ask]?
@@ -1177,7 +1177,7 @@ B: [No|Nope], [{P} noticed last time|we got caught last time]. [I'll explain it|
 > {B} refuses because {P} noticed last time, but will explain it.
 A: [Ok|Fine]... [you're right|calling you]
 > {A} accepts that.
-= {A} wants to copy {B.poss} {subject} homework. {B} won't let {A.him}, but will explain it.
+= {A} wants to copy {B.poss} {subject} homework. {B} says no, but will explain it.
 = {B} doesn't let {A} copy the {subject} homework as {P} noticed it last time.
 -- none
 B: [None|Nothing]! {P} [is ill|was away], [no {subject}|it's cancelled] until {day}
@@ -1206,8 +1206,8 @@ B: {price}, [and it took two days|ready the same day]
 > {B} paid {price}.
 A: [Not bad|Ok, that's fine]. I'll go [there |]on {day}
 > {A} will go there on {day}.
-= {A} broke {A.his} {device} at {place}. {A.he} will take it to {firm} on {day}.
-= {B} tells {A} to have {A.his} {device} repaired by {firm}. [It costs|It cost {B.him}] {price}.
+= {A.poss} {device} broke at {place}. {A} will take it to {firm} on {day}.
+= {B} tells {A} to have the {device} repaired by {firm}. [It costs|It cost {B}] {price}.
 -- lend
 B: [I have an old one|My old one is in a drawer]. [Want it|Do you want it]?
 > {B} has an old one and offers it.
@@ -1218,7 +1218,7 @@ B: [It's slow, but yes|Sure]. [You can keep it|Keep it] until {day}
 ~
 A: [I'll come round|Can I get it tonight]? <thanks>
 > {A} will come to get it.
-= {A.poss} {device} broke at {place}. {B} will lend {A.him} an old one until {day}.
+= {A.poss} {device} broke at {place}. {B} will lend {A} an old one until {day}.
 = {B} lends {A} an old {device} [until {day}|], because {A.poss} is broken.
 -- buys new
 B: [Is there still a guarantee|Can they repair it]?
@@ -1229,8 +1229,8 @@ B: [There's a sale|They have offers] at {shop}
 > {B} mentions a sale at {shop}.
 A: [I'm on my way|Going there on {day}|Perfect timing]
 > {A} will go there.
-= {A} broke {A.his} {device} and will buy a new one at {shop}.
-= {firm} wants {price} to repair {A.poss} {device}, so {A.he} is going to the sale at {shop}.
+= {A.poss} {device} is broken. {A} will buy a new one at {shop}.
+= {firm} wants {price} to repair {A.poss} {device}, so {A} is going to the sale at {shop}.
 
 # group project: topic=topic, subject=subject, day=day, t1=time, place=venue
 A: [Guys|Hi all], [who does what|how do we split the work] for the {subject} project? [It's about|Topic:] {topic}
@@ -1310,7 +1310,7 @@ A: [Nice|Cool]! I'll [bring|make] {cake.a}. [Are you going|You come too]?
 B: [No, I'm in {town}|Can't, I'm in {town}] [until then|then]
 > {B} cannot come as {B.he} is in {town}.
 = The new neighbour {P} has a party on {day}. {A} will go and bring {cake.a}, {B} is in {town}.
-= {A} is going to {P.poss} party on {day}. {B} can't come because {B.he} is in {town}.
+= {A} is going to {P.poss} party on {day}. {B} is in {town} and can't come.
 
 # second-hand sale: thing=furniture, price=price, price2=price, day=day, t1=time
 A: [Hi|Hello], is the {thing} still [available|for sale]?
@@ -1326,7 +1326,7 @@ A: [Great|Deal]. [Where|Where do I come]?
 > {A} asks where to come.
 B: {street}, {t1}
 > {A} should come to {street} at {t1}.
-= {A} buys {B.poss} {thing} for {price}. {A.he} will collect it in {street} on {day} at {t1}.
+= {A} buys {B.poss} {thing} for {price} and will collect it in {street} on {day} at {t1}.
 = {B} wanted {price2} for the {thing}, but {A} gets it for {price} and collects it on {day}.
 -- sold
 B: [Sorry|No], [it's gone|sold an hour ago]. [But I also have|I still have] {thing2.a}
@@ -1339,7 +1339,7 @@ A: [I'll take it|Fine, I take it]! Can I [come|come by] [on ]{day}?
 > {A} wants it and will come on {day}.
 ?B: [Yes|Ok], after {t1}
 = The {thing} is sold, so {A} buys {B.poss} {thing2} for {price}.
-= {A} wanted {thing.a}, but it is gone. {A.he} will get {thing2.a} from {B} on {day}.
+= {A} wanted {thing.a}, but it is gone. {A} will get {thing2.a} from {B} on {day}.
 -- no deal
 B: [Yes|Still here]. {price2}, [fixed|no less]
 > {B} wants {price2}.
@@ -1365,8 +1365,8 @@ B: [And the keys|Where is the key]?
 > {B} asks for the key.
 A: [I'll leave it with|It's with] {P}
 > The key is with {P}.
-= {B} will look after {A.poss} {plant} while {A.he} is in {town}. {P} has the key.
-= {A} is going to {town} and will be back on {day2}. {B} will water {A.his} {plant}.
+= {B} will look after {A.poss} {plant} while {A} is in {town}. {P} has the key.
+= {A} is going to {town} and will be back on {day2}. {B} will water the {plant}.
 -- dead plant
 B: [Me|Really, me]? [I killed|Remember how I killed] your {plant2} last year lol
 > {B} reminds {A} that {B.he} killed the {plant2}.
@@ -1376,7 +1376,7 @@ B: {P}! {P.he} [loves plants|has a green thumb]
 > {B} suggests {P}.
 A: [I'll write to {P.him}|Asking {P.him} now]. [No offence|Love you anyway]!
 > {A} will ask {P}.
-= {A} will ask {P} to look after {A.his} {plant}, because {B} killed {plant2.a} last year.
+= {A} will ask {P} to look after the {plant}, because {B} killed {plant2.a} last year.
 = {A} is going to {town}. {B} thinks that {P} should water the {plant}.
 -- and the pet
 B: [No problem|Yes]. [And|What about] the {pet}?
@@ -1404,7 +1404,7 @@ B: [I'm in|Sign me up too|I'll join you]!
 A: [Yay|Great], [I'll fill in the form|I'll sign us both up]
 > {A} will sign both of them up.
 = {A} and {B} will learn {hobby} at {place} on {day} at {t1}.
-= {A} signs {B} and {A.himself} up for a course in {hobby} at {place}. It costs {price}.
+= {A} and {B} will take a course in {hobby} at {place}. It costs {price}.
 -- other hobby
 B: {hobby}? [You|With two left hands]? lol. I do {hobby2} [on ]{day}, [come along|come and try]
 > {B} laughs and invites {A} to {hobby2} on {day}.
@@ -1414,7 +1414,7 @@ B: [Not at all|Nothing, really]. {t1}, {place}. [The first time is free|First le
 > It is at {t1} at {place}.
 A: [Ok I'll come|Why not, see you there]
 > {A} will come.
-= {A} wanted to learn {hobby}, but {B} invites {A.him} to {hobby2} on {day} at {t1}.
+= {A} wanted to learn {hobby}, but {B} invites {A} to {hobby2} on {day} at {t1}.
 = {A} will try {hobby2} with {B} at {place} on {day}.
 -- full
 B: [It's full|No places left], [I asked|I tried last week]. [Next course in|They start again in] {month}
@@ -1426,7 +1426,7 @@ B: {P} [teaches|gives lessons] [at home|privately], {price} an hour
 A: [Give me the number|Can you ask {P.him}]!
 > {A} wants to contact {P}.
 = The course in {hobby} at {place} is full until {month}. {B} tells {A} that {P} gives lessons.
-= {A} wants to learn {hobby}. {P} could teach {A.him} for {price} an hour, as the course is full.
+= {A} wants to learn {hobby}. {P} could teach {A} for {price} an hour, as the course is full.
 
 # surprise party: P=person, place=venue, day=day, t1=time, cake=cake
 A: [Psst|Secret]: surprise party for {P} on {day}[!|, don't tell {P.him}]
@@ -1476,7 +1476,7 @@ A: [Deal|Ok, fair]. [Do we have to ask|Who tells] {P}?
 B: [I'll tell {P.him}|I'll write to {P.him}]. [No problem|Should be fine]
 > {B} will tell {P}.
 = {A} and {B} swap shifts: {B} works on {day} and {A} on {day2}. {B} will tell {P}.
-= {B} takes {A.poss} shift on {day} and {A} works for {B.him} on {day2}.
+= {B} takes {A.poss} shift on {day} and {A} works for {B} on {day2}.
 -- boss says no
 B: [I'd do it|I would], but {P} [said no swaps|doesn't allow it] [any more|until {month}]
 > {B} would do it, but {P} does not allow it.
@@ -1497,8 +1497,8 @@ B: {firm} [offered me a job|hired me] as {job.a}, [more money|better hours]
 > {B} will work at {firm} as {job.a}.
 A: [Congrats|Happy for you], [I'll miss you|it won't be the same]. [I'll ask {P} then|]
 > {A} congratulates {B} and will miss {B.him}.
-= {B} can't take {A.poss} shift as {B.he} is leaving. {B.he} will be {job.a} at {firm}.
-= {B} tells {A} that {B.he} got a job as {job.a} at {firm}.
+= {B} can't take {A.poss} shift because of a new job as {job.a} at {firm}.
+= {B} tells {A} about a new job as {job.a} at {firm}.
 
 # shopping: item=ingredient, item2=ingredient, shop=shop, dish=dish, P=person
 A: I'm at {shop}. [Do we need anything|What do we need|Shall I get something]?
@@ -1551,7 +1551,7 @@ B: [You have to go on|The second half is great]! [Try again|Promise me]
 > {B} thinks {A} should go on.
 A: [Ok|Fine], [I'll try|one more chance]. [See you|We're] at {place}
 > {A} will try; they meet at {place}.
-= {B} loved {book}, but {A} found it boring. {A.he} will try again before {day}.
+= {B} loved {book}, but {A} found it boring and will try again before {day}.
 = {A} and {B} talk about {book}. They will meet at {place} on {day}.
 -- lend
 B: [I haven't got it|It was sold out|I can't find it anywhere]. [Can you lend me yours|Are you done with yours]?
@@ -1574,7 +1574,7 @@ B: [Haha ok|Then yes]. {place}[ again|]?
 A: [Yes|Yep], at {t1}
 > It is at {t1}.
 = {B} hasn't read {book} but will come to the book club at {place} on {day}.
-= {A} gets {B} to come to the book club on {day}, though {B.he} hasn't read {book}.
+= {A} gets {B} to come to the book club on {day} without having read {book}.
 
 # baby news: P=woman, N=babyname, kin=kin, day=day, gift=gift
 A: [It's a girl|It's a boy|The baby is here]!! {P} [had|got] [the|her] baby [this morning|last night]
@@ -1668,7 +1668,7 @@ D: [I'll be late|A bit later], [after {sport}|{sport} first]
 A: [Ok|Fine]. [Have fun {C}|Next time {C}]
 > {A} is fine with that.
 = {A} has a party on {day}. {B} will come, {D} will be late and {C} is in {town}.
-= {B} and {D} will come to {A.poss} party, but {C} can't because {C.he} is in {town}.
+= {B} and {D} will come to {A.poss} party, but {C} is in {town} and can't.
 -- avoids
 B: [Is {P} coming|Did you invite {P}]?
 > {B} asks whether {P} is coming.
@@ -1680,7 +1680,7 @@ A: [Come on|Please]. [I'll talk to {P.him}|It's a chance to make peace]
 > {A} wants {B} to come.
 B: [I'll think about it|Maybe], [no promises|let's see]
 > {B} will think about it.
-= {B} may not come to {A.poss} party on {day}, because {B.he} is angry with {P}.
+= {B} may not come to {A.poss} party on {day}, being angry with {P}.
 = {A} invites {B} to a party on {day}. {B} doesn't want to see {P}, but will think about it.
 """
 

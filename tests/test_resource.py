@@ -57,6 +57,12 @@ def test_sample_is_what_its_script_writes(make_sample, tmp_path):
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (RESOURCE / f"sample/{split}.jsonl").read_bytes()
 
 
+def test_summaries_have_no_pronoun_that_nobody_could_know(make_sample):
+    """Of those who talk; whoever is talked about is he or she in the chat."""
+    texts = [text for story in make_sample.endings() for text in story.summaries]
+    assert len(texts) > 200 and not [text for text in texts if re.search(r"\{[A-D]\.(he|him|his|himself)\}", text)]
+
+
 def test_sample_sizes_and_shape(shipped):
     assert {split: len(rows) for split, rows in shipped.items()} == SIZES
     rows = [row for split in SIZES for row in shipped[split]]
@@ -213,7 +219,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
     assert (config["pad_token_id"], config["eos_token_id"], config["decoder_start_token_id"]) == (0, 1, 0)
-    assert config["dropout_rate"] == 0.0  # it is fine-tuned for one epoch
+    assert config["dropout_rate"] == 0.0  # it is fine-tuned for two epochs
 
     model, info = AutoModelForSeq2SeqLM.from_pretrained(TINY, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -240,8 +246,8 @@ def test_a_head_of_its_own_gives_the_same_model(make_tiny, tmp_path):
         assert torch.allclose(saved(input_ids=ids, decoder_input_ids=ids).logits, tied, atol=1e-5)
 
 
-def test_what_is_saved_is_the_mean_with_the_first_run(make_tiny, tokenizer, tmp_path):
-    """Saved, loaded without the head that was the embedding, and averaged: of W and 3W it is 2W."""
+def test_what_is_saved_is_what_another_run_goes_on_from(make_tiny, tokenizer, tmp_path):
+    """Saved with a head of its own, and loaded without it, as it is the embedding while the model is pretrained."""
     import torch
 
     geometry = {"d_model": 64, "num_heads": 1, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 2}
@@ -249,11 +255,9 @@ def test_what_is_saved_is_the_mean_with_the_first_run(make_tiny, tokenizer, tmp_
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     make_tiny.save(model, tokenizer, tmp_path)
     again = make_tiny.make_model(**geometry)
-    with torch.no_grad():
-        for name, weight in again.named_parameters():
-            weight.copy_(3 * before[name])
-    make_tiny.average(again, make_tiny.load(tmp_path))
-    assert all(torch.allclose(weight, 2 * before[name]) for name, weight in again.named_parameters())
+    again.load_state_dict(make_tiny.load(tmp_path), strict=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in again.named_parameters())
+    assert again.lm_head.weight is again.shared.weight
 
 
 def test_it_starts_as_a_copier(make_tiny):
@@ -351,7 +355,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     """Told with other names and things, they have no braces left, and a summary holds only what the chat holds."""
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
-    assert len(make_tiny.chats.load()) == 2000
+    assert len(make_tiny.chats.load()) == 8778
     for chat in make_tiny.chats.load():
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -402,10 +406,10 @@ def test_span_corruption_loses_nothing(make_tiny):
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
     """The README's figures, with room for other machines: ROUGE-1 73, 5 of 200 test summaries with a name or a number
-    that the chat does not hold; of 40 everyday chats on other topics, by their letters alone, 1."""
+    that the chat does not hold; of 40 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
-    lines = (tmp_path / "run/predictions/test-epoch-1.jsonl").read_text("utf-8").splitlines()
+    lines = (tmp_path / "run/predictions/test-epoch-2.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rouge1 = sum(row["rouge1"] for row in rows) / len(rows)
     everyday = Path(__file__).parent / "data/everyday_chats.jsonl"

@@ -99,7 +99,7 @@ class Settings:
 
     lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 2e-3)", "X",
                      type=number(float, 0, 1, low_included=False), group="training")
-    epochs: int = flag(None, "passes over the data (default: 10; tiny: 1)", "N", type=COUNT)
+    epochs: int = flag(None, "passes over the data (default: 10; tiny: 2)", "N", type=COUNT)
     max_steps: int | None = flag(None, "stop after N optimiser steps, if the epochs have more", "N", type=COUNT)
     batch_size: int = flag(8, "examples per optimiser step, over all GPUs", "N", type=COUNT)
     micro_batch_size: int = flag(None, "examples per GPU at a time; the rest is accumulated (default: the whole batch)",
@@ -276,8 +276,8 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
 
 
 def newest_run(*contents: str) -> Path:
-    runs = [path.parent for path in Path("runs").rglob("metrics.json")
-            if any(any(path.parent.glob(name)) for name in contents) and not is_of_gpt2(path.parent)]
+    found = [path.parent for depth in ("*", "*/*") for path in Path("runs").glob(f"{depth}/metrics.json")]
+    runs = [run for run in found if any(any(run.glob(name)) for name in contents) and not is_of_gpt2(run)]
     if not runs:
         raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
                         "train first, or name one (--adapter DIR, --output-dir DIR)")
@@ -2230,8 +2230,9 @@ def plot_loss(curve: list[dict[str, Any]], path: Path, title: str, **limits: Any
     label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
     # The steep fall of the first steps would flatten all that follows.
     late = [loss for step, loss in zip(steps, losses, strict=True) if 20 * step >= steps[-1] and math.isfinite(loss)]
-    margin = 0.1 * (max(late, default=0) - losses[low]) or 0.1
-    limits = {"ylim": (losses[low] - margin, max(late, default=losses[low]) + margin)} | limits
+    top = max(late, default=losses[low])
+    margin = 0.1 * (top - losses[low]) or 0.1
+    limits = {"ylim": (losses[low] - margin, top + margin)} | limits
     with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
         axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
@@ -2714,7 +2715,7 @@ def lr_find(settings: Settings) -> int:
                                              "learning_rates": rates, "losses": losses})
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {losses[-1]:.3f})",
-        f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest loss: long runs bear less",
+        f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest smoothed loss",
         f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
         f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}", f"plot:  {folder / 'lr_find.png'}",
         f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
@@ -2834,10 +2835,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def without_common_start(names: list[str]) -> list[str]:
-    """["flan-t5-xl-lr=1e-3", "flan-t5-xl-lr=1e-4"] -> ["lr=1e-3", "lr=1e-4"]: whole words before a hyphen only."""
+    """["flan-t5-xl-lr=1e-3", "flan-t5-xl-lr=1e-4"] -> ["lr=1e-3", "lr=1e-4"].
+
+    Of each the same number of words, and never all. A word ends at a hyphen before a small letter: 1e-3 stays whole.
+    """
     words = [re.split("-(?=[a-z])", name) for name in names]
-    common = len([*itertools.takewhile(lambda column: len(set(column)) == 1 < len(names), zip(*words, strict=False))])
-    return ["-".join(rest[min(common, len(rest) - 1) :]) for rest in words]
+    equal = [len(set(column)) == 1 < len(names) for column in zip(*words, strict=False)]
+    common = min([*equal, False].index(False), min(map(len, words)) - 1)
+    return ["-".join(rest[common:]) for rest in words]
 
 
 def check_comparable(runs: list[dict[str, Any]]) -> None:

@@ -7,8 +7,8 @@
 
 Each recipe is a command line of gpt2_from_scratch.py. How many steps fill its seconds is found out first, by a run of
 its optimiser that is stopped after a few of them, and that also fills the caches. So its schedule ends when the
-seconds do. The data is all Python source that this Python has installed (about 100 million tokens where PyTorch is).
-With --gpus each run has a GPU of its own.
+seconds do; under about 40 of them a run is not compiled, and takes longer. The data is all Python source that this
+Python has installed (about 100 million tokens where PyTorch is). With --gpus each run has a GPU of its own.
 """
 
 import argparse

@@ -137,6 +137,10 @@ def test_the_first_steps_do_not_flatten_a_plot(flan, figures, tmp_path):
                    tmp_path / "loss.png", "a")  # fmt: skip
     low, high = figures[0].axes[0].get_ylim()
     assert 0.95 < low < 1 and 1.006 < high < 1.1
+    flan.plot_loss([{"step": step, "loss": loss if step < 3 else float("nan"), "learning_rate": 1e-4}
+                    for step, loss in enumerate(losses)], tmp_path / "loss.png", "diverged")  # fmt: skip
+    low, high = figures[1].axes[0].get_ylim()
+    assert low < 7 < high
 
 
 def test_runs_that_are_plotted_together_have_one_scale(command, figures, tmp_path):
@@ -204,6 +208,7 @@ def test_an_exported_model_loads_with_no_word_that_a_published_one_does_not_have
 def test_names_of_runs_in_tables_are_what_tells_them_apart(flan):
     names = ["flan-t5-xl-samsum-lr=1e-3", "flan-t5-xl-samsum-lr=1e-4"]
     assert flan.without_common_start(names) == ["lr=1e-3", "lr=1e-4"]
-    assert flan.without_common_start(["a", "a-int8"]) == ["a", "int8"]
+    assert flan.without_common_start(["a", "a-int8"]) == ["a", "a-int8"]
+    assert flan.without_common_start(["x-a-b", "x-a-b-b"]) == ["b", "b-b"]
     assert flan.without_common_start(["one", "two-b"]) == ["one", "two-b"]
     assert flan.without_common_start(["flan-t5-xl-samsum"]) == ["flan-t5-xl-samsum"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -132,6 +133,12 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
     with pytest.raises(flan.torch.OutOfMemoryError), flan.writing_to(tmp_path):
         no_room()
+
+
+def test_help_says_what_the_tiny_model_takes(flan):
+    texts = {field.name: field.metadata.get("help", "") for field in flan.fields(flan.Settings)}
+    said = {name: float(found[1]) for name, text in texts.items() if (found := re.search(r"tiny: ([\d.e-]+)", text))}
+    assert said == {name: value for name, value in flan.PRESETS["tiny"].items() if name != "dataset"}
 
 
 def test_a_run_of_the_other_script_is_never_taken(flan, settings, tmp_path, monkeypatch):

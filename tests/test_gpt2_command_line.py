@@ -126,6 +126,9 @@ def test_a_run_of_the_other_script_is_never_taken(tmp_path, monkeypatch):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"configuration": configuration}))
     assert gpt2.newest_run(gpt2.is_run).name == "own"
+    os.renames("runs/deep/own", "elsewhere/own")  # on another disk, say
+    Path("runs/link").symlink_to(tmp_path / "elsewhere/own")
+    assert gpt2.newest_run(gpt2.is_run).name == "link"
     with pytest.raises(gpt2.UserError, match="no run of this script"):
         gpt2.saved_settings({"output_dir": "runs/other"})
 
@@ -455,7 +458,7 @@ def test_who_uses_an_unfinished_run_is_told(trained, tmp_path, monkeypatch, caps
         (tmp_path / "run/metrics.json").write_text(json.dumps(metrics | {"status": status}))
         words = ["--init", str(tmp_path / "run"), "--sample", "Line 7", "--max-new-tokens", "1"]
         assert gpt2.main(gpt2.parse_arguments(words)) == 0
-        assert (f"run is {status}; this is its best checkpoint" in capsys.readouterr().err) is (status != "finished")
+        assert (f"run is {status}; this is its step-" in capsys.readouterr().err) is (status != "finished")
 
 
 def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):

@@ -1008,16 +1008,19 @@ def test_a_checkpoint_of_another_shape_is_passed_over(command, text, uninterrupt
 
 @pytest.mark.parametrize(("total", "passes", "pays"), [(80, 8, True), (60, 8, False), (80, 9, False)])
 def test_a_step_becomes_a_graph_where_there_is_room_for_an_evaluation_beside_it(monkeypatch, total, passes, pays):
-    """A peak of 30 GiB so far, and 2.5 GiB of moments to come: 65 GiB."""
+    """A peak of 30 GiB so far, and 2.5 GiB of moments and gradients to come: 65 GiB."""
     machine = SimpleNamespace(device=torch.device("cuda"), mode="compiled", dtype=torch.bfloat16, world=1,
                               micro_batch_size=4)  # fmt: skip
     trainer = SimpleNamespace(machine=machine, model=None, sequences_per_step=4 * passes,
                               settings=SimpleNamespace(gradient_checkpointing=False))  # fmt: skip
     monkeypatch.setattr(gpt2, "peak_memory", lambda device: 30.0)
-    monkeypatch.setattr(gpt2, "count_parameters", lambda model: 2.5 * 2**30 / 8)
+    monkeypatch.setattr(gpt2, "count_parameters", lambda model: 2.5 * 2**30 / 12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total * 2**30))
     assert gpt2.StepGraph.pays(trainer) is pays
-    machine.world = 2
+    for name, other in (("world", 2), ("mode", "eager"), ("dtype", torch.float16), ("device", torch.device("cpu"))):
+        trainer.machine = SimpleNamespace(**vars(machine) | {name: other})
+        assert not gpt2.StepGraph.pays(trainer), name
+    trainer.machine, trainer.settings.gradient_checkpointing = machine, True
     assert not gpt2.StepGraph.pays(trainer)
 
 

@@ -58,7 +58,7 @@ def test_sample_is_what_its_script_writes(make_sample, tmp_path):
 
 
 def test_summaries_have_no_pronoun_that_nobody_could_know(make_sample):
-    """Of those who talk; whoever is talked about is he or she in the chat."""
+    """Of those who talk; whoever is talked about is mostly he or she in the chat, too."""
     texts = [text for story in make_sample.endings() for text in story.summaries]
     assert len(texts) > 200 and not [text for text in texts if re.search(r"\{[A-D]\.(he|him|his|himself)\}", text)]
 

@@ -60,8 +60,8 @@ GEOMETRY = {
 VOCAB_SIZE = 5120  # of which 3 special tokens, 256 bytes, 1,352 pairs of letters and 100 sentinels
 SENTINELS = 100
 PAD, EOS = 0, 1
-SOURCE_LENGTH, TARGET_LENGTH = 208, 80  # fixed shapes, so that the compiled model is compiled once
-SHARD_ROWS = 2048
+SOURCE_LENGTH, TARGET_LENGTH = 208, 80  # of the longest examples: twice to three times as long as most
+SHARD_ROWS = 8192  # a shard is cut into batches of like lengths
 IGNORE = -100  # label of padding: no loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,13 +315,13 @@ def copy(row: dict, encode: Encode, rng: random.Random) -> Pair:
 TASKS = {  # kind of row: {task: weight}
     "grammar": {in_short: 30, retell: 16, masked_narration: 12, masked_facts: 10, masked_chat: 8, continue_chat: 8,
                 what_about: 7, which_facts: 5, who_says: 3, quote: 2},
-    "free": {in_short: 50, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
+    "free": {in_short: 60, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
              what_about: 4, which_facts: 4, who_says: 2, quote: 2},
     "murmur": {retell: 50, what_about: 25, quote: 8, masked_chat: 12, masked_facts: 10},
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
-MIXTURE = {"grammar": (30, 3), "free": (60, 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
+MIXTURE = {"grammar": (30, 3), "free": (100, 2), "murmur": (24, 2), "babble": (8, 2), "sentences": (20, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
 
 
@@ -363,7 +363,10 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
 
 
 def make_shard(pairs: Iterator[Pair], rows: int = SHARD_ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Sources (rows, SOURCE_LENGTH) and targets (rows, TARGET_LENGTH) as uint16 ids, ended by </s>, padded with 0."""
+    """Sources (rows, SOURCE_LENGTH) and targets (rows, TARGET_LENGTH) as uint16 ids, ended by </s>, padded with 0.
+
+    Four groups from the shortest targets to the longest; in each the shortest sources come first.
+    """
     sources = np.full((rows, SOURCE_LENGTH), PAD, dtype=np.uint16)
     targets = np.full((rows, TARGET_LENGTH), PAD, dtype=np.uint16)
     done = 0
@@ -374,7 +377,16 @@ def make_shard(pairs: Iterator[Pair], rows: int = SHARD_ROWS) -> tuple[np.ndarra
             sources[done, : len(source) + 1] = [*source, EOS]
             targets[done, : len(target) + 1] = [*target, EOS]
             done += 1
-    return sources, targets
+    lengths = [(part != PAD).sum(1) for part in (sources, targets)]
+    groups = np.array_split(np.argsort(lengths[1], kind="stable"), 4)
+    order = np.concatenate([group[np.argsort(lengths[0][group], kind="stable")] for group in groups])
+    return sources[order], targets[order]
+
+
+def trimmed(ids: np.ndarray) -> np.ndarray:
+    """Without the columns that no row needs, but for those up to a multiple of 16, which tensor cores like."""
+    longest = int((ids != PAD).sum(1).max())
+    return ids[:, : -(-longest // 16) * 16]
 
 
 def start_worker(folder: str, queue: multiprocessing.Queue, seed: int, first_shards: int) -> None:
@@ -419,9 +431,11 @@ class Batches:
             start = time.time()
             shard = self.queue.get(timeout=600)
             self.waited += time.time() - start
-            sources, targets = (torch.from_numpy(part.astype(np.int16)).to(self.device) for part in shard)
-            self.waiting = list(zip(sources.split(self.batch_size), targets.split(self.batch_size), strict=True))
-            self.made += len(sources)
+            for first in range(0, len(shard[0]), self.batch_size):
+                batch = (trimmed(part[first : first + self.batch_size]).astype(np.int16) for part in shard)
+                self.waiting.append(tuple(torch.from_numpy(part).to(self.device) for part in batch))
+            random.shuffle(self.waiting)
+            self.made += len(shard[0])
         return to_batch(*self.waiting.pop())
 
     def stop(self) -> None:
@@ -432,8 +446,6 @@ class Batches:
 def to_batch(sources: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Padded ids (B, S) and (B, T) as what T5 takes."""
     sources, targets = sources.long(), targets.long()
-    if sources.device.type == "cpu":  # nothing is compiled: shorter is faster
-        sources, targets = (ids[:, : int((ids != PAD).sum(1).max())] for ids in (sources, targets))
     return {
         "input_ids": sources,
         "attention_mask": (sources != PAD).long(),
@@ -517,7 +529,7 @@ def compiled(model: T5ForConditionalGeneration, batch_size: int) -> torch.nn.Mod
     random_ids = lambda length: torch.randint(PAD + 1, VOCAB_SIZE, (batch_size, length), device=model.device)
     batch = to_batch(random_ids(SOURCE_LENGTH), random_ids(TARGET_LENGTH))
     try:
-        fast = torch.compile(model)
+        fast = torch.compile(model, dynamic=True)  # once for all lengths
         with torch.autocast("cuda", dtype=torch.bfloat16):
             fast(**batch).loss.backward()
     except Exception as error:  # whatever the compiler stumbles over; the training itself would stumble again

@@ -355,7 +355,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     """Told with other names and things, they have no braces left, and a summary holds only what the chat holds."""
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
-    assert len(make_tiny.chats.load()) == 8778
+    assert len(make_tiny.chats.load()) > 20_000
     for chat in make_tiny.chats.load():
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -363,6 +363,39 @@ def test_freely_written_chats_are_whole(make_tiny):
         for summary in row["summaries"]:
             for value in row["facts"].values():
                 assert value not in summary or value.lower() in row["dialogue"].lower(), (value, row)
+
+
+def test_swapped_things_are_the_same_in_chat_and_summary(make_tiny):
+    """Other nouns in the place of some, and nothing else; not where the word may be a verb, nor in a slot."""
+    chats, rng = make_tiny.chats, random.Random(0)
+    known = set().union(*chats.things())
+    assert {"ladder", "scarf", "concert"} <= known and not {"green", "tomorrow"} & known
+    chat = {"turns": [("A", "A concert? I lost the ladder, scarf and {venue:The ladder}"), ("B", "hold the scarf")],
+            "summaries": ["{A} lost a ladder. {B} may concert with a scarf."]}  # fmt: skip
+    seen = set()
+    for _ in range(50):
+        swapped = chats.swap_things(chat, rng)
+        told = re.fullmatch(r"\{A\} lost (an?) (\w+)\. \{B\} may concert with a scarf\.", swapped["summaries"][0])
+        assert (told[1] == "an") == (told[2][0] in "aeiou")
+        said = [text for _, text in swapped["turns"]]
+        assert said == [f"A concert? I lost the {told[2]}, scarf and {{venue:The ladder}}", "hold the scarf"]
+        seen.add(told[2])
+    assert "ladder" in seen and len(seen) > 10 and seen <= known
+
+
+def test_a_shard_is_the_same_examples_in_an_order_that_pads_less(make_tiny):
+    rng = random.Random(0)
+    pairs = [([5] * rng.randint(1, 200), [6] * rng.randint(1, 70)) for _ in range(64)]
+    sources, targets = make_tiny.make_shard(iter(pairs), 64)
+    ends = lambda ids: [(row != 0).sum() for row in ids]
+    made = list(zip(ends(sources), ends(targets), strict=True))
+    assert sorted(made) == sorted((len(a) + 1, len(b) + 1) for a, b in pairs)
+    for group in (made[at : at + 16] for at in range(0, 64, 16)):
+        assert [length for length, _ in group] == sorted(length for length, _ in group)
+    assert max(length for _, length in made[:16]) <= min(length for _, length in made[16:32])
+    short = make_tiny.trimmed(sources[:4])
+    assert short.shape[1] % 16 == 0 and short.shape[1] < max(ends(sources[:4])) + 16
+    assert (sources[:4, short.shape[1] :] == 0).all() and (short == sources[:4, : short.shape[1]]).all()
 
 
 @pytest.mark.parametrize(("text", "told"), [

@@ -534,13 +534,9 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
     checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    options = {}
-    if quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if quantization == "int4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                            bnb_4bit_compute_dtype=dtype)
-    model = read_weights(folder, dtype=dtype, device_map={"": device}, **options)
+    configs = {"int8": BitsAndBytesConfig(load_in_8bit=True),
+               "int4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+    model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=configs.get(quantization))
     # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
     # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
     if model.lm_head.weight is not model.shared.weight:

@@ -571,7 +571,7 @@ def load_for_training(settings: Settings, device: torch.device, precision: torch
                       ) -> tuple[torch.nn.Module, Any, datasets.DatasetDict]:
     """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
     transformers.set_seed(settings.seed)
-    folder = find_model(settings.model, settings.cache_dir)
+    folder = find_on_disk("model", settings.model, settings.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
     data = tokenize(load_data(settings), tokenizer, settings)
     cut = np.mean(data["train"]["labels_truncated"])
@@ -1326,8 +1326,9 @@ def ask_hub(repo_id: str, repo_type: str) -> tuple[str | None, list[str]]:
         return (hub_silence or [first_line(error)])[0], []
 
 
-def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path | None, weights: bool = True) -> Path:
-    """Where --model or --dataset is on this machine: a preset, a path, or a Hub id, which is downloaded."""
+def find_on_disk(kind: str, name: str, cache_dir: Path | None, weights: bool = True) -> Path:
+    """Where --model (or all but its weights) or --dataset is: a preset, a path, or a Hub id, which is downloaded."""
+    presets = MODELS if kind == "model" else DATASETS
     path = Path(presets.get(name, name))
     if path.is_dir() or (path.is_file() and kind == "dataset"):
         return path
@@ -1340,7 +1341,7 @@ def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path 
 
 def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
     """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
-    path = find_on_disk("dataset", name, DATASETS, cache_dir)
+    path = find_on_disk("dataset", name, cache_dir)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: only {', '.join(SUFFIXES)} files can be read")
@@ -1485,11 +1486,6 @@ def cache_folder(cache_dir: Path | None, name: str) -> Iterator[Path]:
 
 def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def find_model(name: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
-    """The local folder of --model, with or without its weights."""
-    return find_on_disk("model", name, MODELS, cache_dir, weights)
 
 
 def load_tokenizer_and_config(folder: Path) -> tuple[Any, transformers.PretrainedConfig]:
@@ -2306,7 +2302,7 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
             if not (adapter / "config.json").is_file():
                 raise UserError(f"{settings.adapter} holds no adapter (no adapter_config.json)")
             name, adapter = str(adapter), None  # the whole model of a run with --full
-    folder = find_model(name, settings.cache_dir)
+    folder = find_on_disk("model", name, settings.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
     # Merging into quantised weights would round: for --export the base is loaded anew in bf16.
     quantization = None if settings.export else settings.quantization
@@ -2422,7 +2418,7 @@ GPU_RESERVE = 1.5  # GiB that are not ours: the CUDA context, and what the alloc
 def geometry(settings: Settings) -> transformers.T5Config:
     """The configuration of --model, known for the presets, else from its config.json; no weights are downloaded."""
     if settings.model not in T5_SIZES:
-        return load_tokenizer_and_config(find_model(settings.model, settings.cache_dir, weights=False))[1]
+        return load_tokenizer_and_config(find_on_disk("model", settings.model, settings.cache_dir, weights=False))[1]
     d_model, d_ff, layers, heads = T5_SIZES[settings.model]
     return transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
@@ -2565,7 +2561,7 @@ def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
     """Prints steps, tokens and truncated rows; returns the lengths of sources and of targets, the longest first, and
     the number of micro-batches of one process, if known."""
     try:
-        folder = find_model(settings.model, settings.cache_dir, weights=False)
+        folder = find_on_disk("model", settings.model, settings.cache_dir, weights=False)
         train = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)["train"]
     except UserError as error:
         say(fold(f"data: not counted, so the longest rows allowed are assumed: {error}"))

@@ -424,22 +424,21 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     target = find_column(list(splits["train"][0]), "target", settings.target_column)
     result = {}
     for split in SPLITS:
-        rows, dropped = {"id": [], "dialogue": [], "summary": []}, 0
+        rows, dropped = [], 0
         for i, row in enumerate(splits[split], 1):
-            texts = [text_of(row, column, f"row {i} of {split}") for column in (source, target)]
-            if not all(texts):
+            dialogue, summary = (text_of(row, column, f"row {i} of {split}") for column in (source, target))
+            if not dialogue or not summary:
                 dropped += 1
                 continue
-            rows["id"].append(str(row["id"]) if row.get("id") is not None else f"{split}-{i}")
-            rows["dialogue"].append(texts[0])
-            rows["summary"].append(texts[1])
-            if len(rows["id"]) == settings.limit:
+            name = str(row["id"]) if row.get("id") is not None else f"{split}-{i}"
+            rows.append({"id": name, "dialogue": dialogue, "summary": summary})
+            if len(rows) == settings.limit:
                 break
         if dropped:
             say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
-        if not rows["id"]:
+        if not rows:
             raise UserError(f"the {split} split of {settings.dataset} is empty")
-        result[split] = datasets.Dataset.from_dict(rows)
+        result[split] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(result)
 
 

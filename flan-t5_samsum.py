@@ -875,7 +875,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
         Called by the Trainer before the first step (where a resumed run may have been scored) and after each epoch.
         """
-        step, scored = self.state.global_step, evaluations(self.state.log_history)
+        step, scored = self.state.global_step, [entry for entry in self.state.log_history if "validation" in entry]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
         if self.run.is_stopping or is_mid_epoch or any(entry["step"] == step for entry in scored):
             return {}
@@ -2118,10 +2118,6 @@ def epoch_number(epoch: float | None) -> float | int:
 
 def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
     return run / "predictions" / f"{split}-epoch-{epoch:.9g}.jsonl"
-
-
-def evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in log if "validation" in entry]
 
 
 def score_table(epochs: list[dict[str, Any]]) -> str:

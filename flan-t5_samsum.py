@@ -777,14 +777,12 @@ class SummarizationTrainer(Seq2SeqTrainer):
         return self.sampler
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = FlatAdamW(trained, lr=self.args.learning_rate, fused=True, **ADAMW)
+        trained = trained_parameters(self.model).values()
+        self.optimizer = FlatAdamW(trained, lr=self.settings.lr, fused=True, **ADAMW)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.schedule)
+    def create_scheduler(self, **_: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         return self.lr_scheduler
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -785,9 +785,6 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         return self.lr_scheduler
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
                       ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, on the device."""
@@ -810,7 +807,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if self.fast:
             loss = self.fast.training_step(packed, num_items_in_batch, is_first, self.accelerator.sync_gradients)
         else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
         self.recent[-1][1] += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 

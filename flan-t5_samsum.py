@@ -847,11 +847,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
             "tokens_per_second": round(self.tokens * self.args.world_size / seconds, 1),
             "peak_memory_gib": peak_memory_gib(self.args.device),
         }
-        del logs["loss"]
+        del logs["loss"], logs["grad_norm"]  # the Trainer does not know what was skipped
         if good:
             logs |= {"loss": sum(loss for loss, _ in good) / len(good), "grad_norm": good[-1][1]}
-        else:
-            del logs["grad_norm"]
         self.restart_clock()
         super().log(logs, start_time)
         for step, loss, norm in steps:

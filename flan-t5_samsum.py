@@ -1161,15 +1161,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
                    ) -> None:
     """AdamW's moments; and the learning rate of this step, which may be another one if --max-steps has changed."""
     moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     for i, values in moments["state"].items():
         values.update({name: sharded_like(value, parameters[i]) for name, value in values.items()})
     optimizer.load_state_dict(moments)
     scheduler.last_epoch = step_of(checkpoint)
-    scheduler._last_lr = [rate * factor(scheduler.last_epoch)
-                          for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate
+    rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler._last_lr = [rate]
+    optimizer.param_groups[0]["lr"] = rate
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -362,6 +362,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rouge_score import rouge_scorer
@@ -1614,10 +1615,7 @@ def agree(device: torch.device, *flags: Any) -> list[bool]:
 
 def from_main_process(work: Callable[[], Any]) -> Any:
     """What `work` returns in the main process, in all of them."""
-    result = [work() if is_main_process() else None]
-    if PartialState().num_processes > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    return broadcast_object_list([work() if is_main_process() else None])[0]
 
 
 def launcher() -> str:

@@ -2162,11 +2162,10 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
     figure = Figure(figsize=(10, 4.5), layout="constrained")  # not of pyplot, which would keep it
     axes = figure.subplots(1, columns, sharey=True)
     yield axes
-    first = axes if columns == 1 else axes[0]
-    first.set(**labels)
+    figure.axes[0].set(**labels)
     for one in figure.axes:
         one.grid(alpha=0.3)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     replace_file(path, picture.getvalue())

@@ -1903,7 +1903,6 @@ class Run(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if is_main_process():
             self.bar = new_bar(state.max_steps, "", "step", initial=state.global_step)
-        self.saved_at = self.last_line = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stops and saves. Processes do so together; they compare notes only when the loss is logged, which waits."""

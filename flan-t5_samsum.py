@@ -1004,8 +1004,7 @@ def bootstrap_interval(scores: list[float], samples: int = 1000, seed: int = 0) 
     """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: [low, high]."""
     scores, rng = np.asarray(scores), np.random.default_rng(seed)
     means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[dict[str, Any]]]:

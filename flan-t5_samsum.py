@@ -2039,7 +2039,7 @@ class Run(TrainerCallback):
         files = [predictions_file(self.folder, "test", epoch) for epoch in names]
         if len(epochs) < 2 or not all(file.is_file() for file in files):
             return []
-        before, after = ([json.loads(line) for line in file.read_text("utf-8").splitlines()[:count]] for file in files)
+        before, after = ([row for _, row in read_json_lines(file, decode(file))[:count]] for file in files)
         return [{"id": a["id"], "dialogue": a["dialogue"], "reference": a["reference"], "before": a["prediction"],
                  "after": b["prediction"]} for a, b in zip(before, after, strict=True)]
 

@@ -751,19 +751,17 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.run, self.settings, self.data = run, run.settings, data
         self.schedule = schedule or functools.partial(learning_rate_factor, steps=steps)
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
-        processes = PartialState().num_processes
-        micro_steps = steps * self.settings.batch_size // (self.settings.micro_batch_size * processes)
-        self.fast = make_fast(model, self.settings, micro_steps)  # section 14
+        args = training_arguments(self.settings, run.folder, steps, device, precision, **changes)
+        self.fast = make_fast(model, self.settings, steps * args.gradient_accumulation_steps)  # section 14
         self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, self.fast, run.stop)
         self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed,
-                                            self.settings.micro_batch_size, processes)
+                                            self.settings.micro_batch_size, PartialState().num_processes)
         rows = data["train"].select_columns(["input_ids", "labels"])
         if len(self.sampler) > len(rows):
             empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
             rows = datasets.concatenate_datasets([rows, empty])
         super().__init__(
-            model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"],
-            args=training_arguments(self.settings, run.folder, steps, device, precision, **changes),
+            model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"], args=args,
             callbacks=[run, self.sampler],
             data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
             compute_loss_func=token_mean_loss)

@@ -682,13 +682,13 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
         for start in range(0, len(order), chunk):
             rows = sorted(order[start : start + chunk].tolist(), key=lambda i: -self.lengths[i])
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
+        last = batches.pop() if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
         batches = [batches[i] for i in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
         if epoch == 0 and batches:  # too little memory shows at once: most of it is for sources
             batches[0], batches[longest] = batches[longest], batches[0]
         empty = [len(self.lengths)] * (len(self) - len(self.lengths))
-        return [i for batch in batches for i in self.deal(batch)] + [i for batch in last for i in batch] + empty
+        return [i for batch in batches for i in self.deal(batch)] + last + empty
 
     def deal(self, rows: list[int]) -> list[int]:
         """A batch that is sorted by length, like cards: to two processes the rows 0, 2, 4 ... and 1, 3, 5 ..."""

@@ -1629,7 +1629,7 @@ def launcher() -> str:
 def say(*lines: str, file: Any = None) -> None:
     """Prints, once, however many processes there are."""
     if lines and is_main_process():
-        print(*lines, sep="\n", file=file or sys.stdout, flush=True)
+        print(*lines, sep="\n", file=file, flush=True)
 
 
 def fold(text: str) -> str:

@@ -597,8 +597,8 @@ def merged_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
     weights = [layer.get_base_layer().weight for layer in layers]
-    if not layers or is_sharded() or any(weight.dtype != torch.float32 for weight in weights) or getattr(
-            model, "is_quantized", False):
+    is_exact = layers and all(weight.dtype == torch.float32 for weight in weights)
+    if not is_exact or is_sharded() or getattr(model, "is_quantized", False):
         yield model
         return
     originals = [weight.detach().clone() for weight in weights]

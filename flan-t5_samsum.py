@@ -1373,7 +1373,7 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
             names = csv_header(Path(files[0]))
             options = {"keep_default_na": False, "index_col": False, "encoding": "utf-8-sig",
                        "features": datasets.Features({name: datasets.Value("string") for name in names})}
-        for path in paths if kind == "json" else ():
+        for path in paths:
             if path.suffix == ".json" and not re.match(rb"(\xef\xbb\xbf)?\s*(\[|$)", path.read_bytes()[:1000]):
                 explain(path)  # pyarrow would make columns of an object, and end the process at a null
         with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:

@@ -362,6 +362,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rouge_score import rouge_scorer
@@ -424,22 +425,21 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     target = find_column(list(splits["train"][0]), "target", settings.target_column)
     result = {}
     for split in SPLITS:
-        rows, dropped = {"id": [], "dialogue": [], "summary": []}, 0
+        rows, dropped = [], 0
         for i, row in enumerate(splits[split], 1):
-            texts = [text_of(row, column, f"row {i} of {split}") for column in (source, target)]
-            if not all(texts):
+            dialogue, summary = (text_of(row, column, f"row {i} of {split}") for column in (source, target))
+            if not dialogue or not summary:
                 dropped += 1
                 continue
-            rows["id"].append(str(row["id"]) if row.get("id") is not None else f"{split}-{i}")
-            rows["dialogue"].append(texts[0])
-            rows["summary"].append(texts[1])
-            if len(rows["id"]) == settings.limit:
+            name = str(row["id"]) if row.get("id") is not None else f"{split}-{i}"
+            rows.append({"id": name, "dialogue": dialogue, "summary": summary})
+            if len(rows) == settings.limit:
                 break
         if dropped:
             say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
-        if not rows["id"]:
+        if not rows:
             raise UserError(f"the {split} split of {settings.dataset} is empty")
-        result[split] = datasets.Dataset.from_dict(rows)
+        result[split] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(result)
 
 
@@ -534,13 +534,9 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
     checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    options = {}
-    if quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if quantization == "int4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                            bnb_4bit_compute_dtype=dtype)
-    model = read_weights(folder, dtype=dtype, device_map={"": device}, **options)
+    configs = {"int8": BitsAndBytesConfig(load_in_8bit=True),
+               "int4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+    model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=configs.get(quantization))
     # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
     # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
     if model.lm_head.weight is not model.shared.weight:
@@ -575,7 +571,7 @@ def load_for_training(settings: Settings, device: torch.device, precision: torch
                       ) -> tuple[torch.nn.Module, Any, datasets.DatasetDict]:
     """The model with everything that is to be trained in it, its tokenizer, and the tokenised data."""
     transformers.set_seed(settings.seed)
-    folder = find_model(settings.model, settings.cache_dir)
+    folder = find_on_disk("model", settings.model, settings.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
     data = tokenize(load_data(settings), tokenizer, settings)
     cut = np.mean(data["train"]["labels_truncated"])
@@ -601,8 +597,8 @@ def merged_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
     weights = [layer.get_base_layer().weight for layer in layers]
-    if not layers or is_sharded() or any(weight.dtype != torch.float32 for weight in weights) or getattr(
-            model, "is_quantized", False):
+    is_exact = layers and all(weight.dtype == torch.float32 for weight in weights)
+    if not is_exact or is_sharded() or getattr(model, "is_quantized", False):
         yield model
         return
     originals = [weight.detach().clone() for weight in weights]
@@ -686,13 +682,13 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
         for start in range(0, len(order), chunk):
             rows = sorted(order[start : start + chunk].tolist(), key=lambda i: -self.lengths[i])
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
+        last = batches.pop() if len(batches[-1]) < self.batch_size else []  # a smaller batch must come last
         batches = [batches[i] for i in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda b: self.lengths[batches[b][0]], default=0)
         if epoch == 0 and batches:  # too little memory shows at once: most of it is for sources
             batches[0], batches[longest] = batches[longest], batches[0]
         empty = [len(self.lengths)] * (len(self) - len(self.lengths))
-        return [i for batch in batches for i in self.deal(batch)] + [i for batch in last for i in batch] + empty
+        return [i for batch in batches for i in self.deal(batch)] + last + empty
 
     def deal(self, rows: list[int]) -> list[int]:
         """A batch that is sorted by length, like cards: to two processes the rows 0, 2, 4 ... and 1, 3, 5 ..."""
@@ -755,19 +751,17 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.run, self.settings, self.data = run, run.settings, data
         self.schedule = schedule or functools.partial(learning_rate_factor, steps=steps)
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
-        processes = PartialState().num_processes
-        micro_steps = steps * self.settings.batch_size // (self.settings.micro_batch_size * processes)
-        self.fast = make_fast(model, self.settings, micro_steps)  # section 14
+        args = training_arguments(self.settings, run.folder, steps, device, precision, **changes)
+        self.fast = make_fast(model, self.settings, steps * args.gradient_accumulation_steps)  # section 14
         self.summarizer = Summarizer(model, tokenizer, run.settings, device, precision, self.fast, run.stop)
         self.sampler = LengthGroupedSampler(lengths, self.settings.batch_size, self.settings.seed,
-                                            self.settings.micro_batch_size, processes)
+                                            self.settings.micro_batch_size, PartialState().num_processes)
         rows = data["train"].select_columns(["input_ids", "labels"])
         if len(self.sampler) > len(rows):
             empty = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[-100]]}, features=rows.features)
             rows = datasets.concatenate_datasets([rows, empty])
         super().__init__(
-            model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"],
-            args=training_arguments(self.settings, run.folder, steps, device, precision, **changes),
+            model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=data["validation"], args=args,
             callbacks=[run, self.sampler],
             data_collator=Collator(tokenizer, model=model, pad_to_multiple_of=64 if device.type == "cuda" else 8),
             compute_loss_func=token_mean_loss)
@@ -782,18 +776,13 @@ class SummarizationTrainer(Seq2SeqTrainer):
         return self.sampler
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = FlatAdamW(trained, lr=self.args.learning_rate, fused=True, **ADAMW)
+        trained = trained_parameters(self.model).values()
+        self.optimizer = FlatAdamW(trained, lr=self.settings.lr, fused=True, **ADAMW)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.schedule)
+    def create_scheduler(self, *_: Any, **__: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         return self.lr_scheduler
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
                       ) -> torch.Tensor:
@@ -817,7 +806,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if self.fast:
             loss = self.fast.training_step(packed, num_items_in_batch, is_first, self.accelerator.sync_gradients)
         else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
         self.recent[-1][1] += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 
@@ -857,11 +846,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
             "tokens_per_second": round(self.tokens * self.args.world_size / seconds, 1),
             "peak_memory_gib": peak_memory_gib(self.args.device),
         }
-        del logs["loss"]
+        del logs["loss"], logs["grad_norm"]  # the Trainer does not know what was skipped
         if good:
             logs |= {"loss": sum(loss for loss, _ in good) / len(good), "grad_norm": good[-1][1]}
-        else:
-            del logs["grad_norm"]
         self.restart_clock()
         super().log(logs, start_time)
         for step, loss, norm in steps:
@@ -880,7 +867,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
         Called by the Trainer before the first step (where a resumed run may have been scored) and after each epoch.
         """
-        step, scored = self.state.global_step, evaluations(self.state.log_history)
+        step, scored = self.state.global_step, [entry for entry in self.state.log_history if "validation" in entry]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
         if self.run.is_stopping or is_mid_epoch or any(entry["step"] == step for entry in scored):
             return {}
@@ -1015,8 +1002,7 @@ def bootstrap_interval(scores: list[float], samples: int = 1000, seed: int = 0) 
     """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: [low, high]."""
     scores, rng = np.asarray(scores), np.random.default_rng(seed)
     means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[dict[str, Any]]]:
@@ -1173,15 +1159,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
                    ) -> None:
     """AdamW's moments; and the learning rate of this step, which may be another one if --max-steps has changed."""
     moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     for i, values in moments["state"].items():
         values.update({name: sharded_like(value, parameters[i]) for name, value in values.items()})
     optimizer.load_state_dict(moments)
     scheduler.last_epoch = step_of(checkpoint)
-    scheduler._last_lr = [rate * factor(scheduler.last_epoch)
-                          for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate
+    rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler._last_lr = [rate]
+    optimizer.param_groups[0]["lr"] = rate
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -1330,8 +1315,9 @@ def ask_hub(repo_id: str, repo_type: str) -> tuple[str | None, list[str]]:
         return (hub_silence or [first_line(error)])[0], []
 
 
-def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path | None, weights: bool = True) -> Path:
-    """Where --model or --dataset is on this machine: a preset, a path, or a Hub id, which is downloaded."""
+def find_on_disk(kind: str, name: str, cache_dir: Path | None, weights: bool = True) -> Path:
+    """Where --model (or all but its weights) or --dataset is: a preset, a path, or a Hub id, which is downloaded."""
+    presets = MODELS if kind == "model" else DATASETS
     path = Path(presets.get(name, name))
     if path.is_dir() or (path.is_file() and kind == "dataset"):
         return path
@@ -1344,7 +1330,7 @@ def find_on_disk(kind: str, name: str, presets: dict[str, str], cache_dir: Path 
 
 def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
     """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
-    path = find_on_disk("dataset", name, DATASETS, cache_dir)
+    path = find_on_disk("dataset", name, cache_dir)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: only {', '.join(SUFFIXES)} files can be read")
@@ -1387,7 +1373,7 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
             names = csv_header(Path(files[0]))
             options = {"keep_default_na": False, "index_col": False, "encoding": "utf-8-sig",
                        "features": datasets.Features({name: datasets.Value("string") for name in names})}
-        for path in paths if kind == "json" else ():
+        for path in paths:
             if path.suffix == ".json" and not re.match(rb"(\xef\xbb\xbf)?\s*(\[|$)", path.read_bytes()[:1000]):
                 explain(path)  # pyarrow would make columns of an object, and end the process at a null
         with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:
@@ -1489,11 +1475,6 @@ def cache_folder(cache_dir: Path | None, name: str) -> Iterator[Path]:
 
 def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def find_model(name: str, cache_dir: Path | None = None, weights: bool = True) -> Path:
-    """The local folder of --model, with or without its weights."""
-    return find_on_disk("model", name, MODELS, cache_dir, weights)
 
 
 def load_tokenizer_and_config(folder: Path) -> tuple[Any, transformers.PretrainedConfig]:
@@ -1631,10 +1612,7 @@ def agree(device: torch.device, *flags: Any) -> list[bool]:
 
 def from_main_process(work: Callable[[], Any]) -> Any:
     """What `work` returns in the main process, in all of them."""
-    result = [work() if is_main_process() else None]
-    if PartialState().num_processes > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    return broadcast_object_list([work() if is_main_process() else None])[0]
 
 
 def launcher() -> str:
@@ -1651,7 +1629,7 @@ def launcher() -> str:
 def say(*lines: str, file: Any = None) -> None:
     """Prints, once, however many processes there are."""
     if lines and is_main_process():
-        print(*lines, sep="\n", file=file or sys.stdout, flush=True)
+        print(*lines, sep="\n", file=file, flush=True)
 
 
 def fold(text: str) -> str:
@@ -1922,7 +1900,6 @@ class Run(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if is_main_process():
             self.bar = new_bar(state.max_steps, "", "step", initial=state.global_step)
-        self.saved_at = self.last_line = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stops and saves. Processes do so together; they compare notes only when the loss is logged, which waits."""
@@ -2060,7 +2037,7 @@ class Run(TrainerCallback):
         files = [predictions_file(self.folder, "test", epoch) for epoch in names]
         if len(epochs) < 2 or not all(file.is_file() for file in files):
             return []
-        before, after = ([json.loads(line) for line in file.read_text("utf-8").splitlines()[:count]] for file in files)
+        before, after = ([row for _, row in read_json_lines(file, decode(file))[:count]] for file in files)
         return [{"id": a["id"], "dialogue": a["dialogue"], "reference": a["reference"], "before": a["prediction"],
                  "after": b["prediction"]} for a, b in zip(before, after, strict=True)]
 
@@ -2129,10 +2106,6 @@ def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
     return run / "predictions" / f"{split}-epoch-{epoch:.9g}.jsonl"
 
 
-def evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in log if "validation" in entry]
-
-
 def score_table(epochs: list[dict[str, Any]]) -> str:
     """Two rows per epoch. All cells have a width of their own, so that rows fit under those that came before."""
     rows = []
@@ -2185,11 +2158,10 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
     figure = Figure(figsize=(10, 4.5), layout="constrained")  # not of pyplot, which would keep it
     axes = figure.subplots(1, columns, sharey=True)
     yield axes
-    first = axes if columns == 1 else axes[0]
-    first.set(**labels)
+    figure.axes[0].set(**labels)
     for one in figure.axes:
         one.grid(alpha=0.3)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     replace_file(path, picture.getvalue())
@@ -2310,7 +2282,7 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
             if not (adapter / "config.json").is_file():
                 raise UserError(f"{settings.adapter} holds no adapter (no adapter_config.json)")
             name, adapter = str(adapter), None  # the whole model of a run with --full
-    folder = find_model(name, settings.cache_dir)
+    folder = find_on_disk("model", name, settings.cache_dir)
     tokenizer, _ = load_tokenizer_and_config(folder)
     # Merging into quantised weights would round: for --export the base is loaded anew in bf16.
     quantization = None if settings.export else settings.quantization
@@ -2426,7 +2398,7 @@ GPU_RESERVE = 1.5  # GiB that are not ours: the CUDA context, and what the alloc
 def geometry(settings: Settings) -> transformers.T5Config:
     """The configuration of --model, known for the presets, else from its config.json; no weights are downloaded."""
     if settings.model not in T5_SIZES:
-        return load_tokenizer_and_config(find_model(settings.model, settings.cache_dir, weights=False))[1]
+        return load_tokenizer_and_config(find_on_disk("model", settings.model, settings.cache_dir, weights=False))[1]
     d_model, d_ff, layers, heads = T5_SIZES[settings.model]
     return transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
@@ -2569,7 +2541,7 @@ def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
     """Prints steps, tokens and truncated rows; returns the lengths of sources and of targets, the longest first, and
     the number of micro-batches of one process, if known."""
     try:
-        folder = find_model(settings.model, settings.cache_dir, weights=False)
+        folder = find_on_disk("model", settings.model, settings.cache_dir, weights=False)
         train = tokenize(load_data(settings), load_tokenizer_and_config(folder)[0], settings)["train"]
     except UserError as error:
         say(fold(f"data: not counted, so the longest rows allowed are assumed: {error}"))

@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import RECIPE, start, torchrun, wait
+from conftest import RECIPE, start, torchrun, wait, write_jsonl
 from safetensors.torch import load_file
 from test_flan_t5_resume import assert_same_end, metrics
 
@@ -286,6 +286,17 @@ def test_a_run_ends_with_two_held_out_dialogues_before_and_after(trained):
         shown = " ".join(trained.done.out.split(f"Held-out dialogue {i + 1}:")[1].split())
         for name in ("reference", "before", "after"):
             assert " ".join(f"{name}: {example[name]}".split()) in shown
+
+
+def test_a_line_separator_in_a_held_out_dialogue_ends_no_line_of_a_file(command, data, model_folder, tmp_path):
+    chats = shutil.copytree(data, tmp_path / "chats")
+    rows = [json.loads(line) for line in (chats / "test.jsonl").open("rb")]
+    rows[0]["dialogue"] += "\u2028and more"
+    write_jsonl(chats / "test.jsonl", rows)
+    done = command("--model", model_folder, "--dataset", chats, "--epochs", 1, "--max-new-tokens", 4,
+                   "--output-dir", "run", cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done
+    assert metrics(tmp_path / "run")["examples"][0]["dialogue"].endswith("\u2028and more")
 
 
 def test_the_interval_is_one_of_95_percent(flan):

@@ -279,11 +279,8 @@ class KVCache:
 
     def resize(self, batch: int, size: int) -> None:
         """Make room for `size` tokens, and of one sequence make `batch` equal ones."""
-        old = self.keys, self.values
-        layers, _, heads, _, width = self.keys.shape
-        self.keys, self.values = (part.new_zeros(layers, batch, heads, size, width) for part in old)
-        for new, part in zip((self.keys, self.values), old, strict=True):
-            new[:, :, :, : self.length] = part[:, :, :, : self.length]
+        kept = (part[:, :, :, : self.length].expand(-1, batch, -1, -1, -1) for part in (self.keys, self.values))
+        self.keys, self.values = (F.pad(part, (0, 0, 0, size - self.length)) for part in kept)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""

@@ -2359,10 +2359,8 @@ def seconds_between(start: Moment, end: Moment) -> float:
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, Moment]:
     """Send the values of a step on their way to the CPU, with the moment of their arrival. CUDA is not waited for."""
-    if values.device.type != "cuda":
-        values = values.cpu()
-        return values, mark_time(values.device)
-    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    is_cuda = values.device.type == "cuda"
+    host = torch.empty(values.shape, pin_memory=is_cuda).copy_(values, non_blocking=is_cuda)
     return host, mark_time(values.device)
 
 

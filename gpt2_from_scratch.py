@@ -1132,8 +1132,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1015,18 +1015,17 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settings,
                  on_text: Callable[[str], None] = lambda text: None) -> list[str]:
     """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
-    end, waiting = tokenizer.token_to_id(END_OF_TEXT), []  # tokens of the first one that are not printed yet
+    end, shown = tokenizer.token_to_id(END_OF_TEXT), 0  # so many tokens of the first one have been given to `on_text`
     tokens = [[] for _ in range(settings.num_samples)]
     for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
                          settings.temperature, settings.top_k, settings.top_p, settings.seed):
         for continuation, token in zip(tokens, step, strict=True):
             continuation.extend([token] if token != end else [])
-        waiting.extend([step[0]] if step[0] != end else [])
-        text = decode(tokenizer, waiting)
+        text = decode(tokenizer, tokens[0][shown:])
         if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
             on_text(text)
-            waiting = []
-    on_text(decode(tokenizer, waiting))
+            shown = len(tokens[0])
+    on_text(decode(tokenizer, tokens[0][shown:]))
     return [decode(tokenizer, continuation) for continuation in tokens]
 
 

@@ -1518,14 +1518,12 @@ class Split:
                     digest.update(text.encode("utf-8"))
                     hashes[-1] = int.from_bytes(digest.digest(), "big")
                     lengths[-1] += len(text)
-                reason = "empty" if len(hashes) == known else None
-            except NotText as error:
-                reason = str(error)
-                del hashes[known:], lengths[known:]
-            if reason:
-                self.left_out[file] = reason
-            else:
+                if len(hashes) == known:
+                    raise NotText("empty")
                 self.files.append(file)
+            except NotText as error:
+                self.left_out[file] = str(error)
+                del hashes[known:], lengths[known:]
         if not hashes:
             if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
                 raise UserError(f"{source.files[0]} is not UTF-8 text")

@@ -1379,17 +1379,17 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
             raise UserError(f"{file} cannot be read ({first_line(error)})") from None
         return
     for place, row in read_rows(file, column):
-        if not isinstance(row, dict) or column not in row:
-            columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
-            raise UserError(f"{place} has {columns}: choose one with --text-column")
-        yield True, text_of(row[column], column, place)
+        yield True, text_of(row, column, place)
 
 
-def text_of(value: object, column: str, place: str) -> str:
+def text_of(row: object, column: str, place: str) -> str:
     """The text in a row. JSON can spell half a character, which no file could hold."""
-    if not isinstance(value, str | None):
-        raise UserError(f"{place}: {column!r} holds {type(value).__name__}, not text")
-    return (value or "").encode("utf-8", "replace").decode("utf-8")
+    if not isinstance(row, dict) or column not in row:
+        columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
+        raise UserError(f"{place} has {columns}: choose one with --text-column")
+    if not isinstance(row[column], str | None):
+        raise UserError(f"{place}: {column!r} holds {type(row[column]).__name__}, not text")
+    return (row[column] or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def open_bytes(file: Path) -> io.IOBase:
@@ -1452,9 +1452,7 @@ def open_hub_source(settings: Settings) -> Source:
             if position:
                 rows.load_state_dict(position)
             for row in rows:
-                if settings.text_column not in row:
-                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                yield True, text_of(row[settings.text_column], settings.text_column, f"--data {repo}")
+                yield True, text_of(row, settings.text_column, f"--data {repo}")
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets

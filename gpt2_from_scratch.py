@@ -509,17 +509,17 @@ def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tu
     """(threshold, end): documents whose hash is below the threshold are held out whole, about `share` of all text.
 
     Of the document that has just this hash, the last `end` (0 to 1) of its text is held out: a single file gives its
-    end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share. Equal
-    documents have equal hashes, so they are on one side, or are cut alike.
+    end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share, which
+    is at most a half. Equal documents have equal hashes, so they are on one side, or are cut alike.
     """
     values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
     totals = np.bincount(index, lengths)
     ends, wanted = np.cumsum(totals), share * totals.sum()
-    place = min(int(np.searchsorted(ends, wanted)), len(values) - 1)  # the first document that reaches the share
+    place = int(np.searchsorted(ends, wanted))  # the first document that reaches the share
     missing = wanted - (ends[place] - totals[place])
     if missing <= TOLERANCE * wanted:
         return int(values[place]), 0.0
-    if ends[place] - wanted <= TOLERANCE * wanted and place < len(values) - 1:
+    if ends[place] - wanted <= TOLERANCE * wanted:
         return int(values[place]), 1.0
     return int(values[place]), float(missing / totals[place])
 

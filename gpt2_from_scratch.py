@@ -1970,12 +1970,12 @@ def resume(run: Path, trainer: Trainer) -> Progress:
 
 def undo_decay(run: Path, start: int) -> None:
     """Put aside the checkpoints of a learning rate's decay that began at step `start`, if one from before is there."""
-    numbers = {int(folder.name.removeprefix("step-")): folder for folder in find_checkpoints(run)}
-    if any(number <= start for number in numbers) and any(number > start for number in numbers):
+    found = find_checkpoints(run)
+    decayed = [folder for folder in found if int(folder.name.removeprefix("step-")) > start]
+    if decayed and decayed != found:
         say_wrapped(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
-        for number, folder in numbers.items():
-            if number > start:
-                put_aside(folder, "decayed")
+        for folder in decayed:
+            put_aside(folder, "decayed")
 
 
 def put_aside(folder: Path, reason: str) -> None:

@@ -1882,7 +1882,6 @@ def training_state(trainer: Trainer) -> dict[str, torch.Tensor]:
                 if mine is not optimiser:  # one process has it, the others add nothing
                     shape = () if key == "step" else parameter.shape
                     value = torch.zeros(shape, device=parameter.device) if value is None else value.clone()
-                    value = value.to(parameter.device)
                     dist.reduce(value, 0)
                 if value is not None:
                     tensors[f"{key}.{names[parameter]}"] = value.contiguous()

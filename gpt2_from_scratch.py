@@ -1902,9 +1902,8 @@ def save_checkpoint(run: Path, model: GPT, tensors: dict[str, torch.Tensor], pro
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     """Fill a trainer from a checkpoint. UserError, and nothing is filled, when it is damaged."""
-    saved, values = load_pretrained(folder), read_json(folder / "training.json")
-    shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, trainer.model))
-    if shapes != expected:
+    saved, values = load_pretrained(folder, dropout=trainer.model.config.dropout), read_json(folder / "training.json")
+    if saved.config != trainer.model.config:
         raise UserError(f"{folder} is the checkpoint of a model of another shape")
     names, states = {parameter: name for name, parameter in trainer.model.named_parameters()}, []
     try:

@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # ---------- 1. Settings -----------------------------------------------------------------------------------------------
 
@@ -1039,7 +1039,6 @@ DATA_SHEET = {"B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100":
               "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125,
               "T4": 65}
 PATIENT_GROUP = None  # the processes once more, for waits that may take days: made by join_processes()
-T = TypeVar("T")
 
 
 def is_main_process() -> bool:
@@ -1067,7 +1066,7 @@ def join_processes() -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def on_main_process(task: Callable[[], T]) -> T:
+def on_main_process(task: Callable[[], Any]) -> Any:
     """What `task` returns, which the first process does while the others wait. If it fails, all processes do."""
     result, error = None, None
     if is_main_process():

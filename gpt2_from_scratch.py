@@ -2454,10 +2454,9 @@ def plot(run: Path, bigram: float) -> None:
 
 def is_run(folder: Path) -> bool:
     """Of this script: runs/ may hold those of the other one, too."""
-    try:
+    configuration = {}
+    with contextlib.suppress(UserError):  # damaged, or not there
         configuration = read_json(folder / "metrics.json").get("configuration", {})
-    except UserError:  # damaged, or not there
-        configuration = {}
     return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir() and "lora_r" not in configuration
 
 

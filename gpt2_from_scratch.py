@@ -2218,8 +2218,7 @@ class Run:
         """
         values, done, settings = finish_reading(reading), reading[1], self.settings
         self.progress.seconds, self.clock = self.progress.seconds + seconds_between(self.clock, done), done
-        rate = learning_rate(step - 1, settings)
-        line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": rate}
+        line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": learning_rate(step - 1, settings)}
         if self.trainer.loss_scale.enabled:
             line["overflow"] = values["overflow"]
         if values["skip"] and not values["overflow"]:

@@ -2698,13 +2698,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, with those above it. UserError when it cannot be made or written to."""
+    """The folder, with those above it. UserError when it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write to {folder}")
     return folder
 
 

@@ -989,9 +989,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     was_training = model.training
     model.eval()
     try:
-        if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
-            yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(
-                prompt)
+        if top_p == 1 and GraphDecoder.can_run(model, last):
+            yield from GraphDecoder(model, count, last, end, temperature, top_k, seed).run(prompt)
             return
         for _ in range(max_new_tokens):
             if cache is None:

@@ -1200,8 +1200,7 @@ def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> S
                         "auto")
     steps = settings.max_steps or max(1, round(settings.epochs * order.per_epoch * block / batch))
     if settings.max_steps is None and steps < 200 and settings.model not in (None, "nano"):
-        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would teach it "
-                    "more")
+        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would help")
     found = {"batch_tokens": batch, "max_steps": steps, "warmup_steps": min(2000, steps // 20),
              "eval_every": min(1000, max(1, steps // 5))}
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
@@ -1721,8 +1720,7 @@ def load_pretrained(folder: Path, block_size: int | None = None, dropout: float 
     if described.get("n_inner") not in (None, 4 * learned.width):
         raise UserError(f"{folder} is no plain GPT-2: n_inner is {described['n_inner']}")
     if block_size and block_size > learned.block_size:
-        raise UserError(f"--block-size {block_size} is more than the {learned.block_size} positions that {folder} has "
-                        "learned")
+        raise UserError(f"--block-size {block_size} is more than the {learned.block_size} positions of {folder}")
     weights = read_weights(folder)
     model = GPT(replace(learned, block_size=block_size or learned.block_size))
     learned_rows = {"wte.weight": learned.vocab_size, "wpe.weight": learned.block_size}

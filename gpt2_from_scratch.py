@@ -1432,7 +1432,7 @@ def open_hub_source(settings: Settings) -> Source:
                             f"({reason}). {OFFLINE} --data FOLDER")
     last_used = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
     if commit:
-        make_folder(last_used.parent)
+        last_used.parent.mkdir(parents=True, exist_ok=True)
         write_json(last_used, {"commit": commit})
     elif not last_used.exists():
         raise unreachable
@@ -1602,13 +1602,13 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
     if expected not in (None, fingerprint):
         raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
                         f"longer in {cache}: start a new run")
-    folder = make_folder(cache) / f"tokens-{fingerprint}"
+    folder = cache / f"tokens-{fingerprint}"
     unfinished = folder.with_name(f"{folder.name}.incomplete")
     for stale in cache.glob("tokens-*.incomplete"):  # of processes that were killed, or of streams given up
         if stale != unfinished and time.time() - stale.stat().st_mtime > 7 * 86400:
             shutil.rmtree(stale, ignore_errors=True)
     while not folder.exists():
-        unfinished.mkdir(exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         descriptor = lock(unfinished, wait=True)  # another run may be making the same files
         try:
             if unfinished.exists() and not folder.exists():
@@ -2049,13 +2049,14 @@ def train(settings: Settings) -> int:
 def new_run_folder(settings: Settings, data_name: str) -> Path:
     """Make this run's folder, which no other run has: a default name that is taken gets a suffix."""
     if settings.output_dir:
-        return make_folder(Path(settings.output_dir))
+        folder = Path(settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     model = settings.name if settings.name.startswith("gpt2") else f"gpt2-{settings.name}"
-    runs = make_folder(Path("runs"))
     for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            folder = runs / f"{model}-{data_name}-lr={short(settings.lr)}{suffix}"
-            folder.mkdir()
+            folder = Path("runs", f"{model}-{data_name}-lr={short(settings.lr)}{suffix}")
+            folder.mkdir(parents=True)
             return folder
 
 
@@ -2138,7 +2139,7 @@ class Run:
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         try:
             if is_main_process():
-                make_folder(self.folder / "checkpoints")
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self.write_metrics("running")
                 self.log = RunLog(self.folder, progress.step)
             if progress.step == 0:
@@ -2521,7 +2522,6 @@ def export(settings: Settings) -> int:
     if is_in_use(target):
         raise UserError(f"--export {target}: this is not empty, choose another folder")
     model, tokenizer, source = load_for_use(settings)
-    make_folder(target.resolve().parent)
     with new_folder(target.resolve()) as folder:
         save_pretrained(model, tokenizer, folder)
     say_wrapped(f"{source} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
@@ -2685,15 +2685,6 @@ def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def make_folder(folder: Path) -> Path:
-    """The folder, with those above it. UserError when it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
-    return folder
 
 
 def is_in_use(folder: Path) -> bool:

@@ -270,17 +270,13 @@ class KVCache:
                  dtype: torch.dtype = torch.float32):
         shape = (config.layers, batch, config.heads, size, config.width // config.heads)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens so far, counted by GPT.forward()
-
-    @property
-    def size(self) -> int:
-        """Tokens that there is room for."""
-        return self.keys.shape[3]
+        self.size, self.length = size, 0  # tokens that there is room for; tokens so far, counted by GPT.forward()
 
     def resize(self, batch: int, size: int) -> None:
         """Make room for `size` tokens, and of one sequence make `batch` equal ones."""
         kept = (part[:, :, :, : self.length].expand(-1, batch, -1, -1, -1) for part in (self.keys, self.values))
         self.keys, self.values = (F.pad(part, (0, 0, 0, size - self.length)) for part in kept)
+        self.size = size
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""

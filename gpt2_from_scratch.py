@@ -190,8 +190,6 @@ GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "fil
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
@@ -2513,7 +2511,6 @@ def read_prompts() -> Iterator[str]:
 
 
 def export(settings: Settings) -> int:
-    """Write a folder for transformers."""
     target = Path(settings.export)
     if is_in_use(target):
         raise UserError(f"--export {target}: this is not empty, choose another folder")

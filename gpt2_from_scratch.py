@@ -1389,7 +1389,7 @@ def open_bytes(file: Path) -> io.IOBase:
         return open(file, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip"))
+    return io.BufferedReader(pyarrow.input_stream(file))  # which knows the suffixes
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:

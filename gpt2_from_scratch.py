@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # ---------- 1. Settings -----------------------------------------------------------------------------------------------
 
@@ -190,8 +190,6 @@ GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "fil
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
@@ -270,20 +268,13 @@ class KVCache:
                  dtype: torch.dtype = torch.float32):
         shape = (config.layers, batch, config.heads, size, config.width // config.heads)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens so far, counted by GPT.forward()
-
-    @property
-    def size(self) -> int:
-        """Tokens that there is room for."""
-        return self.keys.shape[3]
+        self.size, self.length = size, 0  # tokens that there is room for; tokens so far, counted by GPT.forward()
 
     def resize(self, batch: int, size: int) -> None:
         """Make room for `size` tokens, and of one sequence make `batch` equal ones."""
-        old = self.keys, self.values
-        layers, _, heads, _, width = self.keys.shape
-        self.keys, self.values = (part.new_zeros(layers, batch, heads, size, width) for part in old)
-        for new, part in zip((self.keys, self.values), old, strict=True):
-            new[:, :, :, : self.length] = part[:, :, :, : self.length]
+        kept = (part[:, :, :, : self.length].expand(-1, batch, -1, -1, -1) for part in (self.keys, self.values))
+        self.keys, self.values = (F.pad(part, (0, 0, 0, size - self.length)) for part in kept)
+        self.size = size
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new tokens' k and v (B, H, T, D) and return those of all tokens, (B, H, length + T, D)."""
@@ -512,17 +503,17 @@ def split_threshold(hashes: np.ndarray, lengths: np.ndarray, share: float) -> tu
     """(threshold, end): documents whose hash is below the threshold are held out whole, about `share` of all text.
 
     Of the document that has just this hash, the last `end` (0 to 1) of its text is held out: a single file gives its
-    end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share. Equal
-    documents have equal hashes, so they are on one side, or are cut alike.
+    end to validation. It is not cut (`end` is 0 or 1) where whole documents come within TOLERANCE of the share, which
+    is at most a half. Equal documents have equal hashes, so they are on one side, or are cut alike.
     """
     values, index = np.unique(hashes, return_inverse=True)  # equal documents count together
     totals = np.bincount(index, lengths)
     ends, wanted = np.cumsum(totals), share * totals.sum()
-    place = min(int(np.searchsorted(ends, wanted)), len(values) - 1)  # the first document that reaches the share
+    place = int(np.searchsorted(ends, wanted))  # the first document that reaches the share
     missing = wanted - (ends[place] - totals[place])
     if missing <= TOLERANCE * wanted:
         return int(values[place]), 0.0
-    if ends[place] - wanted <= TOLERANCE * wanted and place < len(values) - 1:
+    if ends[place] - wanted <= TOLERANCE * wanted:
         return int(values[place]), 1.0
     return int(values[place]), float(missing / totals[place])
 
@@ -992,9 +983,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     was_training = model.training
     model.eval()
     try:
-        if top_p == 1 and GraphDecoder.can_run(model, len(prompt) + max_new_tokens):
-            yield from GraphDecoder(model, count, len(prompt) + max_new_tokens, end, temperature, top_k, seed).run(
-                prompt)
+        if top_p == 1 and GraphDecoder.can_run(model, last):
+            yield from GraphDecoder(model, count, last, end, temperature, top_k, seed).run(prompt)
             return
         for _ in range(max_new_tokens):
             if cache is None:
@@ -1018,18 +1008,17 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompt: str, settings: Settings,
                  on_text: Callable[[str], None] = lambda text: None) -> list[str]:
     """Continuations of a prompt as texts, without the prompt. `on_text` gets the first one bit by bit, as it grows."""
-    end, waiting = tokenizer.token_to_id(END_OF_TEXT), []  # tokens of the first one that are not printed yet
+    end, shown = tokenizer.token_to_id(END_OF_TEXT), 0  # so many tokens of the first one have been given to `on_text`
     tokens = [[] for _ in range(settings.num_samples)]
     for step in generate(model, encode(tokenizer, prompt) or [end], settings.num_samples, settings.max_new_tokens, end,
                          settings.temperature, settings.top_k, settings.top_p, settings.seed):
         for continuation, token in zip(tokens, step, strict=True):
             continuation.extend([token] if token != end else [])
-        waiting.extend([step[0]] if step[0] != end else [])
-        text = decode(tokenizer, waiting)
+        text = decode(tokenizer, tokens[0][shown:])
         if not text.endswith("\ufffd"):  # half a character: its other bytes come with the next token
             on_text(text)
-            waiting = []
-    on_text(decode(tokenizer, waiting))
+            shown = len(tokens[0])
+    on_text(decode(tokenizer, tokens[0][shown:]))
     return [decode(tokenizer, continuation) for continuation in tokens]
 
 
@@ -1043,7 +1032,6 @@ DATA_SHEET = {"B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100":
               "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125,
               "T4": 65}
 PATIENT_GROUP = None  # the processes once more, for waits that may take days: made by join_processes()
-T = TypeVar("T")
 
 
 def is_main_process() -> bool:
@@ -1071,7 +1059,7 @@ def join_processes() -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def on_main_process(task: Callable[[], T]) -> T:
+def on_main_process(task: Callable[[], Any]) -> Any:
     """What `task` returns, which the first process does while the others wait. If it fails, all processes do."""
     result, error = None, None
     if is_main_process():
@@ -1135,8 +1123,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1207,8 +1194,7 @@ def complete_settings(settings: Settings, order: TrainingOrder, world: int) -> S
                         "auto")
     steps = settings.max_steps or max(1, round(settings.epochs * order.per_epoch * block / batch))
     if settings.max_steps is None and steps < 200 and settings.model not in (None, "nano"):
-        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would teach it "
-                    "more")
+        say_wrapped(f"note: only {plural(steps, 'step')}: more --epochs or a smaller --batch-tokens would help")
     found = {"batch_tokens": batch, "max_steps": steps, "warmup_steps": min(2000, steps // 20),
              "eval_every": min(1000, max(1, steps // 5))}
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
@@ -1384,17 +1370,17 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
             raise UserError(f"{file} cannot be read ({first_line(error)})") from None
         return
     for place, row in read_rows(file, column):
-        if not isinstance(row, dict) or column not in row:
-            columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
-            raise UserError(f"{place} has {columns}: choose one with --text-column")
-        yield True, text_of(row[column], column, place)
+        yield True, text_of(row, column, place)
 
 
-def text_of(value: object, column: str, place: str) -> str:
+def text_of(row: object, column: str, place: str) -> str:
     """The text in a row. JSON can spell half a character, which no file could hold."""
-    if not isinstance(value, str | None):
-        raise UserError(f"{place}: {column!r} holds {type(value).__name__}, not text")
-    return (value or "").encode("utf-8", "replace").decode("utf-8")
+    if not isinstance(row, dict) or column not in row:
+        columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
+        raise UserError(f"{place} has {columns}: choose one with --text-column")
+    if not isinstance(row[column], str | None):
+        raise UserError(f"{place}: {column!r} holds {type(row[column]).__name__}, not text")
+    return (row[column] or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def open_bytes(file: Path) -> io.IOBase:
@@ -1403,7 +1389,7 @@ def open_bytes(file: Path) -> io.IOBase:
         return open(file, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd" if file.suffix == ".zst" else "gzip"))
+    return io.BufferedReader(pyarrow.input_stream(file))  # which knows the suffixes
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
@@ -1440,7 +1426,7 @@ def open_hub_source(settings: Settings) -> Source:
                             f"({reason}). {OFFLINE} --data FOLDER")
     last_used = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
     if commit:
-        make_folder(last_used.parent)
+        last_used.parent.mkdir(parents=True, exist_ok=True)
         write_json(last_used, {"commit": commit})
     elif not last_used.exists():
         raise unreachable
@@ -1457,9 +1443,7 @@ def open_hub_source(settings: Settings) -> Source:
             if position:
                 rows.load_state_dict(position)
             for row in rows:
-                if settings.text_column not in row:
-                    raise UserError(f"--data {repo} has the columns {', '.join(row)}: choose one with --text-column")
-                yield True, text_of(row[settings.text_column], settings.text_column, f"--data {repo}")
+                yield True, text_of(row, settings.text_column, f"--data {repo}")
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets
@@ -1523,14 +1507,12 @@ class Split:
                     digest.update(text.encode("utf-8"))
                     hashes[-1] = int.from_bytes(digest.digest(), "big")
                     lengths[-1] += len(text)
-                reason = "empty" if len(hashes) == known else None
-            except NotText as error:
-                reason = str(error)
-                del hashes[known:], lengths[known:]
-            if reason:
-                self.left_out[file] = reason
-            else:
+                if len(hashes) == known:
+                    raise NotText("empty")
                 self.files.append(file)
+            except NotText as error:
+                self.left_out[file] = str(error)
+                del hashes[known:], lengths[known:]
         if not hashes:
             if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
                 raise UserError(f"{source.files[0]} is not UTF-8 text")
@@ -1614,13 +1596,13 @@ def make_tokens(settings: Settings, expected: str | None) -> str:
     if expected not in (None, fingerprint):
         raise UserError(f"--data {settings.data} has changed since this run began, and the tokens it then gave are no "
                         f"longer in {cache}: start a new run")
-    folder = make_folder(cache) / f"tokens-{fingerprint}"
+    folder = cache / f"tokens-{fingerprint}"
     unfinished = folder.with_name(f"{folder.name}.incomplete")
     for stale in cache.glob("tokens-*.incomplete"):  # of processes that were killed, or of streams given up
         if stale != unfinished and time.time() - stale.stat().st_mtime > 7 * 86400:
             shutil.rmtree(stale, ignore_errors=True)
     while not folder.exists():
-        unfinished.mkdir(exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         descriptor = lock(unfinished, wait=True)  # another run may be making the same files
         try:
             if unfinished.exists() and not folder.exists():
@@ -1732,8 +1714,7 @@ def load_pretrained(folder: Path, block_size: int | None = None, dropout: float 
     if described.get("n_inner") not in (None, 4 * learned.width):
         raise UserError(f"{folder} is no plain GPT-2: n_inner is {described['n_inner']}")
     if block_size and block_size > learned.block_size:
-        raise UserError(f"--block-size {block_size} is more than the {learned.block_size} positions that {folder} has "
-                        "learned")
+        raise UserError(f"--block-size {block_size} is more than the {learned.block_size} positions of {folder}")
     weights = read_weights(folder)
     model = GPT(replace(learned, block_size=block_size or learned.block_size))
     learned_rows = {"wte.weight": learned.vocab_size, "wpe.weight": learned.block_size}
@@ -1891,7 +1872,6 @@ def training_state(trainer: Trainer) -> dict[str, torch.Tensor]:
                 if mine is not optimiser:  # one process has it, the others add nothing
                     shape = () if key == "step" else parameter.shape
                     value = torch.zeros(shape, device=parameter.device) if value is None else value.clone()
-                    value = value.to(parameter.device)
                     dist.reduce(value, 0)
                 if value is not None:
                     tensors[f"{key}.{names[parameter]}"] = value.contiguous()
@@ -1912,9 +1892,8 @@ def save_checkpoint(run: Path, model: GPT, tensors: dict[str, torch.Tensor], pro
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     """Fill a trainer from a checkpoint. UserError, and nothing is filled, when it is damaged."""
-    saved, values = load_pretrained(folder), read_json(folder / "training.json")
-    shapes, expected = ([tensor.shape for tensor in network.parameters()] for network in (saved, trainer.model))
-    if shapes != expected:
+    saved, values = load_pretrained(folder, dropout=trainer.model.config.dropout), read_json(folder / "training.json")
+    if saved.config != trainer.model.config:
         raise UserError(f"{folder} is the checkpoint of a model of another shape")
     names, states = {parameter: name for name, parameter in trainer.model.named_parameters()}, []
     try:
@@ -1979,12 +1958,12 @@ def resume(run: Path, trainer: Trainer) -> Progress:
 
 def undo_decay(run: Path, start: int) -> None:
     """Put aside the checkpoints of a learning rate's decay that began at step `start`, if one from before is there."""
-    numbers = {int(folder.name.removeprefix("step-")): folder for folder in find_checkpoints(run)}
-    if any(number <= start for number in numbers) and any(number > start for number in numbers):
+    found = find_checkpoints(run)
+    decayed = [folder for folder in found if int(folder.name.removeprefix("step-")) > start]
+    if decayed and decayed != found:
         say_wrapped(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
-        for number, folder in numbers.items():
-            if number > start:
-                put_aside(folder, "decayed")
+        for folder in decayed:
+            put_aside(folder, "decayed")
 
 
 def put_aside(folder: Path, reason: str) -> None:
@@ -2032,7 +2011,7 @@ def train(settings: Settings) -> int:
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
         raise UserError(f"cannot write to {parent}, where {folder} should be")
     started, processes = time.perf_counter(), join_processes()
-    held = on_main_process(lambda: lock_run(folder)) if settings.resume else None
+    held = on_main_process(lambda: lock(folder)) if settings.resume else None
     try:
         saved = read_json(folder / "metrics.json") if settings.resume else {}
         data = prepare_tokens(settings, saved.get("data", {}).get("fingerprint"))
@@ -2053,7 +2032,7 @@ def train(settings: Settings) -> int:
         say(f"baseline: validation loss {bigram:.4f} of a bigram model on {some} tokens")
         if not settings.resume:
             folder = on_main_process(lambda: new_run_folder(settings, data.facts["name"]))
-            held = on_main_process(lambda: lock_run(folder))
+            held = on_main_process(lambda: lock(folder))
         say(f"folder: {folder}\n")
         return Run(trainer, progress, folder, bigram, started).train()
     finally:
@@ -2061,23 +2040,17 @@ def train(settings: Settings) -> int:
             os.close(held)
 
 
-def lock_run(folder: Path) -> int:
-    """Take the lock of a run's folder: two processes must not write into one. The lock of a dead process is free."""
-    if not (folder / "lock").exists():
-        (folder / "lock").touch()
-    return lock(folder / "lock")
-
-
 def new_run_folder(settings: Settings, data_name: str) -> Path:
     """Make this run's folder, which no other run has: a default name that is taken gets a suffix."""
     if settings.output_dir:
-        return make_folder(Path(settings.output_dir))
+        folder = Path(settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     model = settings.name if settings.name.startswith("gpt2") else f"gpt2-{settings.name}"
-    runs = make_folder(Path("runs"))
     for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            folder = runs / f"{model}-{data_name}-lr={short(settings.lr)}{suffix}"
-            folder.mkdir()
+            folder = Path("runs", f"{model}-{data_name}-lr={short(settings.lr)}{suffix}")
+            folder.mkdir(parents=True)
             return folder
 
 
@@ -2160,7 +2133,7 @@ class Run:
         progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
         try:
             if is_main_process():
-                make_folder(self.folder / "checkpoints")
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self.write_metrics("running")
                 self.log = RunLog(self.folder, progress.step)
             if progress.step == 0:
@@ -2230,8 +2203,7 @@ class Run:
         """
         values, done, settings = finish_reading(reading), reading[1], self.settings
         self.progress.seconds, self.clock = self.progress.seconds + seconds_between(self.clock, done), done
-        rate = learning_rate(step - 1, settings)
-        line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": rate}
+        line = {"loss": values["loss"], "grad_norm": values["norm"], "learning_rate": learning_rate(step - 1, settings)}
         if self.trainer.loss_scale.enabled:
             line["overflow"] = values["overflow"]
         if values["skip"] and not values["overflow"]:
@@ -2362,10 +2334,8 @@ def seconds_between(start: Moment, end: Moment) -> float:
 
 def start_reading(values: torch.Tensor) -> tuple[torch.Tensor, Moment]:
     """Send the values of a step on their way to the CPU, with the moment of their arrival. CUDA is not waited for."""
-    if values.device.type != "cuda":
-        values = values.cpu()
-        return values, mark_time(values.device)
-    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    is_cuda = values.device.type == "cuda"
+    host = torch.empty(values.shape, pin_memory=is_cuda).copy_(values, non_blocking=is_cuda)
     return host, mark_time(values.device)
 
 
@@ -2468,10 +2438,9 @@ def plot(run: Path, bigram: float) -> None:
 
 def is_run(folder: Path) -> bool:
     """Of this script: runs/ may hold those of the other one, too."""
-    try:
+    configuration = {}
+    with contextlib.suppress(UserError):  # damaged, or not there
         configuration = read_json(folder / "metrics.json").get("configuration", {})
-    except UserError:  # damaged, or not there
-        configuration = {}
     return (folder / "metrics.json").is_file() and (folder / "checkpoints").is_dir() and "lora_r" not in configuration
 
 
@@ -2542,12 +2511,10 @@ def read_prompts() -> Iterator[str]:
 
 
 def export(settings: Settings) -> int:
-    """Write a folder for transformers."""
     target = Path(settings.export)
     if is_in_use(target):
         raise UserError(f"--export {target}: this is not empty, choose another folder")
     model, tokenizer, source = load_for_use(settings)
-    make_folder(target.resolve().parent)
     with new_folder(target.resolve()) as folder:
         save_pretrained(model, tokenizer, folder)
     say_wrapped(f"{source} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
@@ -2713,17 +2680,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, with those above it. UserError when it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write to {folder}")
-    return folder
-
-
 def is_in_use(folder: Path) -> bool:
     """Whether it is a file, or a folder with anything in it."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -2761,8 +2717,8 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def lock(path: Path, wait: bool = False) -> int:
-    """Take the lock of a file or folder: a descriptor, which holds it until it is closed or the process dies.
+def lock(folder: Path, wait: bool = False) -> int:
+    """Take the lock of a folder: a descriptor, which holds it until it is closed or the process dies.
 
     Raises UserError when another process has it (with `wait`, waits for that one). Where the system has no such locks
     nobody is kept out.
@@ -2771,13 +2727,13 @@ def lock(path: Path, wait: bool = False) -> int:
         import fcntl
     except ImportError:  # Windows
         return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):  # of some network file systems
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"{path.parent} is in use: another process is training in it") from None
+            raise UserError(f"{folder} is in use: another process is training in it") from None
     return descriptor
 
 

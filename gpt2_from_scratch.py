@@ -2011,7 +2011,7 @@ def train(settings: Settings) -> int:
     if not parent.is_dir() or not os.access(parent, os.W_OK):  # said before minutes of work, not after
         raise UserError(f"cannot write to {parent}, where {folder} should be")
     started, processes = time.perf_counter(), join_processes()
-    held = on_main_process(lambda: lock(folder)) if settings.resume else None
+    held = on_main_process(lambda: lock_run(folder)) if settings.resume else None
     try:
         saved = read_json(folder / "metrics.json") if settings.resume else {}
         data = prepare_tokens(settings, saved.get("data", {}).get("fingerprint"))
@@ -2032,12 +2032,19 @@ def train(settings: Settings) -> int:
         say(f"baseline: validation loss {bigram:.4f} of a bigram model on {some} tokens")
         if not settings.resume:
             folder = on_main_process(lambda: new_run_folder(settings, data.facts["name"]))
-            held = on_main_process(lambda: lock(folder))
+            held = on_main_process(lambda: lock_run(folder))
         say(f"folder: {folder}\n")
         return Run(trainer, progress, folder, bigram, started).train()
     finally:
         if is_main_process() and held is not None:
             os.close(held)
+
+
+def lock_run(folder: Path) -> int:
+    """Take the lock of a run's folder: two processes must not write into one. The lock of a dead process is free."""
+    if not (folder / "lock").exists():
+        (folder / "lock").touch()
+    return lock(folder / "lock")
 
 
 def new_run_folder(settings: Settings, data_name: str) -> Path:
@@ -2717,8 +2724,8 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def lock(folder: Path, wait: bool = False) -> int:
-    """Take the lock of a folder: a descriptor, which holds it until it is closed or the process dies.
+def lock(path: Path, wait: bool = False) -> int:
+    """Take the lock of a file or folder: a descriptor, which holds it until it is closed or the process dies.
 
     Raises UserError when another process has it (with `wait`, waits for that one). Where the system has no such locks
     nobody is kept out.
@@ -2727,13 +2734,13 @@ def lock(folder: Path, wait: bool = False) -> int:
         import fcntl
     except ImportError:  # Windows
         return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     with contextlib.suppress(OSError):  # of some network file systems
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"{folder} is in use: another process is training in it") from None
+            raise UserError(f"{path.parent} is in use: another process is training in it") from None
     return descriptor
 
 

@@ -134,7 +134,7 @@ if rank == 1:
 
 def test_two_processes_never_train_in_one_folder(command, text, tmp_path, capsys):  # noqa: F811
     assert command("--data", text, *SIZES, "--output-dir", "run") == 0
-    held = gpt2.lock(Path("run"))
+    held = gpt2.lock_run(Path("run"))
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     capsys.readouterr()
     code = subprocess.run([sys.executable, str(SCRIPT), "--resume", "--output-dir", "run", "--max-steps", "8"],
@@ -148,7 +148,7 @@ def test_two_processes_never_train_in_one_folder(command, text, tmp_path, capsys
 def test_the_lock_of_a_dead_process_is_no_obstacle(command, text, tmp_path):  # noqa: F811
     assert command("--data", text, *SIZES, "--output-dir", "run") == 0
     code = f"import sys, os; sys.path.insert(0, {str(SCRIPT.parent)!r}); import gpt2_from_scratch as gpt2; " \
-           "gpt2.lock(gpt2.Path('run')); os.kill(os.getpid(), 9)"  # fmt: skip
+           "gpt2.lock_run(gpt2.Path('run')); os.kill(os.getpid(), 9)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
     assert command("--resume", "--output-dir", "run", "--max-steps", 8) == 0
     assert json.loads(Path("run/metrics.json").read_text())["status"] == "finished"

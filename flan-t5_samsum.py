@@ -534,9 +534,10 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
     checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    configs = {"int8": BitsAndBytesConfig(load_in_8bit=True),
-               "int4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
-    model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=configs.get(quantization))
+    ways = {"int8": {"load_in_8bit": True},
+            "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}}
+    config = BitsAndBytesConfig(**ways[quantization]) if quantization else None
+    model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=config)
     # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
     # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
     if model.lm_head.weight is not model.shared.weight:
@@ -2054,13 +2055,12 @@ class Run(TrainerCallback):
         if results["skipped_steps"]:
             say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
         if epochs and status != "failed":
-            result = self.folder / result_name(self.settings)
-            say("", f"{result.name + '/':18} best epoch on validation ({results['best_epoch']:g})",
+            say("", f"{result_name(self.settings) + '/':18} best epoch on validation ({results['best_epoch']:g})",
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
                 f"all in {self.folder}", "",
-                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {result}"] * (results["best_step"] > 0),
-                "watch it:  tensorboard --logdir runs")
+                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {self.folder}"][: results["best_step"]],
+                f"watch it:  tensorboard --logdir {self.folder.parent}")
             say_if_toy(self.settings, self.description["parameters"])
 
     def report_scores(self, metrics: dict[str, Any]) -> None:

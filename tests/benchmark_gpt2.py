@@ -113,6 +113,7 @@ def throughput(arguments: argparse.Namespace, model: str) -> None:
     report(f"{model}, ceiling", flops_per_second=trainer.machine.matmul_rate,
            data_sheet=gpt2.data_sheet_rate(gpt2.device_name(trainer.machine.device)))  # fmt: skip
     default = measure(f"{model}, default", trainer, our_step(trainer), arguments)
+    trainer.step_graph = None  # it and the trainer refer to each other: without this its memory would stay for a while
     del trainer
     trainer = make_trainer(arguments, model, sequences, "--no-deterministic")
     fast = measure(f"{model}, --no-deterministic", trainer, our_step(trainer), arguments)

@@ -2752,6 +2752,7 @@ def lock(path: Path, wait: bool = False) -> int:
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     triton, tl = None, argparse.Namespace(constexpr=float)  # so much do the kernels' definitions need
 jit = triton.jit if triton else lambda function: function
@@ -2849,77 +2850,122 @@ class StepGraph:
         return self.values.clone()
 
 
-def linear_choices() -> list:
-    """How linear_kernel may cut its work: which is fastest on this GPU is tried once and kept on disk."""
-    one = [(1, 4, 1024, 4, 3), (1, 8, 1024, 8, 3), (1, 16, 512, 4, 3)]  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
-    many = [(16, 16, 256, 4, 3), (16, 32, 128, 4, 4), (64, 32, 64, 4, 5), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4)]
+# Programmatic dependent launch (PDL): on an H100 or newer a kernel may start while the one before it still runs. It can
+# load weights, until gdc_wait() waits for what that one writes.
+
+
+@jit
+def row_kernel(x, gain, shift, weight, bias, out, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+               GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+               PDL: tl.constexpr):
+    """out (N) = [out +] [GELU] ([layer norm] of x (K) @ weight (N, K)^T [+ bias]), for a single row.
+
+    The time is that in which the weights arrive, so they are asked for first. It rounds where PyTorch does.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+    if NORM:
+        g, b = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
+    if BIAS:
+        c = tl.load(bias + n, mask=n < N, other=0.0)
+    if PDL:
+        gdc_wait()
+    row = tl.load(x + k, mask=k < K, other=0.0)
+    if ADD:
+        before = tl.load(out + n, mask=n < N, other=0.0)
+    if NORM:
+        row = normalised(row, g, b, K)
+    result = tl.sum(w.to(tl.float32) * row.to(tl.float32)[None, :], 1)
+    if BIAS:
+        result += c.to(tl.float32)
+    result = result.to(w.dtype).to(tl.float32)
+    if GELU:
+        result = gelu(result)
+    if ADD:
+        result += before.to(tl.float32)
+    tl.store(out + n, result.to(w.dtype), mask=n < N)
+
+
+@jit
+def normalised(row, gain, shift, K: tl.constexpr):
+    """Layer norm of a row of K values. What is beyond them must be 0 in all three."""
+    value = row.to(tl.float32)
+    mean = tl.sum(value, 0) / K
+    scale = 1 / tl.sqrt(tl.sum(value * value, 0) / K - mean * mean + 1e-5)
+    return ((value - mean) * scale * gain.to(tl.float32) + shift.to(tl.float32)).to(row.dtype)
+
+
+@jit
+def gelu(x):
+    """x (1 + tanh(u)) / 2 = x sigmoid(2 u)"""
+    return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+def matmul_choices() -> list:
+    """How matmul_kernel may cut its work: which is fastest on this GPU is tried once and kept on disk."""
+    choices = [(16, 16, 256, 4, 3), (16, 32, 128, 4, 4), (32, 32, 128, 4, 4), (64, 16, 128, 4, 4), (64, 32, 64, 4, 5),
+               (64, 32, 128, 4, 4), (64, 64, 64, 4, 4), (64, 64, 128, 8, 4), (64, 128, 64, 8, 4)]
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-            for m, n, k, warps, stages in one + many]
+            for m, n, k, warps, stages in choices]
 
 
 def suitable(choices: list, arguments: dict, **others: Any) -> list:
-    rows = arguments["rows"]
-    return [choice for choice in choices if (choice.kwargs["BLOCK_M"] == 1) == (rows == 1)
-            and choice.kwargs["BLOCK_M"] <= max(16, rows)]  # fmt: skip
+    return [choice for choice in choices if choice.kwargs["BLOCK_M"] <= max(16, arguments["rows"])]
 
 
 def tuned(function: Callable) -> Callable:
-    return triton.autotune(linear_choices(), key=["rows", "N", "K", "NORM"], prune_configs_by={
+    return triton.autotune(matmul_choices(), key=["rows", "N", "K", "PARTS"], prune_configs_by={
         "early_config_prune": suitable}, cache_results=True)(function) if triton else function
 
 
 @tuned
 @jit
-def linear_kernel(x, gain, shift, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-                  GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out (rows, N) = [out +] [GELU] ([layer norm] of x (rows, K) @ weight (N, K)^T [+ bias]), for a few rows.
-
-    It rounds where PyTorch does.
-    """
-    dtype = out.dtype.element_ty
+def matmul_kernel(x, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+                  GELU: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr):
+    """out (PARTS, rows, N) = [GELU] of x (rows, K) @ weight (N, K)^T [+ bias]. Each part sums its share of K."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if NORM:
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        squares = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            mask = (m[:, None] < rows) & (k[None, :] < K)
-            part = tl.load(x + m[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(part, 1)
-            squares += tl.sum(part * part, 1)
-        mean = total / K
-        scale = 1 / tl.sqrt(squares / K - mean * mean + 1e-5)
+    part = tl.program_id(2)
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
-        part = tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
-        if NORM:
-            g = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-            b = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-            part = ((part.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]).to(dtype)
-        if BLOCK_M == 1:
-            result += tl.sum(w.to(tl.float32) * part.to(tl.float32), 1)[None, :]
-        else:
-            result = tl.dot(part, tl.trans(w), result, input_precision="ieee")
+    for start in range(0, K // PARTS, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        k, mask = part * (K // PARTS) + j, (j < K // PARTS)[None, :]
+        values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < rows)[:, None] & mask, other=0.0)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & mask, other=0.0)
+        result = tl.dot(values, tl.trans(w), result, input_precision="ieee")
     if BIAS:
         result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    result = result.to(dtype).to(tl.float32)
-    if GELU:  # x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-        result = result / (1 + tl.exp(-1.5957691216057308 * (result + 0.044715 * result * result * result)))
-    place = m[:, None] * N + n[None, :]
-    mask = (m[:, None] < rows) & (n[None, :] < N)
-    if ADD:
-        result += tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, result.to(dtype), mask=mask)
+    if GELU:
+        result = gelu(result.to(x.dtype.element_ty).to(tl.float32))
+    place = (part * rows + m)[:, None] * N + n[None, :]
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
+
+
+@jit
+def norm_kernel(x, parts, bias, gain, shift, out, rows, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """x (rows, K) += the sum of `parts` (PARTS, rows, K) + bias; out (rows, K) = the layer norm of x."""
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    value = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    if PARTS:
+        total = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts + (part * rows + row) * K + k, mask=k < K, other=0.0)
+        value = (value.to(tl.float32) + total.to(value.dtype).to(tl.float32)).to(value.dtype)
+        tl.store(x + row * K + k, value, mask=k < K)
+    g, b = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
+    tl.store(out + row * K + k, normalised(value, g, b, K), mask=k < K)
 
 
 @jit
 def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-                     BLOCK: tl.constexpr):
+                     BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     h, b = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + b)
     d = tl.arange(0, D)
@@ -2935,77 +2981,110 @@ def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.c
     for start in range(0, position, BLOCK):
         t = start + tl.arange(0, BLOCK)
         place, mask = cache + t[:, None] * D + d[None, :], (t < position)[:, None]
-        score = tl.sum(tl.load(keys + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
-        score = tl.where(t < position, score, float("-inf"))
+        some_keys = tl.load(keys + place, mask=mask, other=0.0)
+        some_values = tl.load(values + place, mask=mask, other=0.0)
+        score = tl.where(t < position, tl.sum(some_keys.to(tl.float32) * q[None, :], 1), float("-inf"))
         new_best = tl.maximum(best, tl.max(score, 0))
         p = tl.exp2(score - new_best)
         old = tl.exp2(best - new_best)
         total = total * old + tl.sum(p, 0)
-        part = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
-        result = result * old + tl.sum(p[:, None] * part, 0)
+        result = result * old + tl.sum(p[:, None] * some_values.to(tl.float32), 0)
         best = new_best
     tl.store(out + b * H * D + h * D + d, (result / total).to(out.dtype.element_ty))
 
 
 @jit
-def sample_kernel(logits, sequence, positions, finished, x, wte, wpe, end, temperature, top_k, seed, V: tl.constexpr,
-                  STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-                  SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def ordered(logit):
+    """A logit, rounded to bf16, as an integer of 16 bits: the same order."""
+    bits = logit.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFF, bits)
+
+
+@jit
+def reached(counts, top_k):
+    """The largest of 256 values that at least top_k logits reach, by how many have each value."""
+    digit = tl.arange(0, 256)
+    reach = tl.cumsum(tl.load(counts + digit), 0, reverse=True)
+    return tl.sum(((reach >= top_k) & (digit > 0)).to(tl.int32), 0)
+
+
+@jit
+def count_kernel(logits, counts, top_k, V: tl.constexpr, STRIDE: tl.constexpr, BYTE: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """How many logits of a row have each higher byte; or each lower one, of those whose higher byte is the top k's."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    counts += row * 512
+    value = ordered(tl.load(logits + row * STRIDE + n, mask=n < V, other=float("-inf"))) + 32768
+    high = value >> 8
+    if BYTE == 0:
+        tl.atomic_add(counts + tl.arange(0, 256), tl.histogram(high, 256, mask=n < V), sem="relaxed")
+    else:
+        some = tl.histogram(value & 255, 256, mask=(n < V) & (high == reached(counts, top_k)))
+        tl.atomic_add(counts + 256 + tl.arange(0, 256), some, sem="relaxed")
+
+
+@jit
+def draw_kernel(logits, counts, best, arrived, sequence, positions, finished, x, wte, wpe, end, temperature, top_k,
+                seed, V: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
+                BLOCK_C: tl.constexpr, SAMPLE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):
     """Draw a row's next token from its logits, append it to `sequence` (B, SIZE), and embed it into x (B, C).
 
-    The largest logit / temperature - log(exponential noise) is a draw from their softmax. The smallest logit of the
-    top k is found bit by bit: the largest number of 16 bits that at least k logits (as bf16, in order) reach.
+    The largest logit / temperature - log(exponential noise) is a draw from their softmax. Several programs look at the
+    logits of a row; the last of them does the rest.
     """
-    row = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(positions + row) + 1
-    logits += row * STRIDE
-    threshold = -32768
-    if SAMPLE and TOP_K:
-        for bit in tl.static_range(0, 16):
-            candidate = threshold + (32768 >> bit)
-            counts = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, V, BLOCK):
-                n = start + tl.arange(0, BLOCK)
-                value = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.bfloat16)
-                bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-                counts += (tl.where(bits < 0, bits ^ 0x7FFF, bits) >= candidate).to(tl.int32)
-            threshold = tl.where(tl.sum(counts, 0) >= top_k, candidate, threshold)
-    best = float("-inf")
-    token = 0
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + n, mask=n < V, other=float("-inf"))
-        score = value.to(tl.float32)
-        if SAMPLE:
-            noise = -tl.log(tl.maximum(tl.rand(seed + position * tl.num_programs(0) + row, n), 1e-10))
-            score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
-            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-            reaches = tl.where(bits < 0, bits ^ 0x7FFF, bits) >= threshold
-            score = tl.where(reaches & (n < V), score, float("-inf"))
-        largest, index = tl.max(score, 0, return_indices=True)
-        token = tl.where(largest > best, start + index, token)
-        best = tl.maximum(best, largest)
-    is_finished = tl.load(finished + row)
-    token = tl.where(is_finished != 0, end, token)
-    tl.store(finished + row, tl.where(token == end, 1, is_finished))
-    position = tl.minimum(position, SIZE - 1)
-    tl.store(sequence + row * SIZE + position, token)
-    tl.store(positions + row, position)
-    c = tl.arange(0, BLOCK_C)
-    read = tl.where(token < 0, 0, token)  # -1: an end that no token is
-    embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
-    embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
-    tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
+    value = tl.load(logits + row * STRIDE + n, mask=n < V, other=float("-inf"))
+    score = value.to(tl.float32)
+    counts += row * 512
+    if SAMPLE:
+        noise = -tl.log(tl.maximum(tl.rand(seed + position * tl.num_programs(0) + row, n), 1e-10))
+        score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
+        if TOP_K:
+            high = reached(counts, top_k)
+            above = tl.sum(tl.where(tl.arange(0, 256) > high, tl.load(counts + tl.arange(0, 256)), 0), 0)
+            threshold = high * 256 + reached(counts + 256, top_k - above) - 32768
+            score = tl.where(ordered(value) >= threshold, score, float("-inf"))
+        score = tl.where(n < V, score, float("-inf"))
+    largest, index = tl.max(score, 0, return_indices=True)
+    # One number for both, in the order of the scores; of equal ones the first token is the largest.
+    bits = largest.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    tl.atomic_max(best + row, (bits << 32) + (V - tl.program_id(1) * BLOCK - index).to(tl.int64), sem="relaxed")
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        token = V - (tl.atomic_max(best + row, -0x7FFFFFFFFFFFFFFF, sem="relaxed") & 0xFFFFFFFF)
+        is_finished = tl.load(finished + row)
+        token = tl.where(is_finished != 0, end, token)
+        tl.store(finished + row, tl.where(token == end, 1, is_finished))
+        position = tl.minimum(position, SIZE - 1)
+        tl.store(sequence + row * SIZE + position, token)
+        tl.store(positions + row, position)
+        tl.store(best + row, -0x7FFFFFFFFFFFFFFF)  # for the next step
+        tl.store(arrived + row, 0)
+        tl.store(counts + tl.arange(0, 512), tl.zeros((512,), tl.int32))
+        c = tl.arange(0, BLOCK_C)
+        read = tl.where(token < 0, 0, token)  # -1: an end that no token is
+        embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
+        embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
+        tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
 
 
 class GraphDecoder:
-    """generate() for bf16 on a GPU: five kernels a layer, all layers and the draw in one CUDA graph.
+    """generate() for bf16 on a GPU: five kernels a layer (seven for several rows), and a whole step in one CUDA graph.
 
     The same greedy tokens; what is drawn depends on the seed alone, but is not what the plain way draws.
     """
 
     CHUNK = 16  # tokens that are computed before the CPU looks at them
-    BLOCK = 16384  # logits that sample_kernel reads at once
+    TILE = 8192  # weights that a program of row_kernel reads
+    LOGITS = 2048  # that a program of draw_kernel looks at
 
     @staticmethod
     def can_run(model: GPT, size: int) -> bool:
@@ -3019,46 +3098,85 @@ class GraphDecoder:
         config, weight, self.last = model.config, model.wte.weight, size
         size = min(config.block_size, -(-size // 256) * 256)  # every other size compiles kernels anew
         new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.model, self.end, self.heads, self.graph = model, end, config.heads, None
+        self.model, self.end, self.graph = model, end, None
         self.keys, self.values = (new(config.layers, count, config.heads, size, config.width // config.heads)
                                   for _ in range(2))
         self.x, self.y, self.z = new(count, config.width), new(count, config.width), new(count, 4 * config.width)
         self.qkv, self.logits = new(count, 3 * config.width), new(count, config.padded_vocab_size)
-        self.sequence = new(count, size, dtype=torch.int64)
-        self.positions, self.finished = (new(count, dtype=torch.int32) for _ in range(2))
+        self.parts = new(2, count, config.width, dtype=torch.float32)
+        self.sequence, self.best = (new(count, n, dtype=torch.int64) for n in (size, 1))
+        self.best.fill_(-(2**63 - 1))
+        self.counts, self.positions, self.finished, self.arrived = (
+            new(count, n, dtype=torch.int32) for n in (512, 1, 1, 1))
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
         self.how = (max(temperature, GREEDY), top_k, seed)
         self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
+        has_pdl = count == 1 and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        self.launch = {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
 
-    def linear(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
-               **switches: bool) -> None:
+    def row(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
+            gelu: bool = False, add: bool = False) -> None:
         bias, (size, width) = getattr(layer, "bias", None), layer.weight.shape
-        grid = lambda sizes: (triton.cdiv(len(x), sizes["BLOCK_M"]), triton.cdiv(size, sizes["BLOCK_N"]))
-        linear_kernel[grid](x, norm.weight if norm else x, norm.bias if norm else x, layer.weight,
-                            layer.weight if bias is None else bias, out, len(x), N=size, K=width,
-                            NORM=norm is not None, BIAS=bias is not None,
-                            **({"GELU": False, "ADD": False} | switches))  # fmt: skip
+        block = triton.next_power_of_2(width)
+        rows = max(1, self.TILE // block)
+        row_kernel[(triton.cdiv(size, rows),)](
+            x, norm.weight if norm else x, norm.bias if norm else x, layer.weight, x if bias is None else bias, out,
+            N=size, K=width, NORM=norm is not None, GELU=gelu, ADD=add, BIAS=bias is not None, BLOCK_N=rows,
+            BLOCK_K=block, num_warps=8, **self.launch)  # fmt: skip
+
+    def matmul(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, parts: int = 0, gelu: bool = False) -> None:
+        """With `parts`, x @ weight^T is left in so many parts, without the bias."""
+        bias, (size, width) = getattr(layer, "bias", None), layer.weight.shape
+        grid = lambda sizes: (triton.cdiv(len(x), sizes["BLOCK_M"]), triton.cdiv(size, sizes["BLOCK_N"]), parts or 1)
+        matmul_kernel[grid](x, layer.weight, x if bias is None else bias, out, len(x), N=size, K=width,
+                            PARTS=parts or 1, GELU=gelu, BIAS=bias is not None and not parts)
+
+    def add_and_norm(self, parts: int, bias: torch.Tensor, norm: nn.Module) -> None:
+        count, width = self.x.shape
+        norm_kernel[(count,)](self.x, self.parts, bias, norm.weight, norm.bias, self.y, count, K=width, PARTS=parts,
+                              BLOCK=triton.next_power_of_2(width))
+
+    def attention(self, number: int) -> None:
+        count, heads, size, width = self.keys[number].shape
+        sizes = {"BLOCK": 512, "num_warps": 16} if count == 1 else {"BLOCK": 64, "num_warps": 2}
+        attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
+                                         H=heads, D=width, SIZE=size, **sizes, **self.launch)
 
     def step(self) -> None:
         """Read the newest token of every row, and draw the next."""
-        for number, block in enumerate(self.model.h):
-            self.linear(self.x, block.attn.c_attn, self.qkv, block.ln_1)
-            count, heads, size, width = self.keys[number].shape
-            attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                             H=heads, D=width, SIZE=size, BLOCK=64, num_warps=4)
-            self.linear(self.y, block.attn.c_proj, self.x, ADD=True)
-            self.linear(self.x, block.mlp.c_fc, self.z, block.ln_2, GELU=True)
-            self.linear(self.z, block.mlp.c_proj, self.x, ADD=True)
-        self.linear(self.x, self.model.wte, self.logits, self.model.ln_f)
+        norms = [*(block.ln_1 for block in self.model.h), self.model.ln_f]
+        if len(self.x) == 1:
+            for number, block in enumerate(self.model.h):
+                self.row(self.x, block.attn.c_attn, self.qkv, block.ln_1)
+                self.attention(number)
+                self.row(self.y, block.attn.c_proj, self.x, add=True)
+                self.row(self.x, block.mlp.c_fc, self.z, block.ln_2, gelu=True)
+                self.row(self.z, block.mlp.c_proj, self.x, add=True)
+            self.row(self.x, self.model.wte, self.logits, norms[-1])
+        else:
+            self.add_and_norm(0, norms[0].bias, norms[0])  # adds nothing
+            for number, block in enumerate(self.model.h):
+                self.matmul(self.y, block.attn.c_attn, self.qkv)
+                self.attention(number)
+                self.matmul(self.y, block.attn.c_proj, self.parts, parts=1)
+                self.add_and_norm(1, block.attn.c_proj.bias, block.ln_2)
+                self.matmul(self.y, block.mlp.c_fc, self.z, gelu=True)
+                self.matmul(self.z, block.mlp.c_proj, self.parts, parts=2)
+                self.add_and_norm(2, block.mlp.c_proj.bias, norms[number + 1])
+            self.matmul(self.y, self.model.wte, self.logits)
         self.draw()
 
     def draw(self) -> None:
-        (count, size), (_, stride), width = self.sequence.shape, self.logits.shape, self.x.shape[1]
-        sample_kernel[(count,)](self.logits, self.sequence, self.positions, self.finished, self.x,
-                                self.model.wte.weight, self.model.wpe.weight, self.end, *self.how,
-                                V=self.model.config.vocab_size, STRIDE=stride, SIZE=size, C=width,
-                                BLOCK_C=triton.next_power_of_2(width), BLOCK=self.BLOCK, num_warps=32,
-                                **self.switches)
+        (count, size), (_, stride), (_, width) = self.sequence.shape, self.logits.shape, self.x.shape
+        sizes = {"V": self.model.config.vocab_size, "STRIDE": stride, "BLOCK": self.LOGITS, "num_warps": 8}
+        grid = (count, triton.cdiv(sizes["V"], self.LOGITS))
+        if all(self.switches.values()):
+            for byte in range(2):
+                count_kernel[grid](self.logits, self.counts, self.how[1], BYTE=byte, **sizes, **self.launch)
+        draw_kernel[grid](self.logits, self.counts, self.best, self.arrived, self.sequence, self.positions,
+                          self.finished, self.x, self.model.wte.weight, self.model.wpe.weight, self.end, *self.how,
+                          SIZE=size, C=width, BLOCK_C=triton.next_power_of_2(width), **self.switches, **sizes,
+                          **self.launch)  # fmt: skip
 
     @torch.no_grad()
     def read(self, prompt: list[int]) -> None:

@@ -52,15 +52,18 @@ from typing import Any
 
 # ---------- 1. Settings -----------------------------------------------------------------------------------------------
 
-# Sizes: Radford et al. 2019, table 2. Learning rates and batches for these sizes: Brown et al. 2020, table 2.1.
+# Sizes: Radford et al. 2019, table 2. Batches and AdamW's learning rates for these sizes: Brown et al. 2020, table 2.1.
+# The recipes with Muon were found by short runs of tests/benchmark_recipes.py (resource/EXPERIMENTS.md, "Recipes").
 PRESETS = {
     "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 8e-3, "batch_tokens": 1024,
              "max_steps": 1250, "vocab_size": 1024, "optimizer": "muon", "muon_lr": 0.015, "schedule": "linear"},
-    "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 6e-4, "batch_tokens": 2**19},
+    "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 3e-3, "batch_tokens": 2**19,
+             "optimizer": "muon", "muon_lr": 0.01, "schedule": "linear"},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "block_size": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "block_size": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
+ADAMW = {"gpt2": {"lr": 6e-4, "schedule": "cosine", "muon_lr": None}}  # the usual recipe, with --optimizer adamw
 FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init and without --model
 
 
@@ -128,12 +131,13 @@ class Settings:
                                       "20 million characters)", SHARE)
     # training
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
-    optimizer: str = flag("adamw", "muon: for the matrices of the blocks, and adamw for the rest; nano: muon",
+    optimizer: str = flag("adamw", "muon: for the matrices of the blocks, and adamw for the rest; nano and gpt2: muon",
                           choices=["adamw", "muon"])
-    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano: 0.015)",
+    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano: 0.015, gpt2: 0.01)",
                                  number(float, 0, 10, above=True))
     schedule: str = flag("cosine", "after warm-up: cosine down to a tenth; linear to zero; constant, then linear to "
-                         "zero over the last fifth (wsd); nano: linear", choices=["cosine", "linear", "wsd"])
+                         "zero over the last fifth (wsd); nano, and gpt2 with muon: linear",
+                         choices=["cosine", "linear", "wsd"])
     warmup_steps: int | None = flag(None, "linear warm-up (default: a twentieth, at most 2000)", number(int, 0))
     weight_decay: float = flag(0.1, "of matrices; the rest has none", number(float, 0, 10))
     batch_tokens: int | None = flag(None, "tokens per optimiser step, all processes together", COUNT)
@@ -3230,7 +3234,10 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         given["hub_cache"] = str(Path(given["cache_dir"]).resolve() / "hub")
     saved = saved_settings(given) if given.get("resume") else {}
     is_tuned = "init" in given and "model" not in given
-    preset = FINE_TUNING if is_tuned else PRESETS[given.get("model") or saved.get("model") or "nano"]
+    model = given.get("model") or saved.get("model") or "nano"
+    preset = FINE_TUNING if is_tuned else PRESETS[model]
+    if given.get("optimizer") == "adamw":
+        preset = preset | ADAMW.get(model, {})
     for name, follows in (("epochs", "max_steps"), ("lr", "muon_lr")):
         if name in given:
             preset = preset | {follows: None}

@@ -298,10 +298,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        if cache:  # empty, or of one new token: that sees all that came before it, and needs no mask
+        dropout, mask = self.dropout if self.training else 0.0, None
+        if cache:
             k, v = cache.update(self.layer, k, v)
-        # softmax(q k^T / sqrt(D)) v
-        y = F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0, is_causal=T > 1)
+            if cache.length and T > 1:  # new token i has position length + i and sees the positions up to that
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        # softmax(q k^T / sqrt(D)) v. A single new token sees all that came before it, and needs no mask.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

@@ -114,10 +114,10 @@ class Settings:
     block_size: int | None = flag(None, "tokens that the model sees at once", COUNT)
     dropout: float = flag(0.0, "on embeddings, attention weights and residual branches", number(float, 0, 0.99))
     # data
-    data: str = flag("stdlib", "Python's own source; a text, .jsonl or .parquet file or a folder of such, also .gz or "
-                     ".zst; or a data set on the Hub, owner/name or owner/name:subset, streamed", metavar="WHAT")
+    data: str = flag("stdlib", "Python's own source; a text, .jsonl, .json or .parquet file or a folder of such, also "
+                     ".gz or .zst; or a data set on the Hub, owner/name or owner/name:subset, streamed", metavar="WHAT")
     glob: str = flag("*", "which files of a folder, such as '*.py'", metavar="PATTERN")
-    text_column: str = flag("text", "column of .jsonl, .parquet and Hub data", metavar="NAME")
+    text_column: str = flag("text", "column of JSON, .parquet and Hub data", metavar="NAME")
     limit: int | None = flag(None, "only the first N documents, to try things", COUNT)
     split_on_eot: bool = flag(False, "<|endoftext|> in a text is the border between two documents, not text")
     tokenizer: str | None = flag(None, "bpe, trained on the data (default; with --init: the model's own), bytes, gpt2 "
@@ -1288,14 +1288,14 @@ def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
 # Text comes from files or a stream of the Hub. Its tokens lie in the cache under a fingerprint of all that they depend
 # on: train.bin, validation.bin, facts.json and the tokenizer, which a second run only reads.
 
-COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
+COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".json", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
 # The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
 STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
-TOKEN_FILES = "4"  # version of what is in them: to be raised when the same text would give others
+TOKEN_FILES = "5"  # version of what is in them: to be raised when the same text would give others
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 
@@ -1350,12 +1350,13 @@ def size_and_mtime(file: Path) -> tuple[int, int]:
 
 
 def kind_of(file: Path) -> str:
-    """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    """The suffix that tells how to read a file: of texts.JSONL.gz it is .jsonl."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def read_file(file: Path, column: str) -> Iterator[Part]:
-    """A column of a .jsonl or .parquet file, a document per row; any other file as one document, piece by piece.
+    """A column of a JSON or .parquet file, a document per row; any other file as one document, piece by piece.
 
     A text file without its byte-order mark and carriage returns, a row as it is. Raises NotText for a file that is no
     text, and UserError with the place for broken rows.
@@ -1388,15 +1389,15 @@ def text_of(row: object, column: str, place: str) -> str:
 
 def open_bytes(file: Path) -> io.IOBase:
     """The content of a file, decompressed if its suffix says so."""
-    if file.suffix not in COMPRESSED:
+    if not (compression := COMPRESSED.get(file.suffix.lower())):
         return open(file, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(file))  # which knows the suffixes
+    return io.BufferedReader(pyarrow.input_stream(file, compression))
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing.
+    """(place, row) of a file of JSON lines, of one JSON array, or of a .parquet file: of that only `column`, if there.
 
     Not read by `datasets`, which guesses types: texts that look like dates would become dates.
     """
@@ -1406,19 +1407,21 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
     place = str(file)
     try:
         if kind_of(file) == ".parquet":
-            table = pyarrow.parquet.ParquetFile(io.BytesIO(open_bytes(file).read()) if file.suffix in COMPRESSED
-                                                else file)
+            is_plain = file.suffix.lower() == ".parquet"
+            table = pyarrow.parquet.ParquetFile(file if is_plain else io.BytesIO(open_bytes(file).read()))
             columns = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=columns, batch_size=1000):
                 yield from ((place, row) for row in batch.to_pylist())
             return
         with open_bytes(file) as lines:
+            if kind_of(file) == ".json" and lines.peek(1)[:1] == b"[":
+                yield from ((place, row) for row in json.load(lines))
             for number, line in enumerate(lines, 1):
                 place = f"{file}, line {number}"
                 if line.strip():
                     yield place, json.loads(line.decode("utf-8-sig"))
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{place} cannot be read ({first_line(error)})") from None
+        raise UserError(f"{place} cannot be read ({first_line(error)}); --glob can leave files out") from None
 
 
 def open_hub_source(settings: Settings) -> Source:
@@ -1799,8 +1802,7 @@ def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
     Asked before any download, because the Hub's client tries again for minutes when nothing answers.
     """
     # A mistyped path is no Hub id either: there the folder exists, or the name ends like a file's.
-    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COMPRESSED,
-                                                                  *COLUMN_FILES)
+    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", *COMPRESSED, *COLUMN_FILES)
     if is_path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(f"{flag} {name}: no such file, no such folder, and no Hub id (owner/name)")
     from huggingface_hub import HfApi, errors

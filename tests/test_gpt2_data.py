@@ -548,8 +548,12 @@ def test_the_suffix_of_each_file_tells_how_to_read_it_in_a_folder_too(tmp_path, 
         file.write(document(14).encode())
     pyarrow.parquet.write_table(table(range(15, 17)), tmp_path / "h.parquet")
     (folder / "h.parquet.gz").write_bytes(gzip.compress((tmp_path / "h.parquet").read_bytes()))
+    (folder / "i.JSONL").write_bytes(lines(range(17, 19)))
+    (folder / "j.json").write_bytes(lines(range(19, 21)))
+    (folder / "k.json").write_text(json.dumps([{"text": document(i)} for i in range(21, 23)], indent=2))
+    (folder / "l.Json.GZ").write_bytes(gzip.compress(lines(range(23, 25))))
     data = gpt2.prepare_tokens(data_settings(tmp_path, folder, val_fraction=0.2))
-    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(17)])
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(25)])
 
 
 @pytest.mark.parametrize("name, content", [("x.txt.gz", b"\x1f\x8bnonsense"), ("x.jsonl.zst", b"nonsense")])

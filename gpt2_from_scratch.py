@@ -1489,7 +1489,7 @@ class Split:
 
     def __init__(self, source: Source, settings: Settings):
         # Of files; measure() fills these: with text, without and why, characters, what of each document to train on.
-        self.files, self.left_out, self.characters, self.cuts = [], {}, None, None
+        self.files, self.left_out, self.characters, self.cuts = [] if source.files else [None], {}, None, None
         # Of a stream: hashes below this are held out, so many more characters of them, and what they have been so far.
         self.threshold = (settings.val_fraction or 0.05) * 2**64
         self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
@@ -1517,10 +1517,10 @@ class Split:
                     raise NotText("empty")
                 self.files.append(file)
             except NotText as error:
-                self.left_out[file] = str(error)
+                self.left_out[str(file)] = str(error)
                 del hashes[known:], lengths[known:]
         if not hashes:
-            if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
+            if len(source.files) == 1 and "empty" not in self.left_out.values():
                 raise UserError(f"{source.files[0]} is not UTF-8 text")
             raise UserError(f"--data {source.name}: there is no text in it")
         self.characters = sum(lengths)
@@ -1537,6 +1537,13 @@ class Split:
             self.held_out.add(value)
             self.room -= len(text)
         return 0 if is_held_out else len(text)
+
+    def read(self, source: Source, settings: Settings) -> Iterator[Part]:
+        """All documents: of files, those that were text when they were measured."""
+        try:
+            yield from documents_of(itertools.chain.from_iterable(map(source.read, self.files)), settings)
+        except NotText:
+            raise UserError(FILE_CHANGED) from None
 
     def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
         """(split, does a document begin, text) for the parts of all files, or for some whole documents of a stream."""
@@ -1558,7 +1565,7 @@ def labelled_shards(source: Source, split: Split, settings: Settings, position: 
                     before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
     """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
     if source.files:
-        yield split.label(documents_of(itertools.chain.from_iterable(map(source.read, split.files)), settings))
+        yield split.label(split.read(source, settings))
         return
     rows = source.read(position)
     while shard := list(itertools.islice(rows, min(SHARD, settings.limit - before) if settings.limit else SHARD)):
@@ -1653,7 +1660,7 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = saved.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
         name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
-    facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
+    facts["left_out"] = split.left_out
     write_shards(folder, source, split, settings, tokenizer, facts, saved.get("stream"))
     for name in SPLITS:
         if facts["tokens"][name] < 2:  # one to read and one to predict
@@ -2113,16 +2120,21 @@ def describe(trainer: Trainer) -> None:
                 f"tokens ({epochs:.2f} epochs), micro-batch {machine.micro_batch_size}, learning rate "
                 f"{short(settings.lr)} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), seed "
                 f"{settings.seed}{other}")
-    if left_out := facts["left_out"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
-        names = ", ".join(Path(file).name for file in list(left_out)[:3])
-        say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
-    if count := facts["end_of_text_in_text"]:
-        say_wrapped(f"note: {END_OF_TEXT} stands {plural(count, 'time')} in the text and is text like any other; if it "
-                    "is the border between documents, --split-on-eot")
+    note_faults(facts["left_out"], facts["end_of_text_in_text"])
     if tokens["train"] < parameters and not settings.weights:
         say_wrapped(f"note: {plural(tokens['train'], 'training token')} are few for {parameters:,} parameters: the "
                     "model will learn them by heart; a smaller model or more text would do better")
+
+
+def note_faults(left_out: dict[str, str], ends_of_text: int) -> None:
+    """Say which files gave no text and why, and how often the text holds an end-of-text token as letters."""
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
+        names = ", ".join(Path(file).name for file in list(left_out)[:3])
+        say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
+    if ends_of_text:
+        say_wrapped(f"note: {END_OF_TEXT} stands {plural(ends_of_text, 'time')} in the text and is text like any "
+                    "other; if it is the border between documents, --split-on-eot")
 
 
 class Run:
@@ -2559,12 +2571,12 @@ def evaluate_text(settings: Settings) -> int:
 def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """All tokens of the data that --evaluate names, and how many bytes of text they are."""
     settings = replace(settings, data=settings.evaluate)
-    source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
-    places = Split(source, settings).files if source.files else [None]
-    parts = documents_of(itertools.chain.from_iterable(map(source.read, places)), settings)
-    for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
+    source, arrays, size, ends_of_text = open_source(settings), [np.zeros(0, np.uint32)], 0, 0
+    split = Split(source, settings)
+    for _, tokens, _, text in tokenise((("all", *part) for part in split.read(source, settings)), tokenizer):
         arrays.append(np.array(tokens, np.uint32))
-        size += len(text.encode())
+        size, ends_of_text = size + len(text.encode()), ends_of_text + text.count(END_OF_TEXT)
+    note_faults(split.left_out, ends_of_text)
     return np.concatenate(arrays), size
 
 

@@ -735,12 +735,15 @@ def test_what_cannot_be_evaluated_is_one_line(command, words, expected):
     assert code == 2 and expected in error and error.count("\n") == 1, error
 
 
-def test_evaluate_reads_folders_and_leaves_nothing_behind(command):
+def test_evaluate_reads_folders_says_what_is_wrong_with_them_and_leaves_nothing_behind(command):
     a_model()
-    folder_of("d", {"a.txt": TEXT[:500], "b.jsonl": json.dumps({"text": TEXT[500:900]}), "c.bin": b"\0\1"})
+    rows = json.dumps({"text": TEXT[500:900] + gpt2.END_OF_TEXT})
+    folder_of("d", {"a.txt": TEXT[:500], "b.jsonl": rows, "c.bin": b"\0\1"})
     before = set(Path().rglob("*"))
     code, out, error = command("--init", "model", "--evaluate", "d")
-    assert code == 0 and "900 bytes" in out, error
+    assert code == 0 and "913 bytes" in out, error
+    assert "left out: 1 file (1 binary): c.bin" in out and "<|endoftext|> stands 1 time in the text" in out
+    assert "stands" not in command("--init", "model", "--evaluate", "d", "--split-on-eot")[1]
     assert set(Path().rglob("*")) == before
 
 

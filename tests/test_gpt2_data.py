@@ -364,14 +364,15 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     assert texts_of(run(), "train") != texts_of(first, "train") and len(calls) == 7
 
 
-def test_a_file_that_changes_under_way_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
-    file = tmp_path / "texts.jsonl"
+@pytest.mark.parametrize(("name", "end"), [("texts.jsonl", b'\n{"text": "more"}'), ("texts.txt", b"not UTF-8: \xff")])
+def test_a_file_that_changes_under_way_is_noticed_and_leaves_nothing(tmp_path, monkeypatch, name, end):
+    file = tmp_path / name
     file.write_text("\n".join(json.dumps({"text": document(i)}) for i in range(40)))
     original = gpt2.train_tokenizer
 
     def append_and_train(*arguments):
-        with open(file, "a") as more:
-            more.write("\n" + json.dumps({"text": "more"}))
+        with open(file, "ab") as more:
+            more.write(end)
         return original(*arguments)
 
     monkeypatch.setattr(gpt2, "train_tokenizer", append_and_train)

@@ -679,6 +679,9 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     for _ in range(2):
         with pytest.raises(gpt2.UserError, match=r"the network is down.* the same command goes on"):
             gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
+        (unfinished,) = (tmp_path / "broken/cache").glob("*.incomplete")
+        with open(unfinished / "train.bin", "ab") as file:  # as a process leaves that is killed between two notes
+            file.write(b"junk")
     data = gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
     assert "going on behind" in capsys.readouterr().out
     assert broken[2].read[0] == 16 and broken[3].read[0] == 32  # the shards before were not read again

@@ -72,7 +72,6 @@ def test_muon_is_torch_s_and_takes_q_k_and_v_as_three_matrices(tmp_path, text): 
         if p.dim() == 2:
             # torch iterates in bf16, we do so on a GPU only: a hundredth of an update apart, at most.
             torch.testing.assert_close(p, q, rtol=0, atol=4 * 1e-2 * 0.2 * math.sqrt(p.shape[1]) * 0.02, msg=name)
-            assert (p - q).abs().max() < 0.1 * (q - dict(ours.model.h.named_parameters())[name]).abs().max() + 1e-3
 
 
 def test_orthogonalised_matrices_have_singular_values_of_about_one():

@@ -865,7 +865,7 @@ def test_more_steps_say_what_becomes_of_the_rate(command, text, capsys):
 
 def test_wsd_goes_on_from_before_its_decay(command, text, capsys):
     """The run of 20 steps decays from step 16 on. Made longer, it is what a run of 30 steps would have been."""
-    words = ["--data", text, *SIZES, "--schedule", "wsd", "--eval-every", 2, "--warmup-steps", 2]
+    words = ["--data", text, *SIZES, "--schedule", "wsd", "--eval-every", 6, "--warmup-steps", 2]
     assert command(*words, "--max-steps", 20, "--output-dir", "run") == 0
     assert "step-00000016" in [path.name for path in gpt2.find_checkpoints(Path("run"))]
     capsys.readouterr()
@@ -1049,6 +1049,9 @@ def test_mfu_is_given_only_for_a_rate_that_nothing_disturbed(tmp_path, text, mon
     for rate, expected in ((2 * flops, 0.5), (math.nan, None), (0.8 * flops, None)):  # the last would be 125%
         trainer.machine = replace(trainer.machine, matmul_rate=rate)
         assert gpt2.speed(trainer, 10, 4.0)["mfu"] == (expected and pytest.approx(expected))
+    for name, expected in (("NVIDIA H200", flops / 989e12), ("NVIDIA T4", flops / 65e12), ("a CPU", None)):
+        monkeypatch.setattr(gpt2, "device_name", lambda device, name=name: name)
+        assert gpt2.speed(trainer, 10, 4.0)["mfu_of_data_sheet"] == (expected and pytest.approx(expected))
     clock, seconds = [0.0], iter([1, 1] * 4 + [1, 2, 1, 3, 2, 1, 4, 1, 2, 3] * 9)
     tick = lambda: clock.append(clock[-1] + next(seconds)) or clock[-1]
     monkeypatch.setattr(gpt2, "time", argparse.Namespace(perf_counter=tick))

@@ -425,8 +425,9 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
 # chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
-# single file gives its last twentieth (Split in section 9, split_threshold() below). Where the text comes from, and
-# where the tokens are kept: section 9.
+# single file gives its last twentieth (Split in section 9, split_threshold() below). A stream is read only once: there
+# it is a share of the documents, of the text about as much if no few of them are most of it. Where the text comes from,
+# and where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")

@@ -4,7 +4,7 @@
     python gpt2_from_scratch.py                               # a small GPT-2 on Python's own source: minutes on a CPU
     python gpt2_from_scratch.py --sample "def main("          # let the newest run continue a text; no text: ask for one
     python gpt2_from_scratch.py --model gpt2 --data texts/    # GPT-2 (124M) on a folder of text, on one GPU
-    torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
+    torchrun --nproc-per-node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
     python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                      # what that will cost, beforehand
     python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt             # go on from OpenAI's weights
     python gpt2_from_scratch.py --init openai-community/gpt2 --evaluate my.txt         # their loss on a text
@@ -345,7 +345,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # in training, keep only the input of every block (Chen et al. 2016)
-        self.is_loss_fused = False  # compiled in bf16: the loss with its gradient, see FusedLoss in section 15
+        self.is_loss_fused = False  # compiled in bf16: the loss with its gradient, by FusedLoss in section 15
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.block_size, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -425,15 +425,16 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
 # chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
-# single file gives its last twentieth (Split in section 9, split_threshold() below). A stream is read only once: there
-# it is a share of the documents, of the text about as much if no few of them are most of it. Where the text comes from,
-# and where the tokens are kept: section 9.
+# single file gives its last twentieth (Split in section 9, split_threshold() below). Of a stream, which is read only
+# once, it is a share of the documents, whatever their sizes. Where the text comes from, and where the tokens are kept:
+# section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 Part = tuple[bool, str]  # does a document begin here? And text of it: a large file comes in many
 PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
 LINE_END, WORD_OR_LINE_END = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)|\S\n(?=\S)")
+NO_END_OF_TEXT = re.compile(rf"[^<\s]{{{len(END_OF_TEXT) - 1}}}")  # a cut behind this is in none
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
@@ -480,12 +481,13 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a long text where a line ends between two visible characters, or, in a very long line, before a space between
-    two: GPT-2's word pattern always cuts there too."""
+    two: GPT-2's word pattern always cuts there too. A million characters without either are cut in a word."""
     text, start, searched = "", 0, 0
     for more in texts:
         text, start = text[start:] + more, 0
         while match := (LINE_END.search(text, start + PIECE, start + 4 * PIECE)
-                        or WORD_OR_LINE_END.search(text, max(start + 4 * PIECE, searched))):
+                        or WORD_OR_LINE_END.search(text, max(start + 4 * PIECE, searched), start + 32 * PIECE)
+                        or NO_END_OF_TEXT.search(text, start + 32 * PIECE)):
             yield text[start : match.end()]
             start = match.end()
         searched = max(0, len(text) - start - 2)
@@ -714,7 +716,7 @@ class Guard:
         self.state = torch.tensor([0, 0, 0, 0, math.inf, 0, 0], device=device)
 
     @torch.no_grad()
-    def judge(self, loss: torch.Tensor, norm: torch.Tensor, overflowed: torch.Tensor | bool = False) -> torch.Tensor:
+    def check(self, loss: torch.Tensor, norm: torch.Tensor, overflowed: torch.Tensor | bool = False) -> torch.Tensor:
         """Take note of a step. Returns 1.0 on the device if it must be skipped, otherwise 0.0.
 
         One that is skipped because fp16 overflowed is no fault: it does not count.
@@ -867,7 +869,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = 
         torch._foreach_div_([parameter.grad for parameter in parameters], trainer.loss_scale.scale)
     norm = nn.utils.clip_grad_norm_(parameters, CLIP)
     overflow = trainer.loss_scale.overflowed(totals[0], norm)
-    skip = trainer.guard.judge(totals[0], norm, overflow)
+    skip = trainer.guard.check(totals[0], norm, overflow)
     for optimiser in trainer.optimisers:
         local_part(optimiser).found_inf = skip  # what torch's GradScaler sets: at 1, weights and moments stay
         optimiser.step()
@@ -977,7 +979,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; when all have, that was the last. The prompt is read once for all
-    of them. When the block is full, its newer half is read again as if it were the prompt.
+    of them. When the block is full, its newer half is read again as if it were the prompt. A model in bf16 on a GPU is
+    left to GraphDecoder (section 15).
     """
     weight, block_size = model.wte.weight, model.config.block_size
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -1180,7 +1183,7 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
     if settings.micro_batch_size == "auto":
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
     trainer.machine = replace(trainer.machine, mode=compile_twin(trainer, compiled))
-    if StepGraph.pays(trainer):
+    if StepGraph.can_run(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
 
@@ -1493,7 +1496,7 @@ class Split:
         self.files, self.left_out, self.characters, self.cuts = [] if source.files else [None], {}, None, None
         # Of a stream: hashes below this are held out, so many more characters of them, and what they have been so far.
         self.threshold = (settings.val_fraction or 0.05) * 2**64
-        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
+        self.budget = VALIDATION_TEXT if settings.val_fraction is None else math.inf
         self.held_out = set()
         if source.files:
             self.measure(source, settings)
@@ -1533,10 +1536,10 @@ class Split:
     def cut_in_stream(self, text: str) -> int:
         """How many characters of a stream's document are for training: all or none."""
         value = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-        is_held_out = value < self.threshold and (self.room > 0 or value in self.held_out)
-        if is_held_out and self.room < math.inf:
+        is_held_out = value < self.threshold and (self.budget > 0 or value in self.held_out)
+        if is_held_out and self.budget < math.inf:
             self.held_out.add(value)
-            self.room -= len(text)
+            self.budget -= len(text)
         return 0 if is_held_out else len(text)
 
     def read(self, source: Source, settings: Settings) -> Iterator[Part]:
@@ -1649,7 +1652,7 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
     split = Split(source, settings)
     saved = read_json(folder / "position.json") if (folder / "position.json").exists() else {}
     if saved:  # of a stream that broke off
-        tokenizer, split.room, split.held_out = load_tokenizer(folder), saved["room"], set(saved["held_out"])
+        tokenizer, split.budget, split.held_out = load_tokenizer(folder), saved["budget"], set(saved["held_out"])
         say(f"going on behind the {plural(sum(saved['facts']['tokens'].values()), 'token')} of the last start")
     elif tokenizer is None:
         # Of a stream with a Split of its own, because labelling counts what is held out.
@@ -1695,8 +1698,8 @@ def write_shards(folder: Path, source: Source, split: Split, settings: Settings,
                 for name, file in outputs.items():
                     file.flush()
                     sync(folder / f"{name}.bin")
-                write_json(folder / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
-                                                      "held_out": sorted(split.held_out)})
+                write_json(folder / "position.json", {"stream": source.position(), "facts": facts,
+                                                      "budget": split.budget, "held_out": sorted(split.held_out)})
 
 
 # ---------- 10. Hugging Face ------------------------------------------------------------------------------------------
@@ -2193,8 +2196,8 @@ class Run:
             values = training_step(trainer, progress.step, batch, request.number is not None)
             progress.step += 1
             batch = trainer.fetch_batch(progress.step)  # read from the files while the device works on the step
-            arrived, waiting = waiting, (progress.step, start_reading(values))
-            stop = arrived is not None and self.log_step(*arrived)
+            previous, waiting = waiting, (progress.step, start_reading(values))
+            stop = previous is not None and self.log_step(*previous)
             stop = stop or (trainer.machine.world == 1 and request.number is not None)
             is_due = progress.step in (settings.max_steps, self.decay_start) or progress.step % settings.eval_every == 0
             if is_due or stop:
@@ -2337,7 +2340,7 @@ class Run:
             say(f"Try it: python {script} --init {folder} --sample")
         else:
             world, steps = trainer.machine.world, plural(results["steps"], "step")
-            python = "python" if world == 1 else f"torchrun --nproc_per_node={world}"
+            python = "python" if world == 1 else f"torchrun --nproc-per-node={world}"
             say(f"Stopped after {steps}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
@@ -2506,7 +2509,10 @@ def load_for_use(settings: Settings) -> tuple[GPT, Tokenizer, Path]:
 
 
 def sample(settings: Settings) -> int:
-    """Continue a prompt, or one after the other from standard input."""
+    """Continue a prompt, or one after the other from standard input.
+
+    On a GPU not as a run's own samples are: in bf16 and by GraphDecoder, so with another rounding and random stream.
+    """
     model, tokenizer, folder = load_for_use(settings)
     _, _, device = join_processes()
     model = make_twin(model.to(device), choose_dtype(settings.dtype, device))
@@ -2836,7 +2842,7 @@ class StepGraph:
     """
 
     @staticmethod
-    def pays(trainer: Trainer) -> bool:
+    def can_run(trainer: Trainer) -> bool:
         machine = trainer.machine
         if (machine.device.type != "cuda" or machine.mode != "compiled" or machine.dtype is not torch.bfloat16
                 or machine.world > 1 or trainer.settings.gradient_checkpointing

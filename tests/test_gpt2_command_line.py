@@ -763,12 +763,21 @@ def test_plan_evaluate_and_export_fit_80_columns(command):
 
 def test_sampling_rounds_as_training_does(trained, monkeypatch):
     """The same setting for products in float32, whatever the command; a GPU is not needed to see it made."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    chosen, join_processes = [], gpt2.join_processes
+
+    def join_as_on_a_gpu():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "set_device", lambda device: None)
+            rank, world, device = join_processes()
+        assert device.type == "cuda"
+        return rank, world, torch.device("cpu")
+
+    monkeypatch.chdir(trained)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    gpt2.join_processes()
+    monkeypatch.setattr(gpt2, "join_processes", join_as_on_a_gpu)
+    assert gpt2.main(gpt2.parse_arguments(["--sample", "Line", "--max-new-tokens", "2"])) == 0
     assert chosen == ["high"]
 
 

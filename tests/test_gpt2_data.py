@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 REAL_GPT2 = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/gpt2"
+END = gpt2.END_OF_TEXT
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
 
 
@@ -176,9 +177,20 @@ def test_text_in_parts_is_cut_where_the_whole_is(monkeypatch, text):
     looked = []
     real = gpt2.WORD_OR_LINE_END
     monkeypatch.setattr(gpt2, "WORD_OR_LINE_END", type("", (), {"search": staticmethod(
-        lambda text, begin: looked.append(max(0, len(text) - begin)) or real.search(text, begin))}))  # fmt: skip
+        lambda text, *at: looked.append(max(0, len(text) - at[0])) or real.search(text, *at))}))  # fmt: skip
     list(gpt2.pieces(text[i : i + 10] for i in range(0, len(text), 10)))
     assert sum(looked) < 2 * len(text) + 3 * len(looked)
+
+
+@pytest.mark.parametrize("text", ["x" * 3000, f"ab{END}" * 200, "<" * 400 + "<ab" * 200 + "字" * 2000])
+def test_a_line_without_white_space_is_cut_but_never_within_end_of_text(monkeypatch, text):
+    """Otherwise the longest such line would be kept whole, and copied whenever more of it is read."""
+    monkeypatch.setattr(gpt2, "PIECE", 10)
+    whole = list(gpt2.pieces([text]))
+    assert "".join(whole) == text and sum(piece.count(END) for piece in whole) == text.count(END)
+    assert max(map(len, whole)) < 1500 and len(whole[-1]) < 400
+    for size in (1, 7, 40):
+        assert list(gpt2.pieces(text[i : i + size] for i in range(0, len(text), size))) == whole
 
 
 def test_every_document_is_on_exactly_one_side_and_equal_ones_on_the_same(tmp_path):

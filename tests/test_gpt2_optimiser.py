@@ -248,7 +248,7 @@ def test_fp16_is_chosen_where_bf16_is_missing(monkeypatch, capability, wanted, e
 
 def judged(values: list[tuple[float, float]]) -> list[bool]:
     guard = gpt2.Guard(CPU)
-    return [bool(guard.judge(torch.tensor(loss), torch.tensor(norm))) for loss, norm in values]
+    return [bool(guard.check(torch.tensor(loss), torch.tensor(norm))) for loss, norm in values]
 
 
 CALM = [(3.0 + 0.1 * (-1) ** step, 0.8) for step in range(40)]  # deviation 0.1

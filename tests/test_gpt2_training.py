@@ -369,7 +369,7 @@ def test_guard_statistics_are_means_over_the_good_steps():
     guard = gpt2.Guard(CPU)
     losses = [3.0, 2.5, 2.0, 2.75]
     for loss in [*losses, math.nan]:
-        guard.judge(torch.tensor(loss), torch.tensor(loss / 2))
+        guard.check(torch.tensor(loss), torch.tensor(loss / 2))
     state = dict(zip(guard.FIELDS, guard.state.tolist(), strict=True))
     assert state["steps"] == 4 and state["skipped"] == 1
     assert state["mean_loss"] == pytest.approx(np.mean(losses)) and state["mean_norm"] == pytest.approx(
@@ -381,7 +381,7 @@ def test_guard_statistics_are_means_over_the_good_steps():
 def test_a_slow_rise_of_the_loss_is_divergence():
     guard, diverging = gpt2.Guard(CPU), []
     for step in range(400):
-        guard.judge(torch.tensor(3.0 + 0.01 * max(0, step - 100)), torch.tensor(1.0))
+        guard.check(torch.tensor(3.0 + 0.01 * max(0, step - 100)), torch.tensor(1.0))
         diverging.append(guard.is_diverging(dict(zip(guard.FIELDS, guard.state.tolist(), strict=True))))
     assert not any(diverging[:200]) and diverging[-1]
 
@@ -1006,8 +1006,8 @@ def test_a_checkpoint_of_another_shape_is_passed_over(command, text, uninterrupt
 # What a run costs
 
 
-@pytest.mark.parametrize(("total", "passes", "pays"), [(80, 8, True), (60, 8, False), (80, 9, False)])
-def test_a_step_becomes_a_graph_where_there_is_room_for_an_evaluation_beside_it(monkeypatch, total, passes, pays):
+@pytest.mark.parametrize(("total", "passes", "expected"), [(80, 8, True), (60, 8, False), (80, 9, False)])
+def test_a_step_becomes_a_graph_where_there_is_room_for_an_evaluation_beside_it(monkeypatch, total, passes, expected):
     """A peak of 30 GiB so far, and 2.5 GiB of moments and gradients to come: 65 GiB."""
     machine = SimpleNamespace(device=torch.device("cuda"), mode="compiled", dtype=torch.bfloat16, world=1,
                               micro_batch_size=4)  # fmt: skip
@@ -1016,12 +1016,12 @@ def test_a_step_becomes_a_graph_where_there_is_room_for_an_evaluation_beside_it(
     monkeypatch.setattr(gpt2, "peak_memory", lambda device: 30.0)
     monkeypatch.setattr(gpt2, "count_parameters", lambda model: 2.5 * 2**30 / 12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total * 2**30))
-    assert gpt2.StepGraph.pays(trainer) is pays
+    assert gpt2.StepGraph.can_run(trainer) is expected
     for name, other in (("world", 2), ("mode", "eager"), ("dtype", torch.float16), ("device", torch.device("cpu"))):
         trainer.machine = SimpleNamespace(**vars(machine) | {name: other})
-        assert not gpt2.StepGraph.pays(trainer), name
+        assert not gpt2.StepGraph.can_run(trainer), name
     trainer.machine, trainer.settings.gradient_checkpointing = machine, True
-    assert not gpt2.StepGraph.pays(trainer)
+    assert not gpt2.StepGraph.can_run(trainer)
 
 
 def test_plan_counts_a_pass_for_each_micro_batch_and_the_rest_once(tmp_path, text, monkeypatch):

@@ -425,9 +425,8 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
 # chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
-# single file gives its last twentieth (Split in section 9, split_threshold() below). Of a stream, which is read only
-# once, it is a share of the documents, whatever their sizes. Where the text comes from, and where the tokens are kept:
-# section 9.
+# single file gives its last twentieth (split_threshold() below). Of a stream, which is read only once, it is a share of
+# the documents, whatever their sizes. Where the text comes from, Split, and where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
@@ -754,7 +753,7 @@ class Machine:
     rank: int = 0  # number of this process, of `world`
     world: int = 1
     device: torch.device
-    dtype: torch.dtype  # of matrix products: bfloat16 (see make_twin()), float16 (by autocast), or float32
+    dtype: torch.dtype  # of matrix products: bfloat16 (see make_compute_copy()), float16 (by autocast), or float32
     micro_batch_size: int  # sequences per forward pass and process
     mode: str = "eager"  # "compiled", or why not
     matmul_rate: float  # FLOP/s that a large matrix product reaches here; nan: other programs disturbed the measurement
@@ -772,7 +771,7 @@ class Trainer:
     data: TokenData
     order: TrainingOrder
     model: GPT  # the float32 weights: optimised, saved, sampled from
-    twin: GPT  # what computes, perhaps compiled: see make_twin() and compile_twin()
+    compute_copy: GPT  # of these master weights, perhaps compiled: make_compute_copy(), compile_compute_copy()
     optimisers: list[torch.optim.Optimizer]
     guard: Guard
     loss_scale: LossScale
@@ -781,25 +780,25 @@ class Trainer:
     step_graph: Callable | None = None  # on a GPU: see StepGraph in section 15
 
     def __post_init__(self) -> None:
-        for parameter, twin in zip(self.model.parameters(), self.twin.parameters(), strict=True):
-            twin.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, parameter))
+        for parameter, copied in zip(self.model.parameters(), self.compute_copy.parameters(), strict=True):
+            copied.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, parameter))
 
-    def take_gradient(self, parameter: nn.Parameter, twin: nn.Parameter) -> None:
-        """Called when a backward pass has computed the gradient of one of the twin's parameters.
+    def take_gradient(self, parameter: nn.Parameter, copied: nn.Parameter) -> None:
+        """Called when a backward pass has computed the gradient of a parameter of the compute copy.
 
         It is added up in float32. In the last pass of a step the processes add theirs while others are still computed.
         """
-        if twin is not parameter:
-            parameter.grad = twin.grad.float() if parameter.grad is None else parameter.grad.add_(twin.grad)
-            twin.grad = None
+        if copied is not parameter:
+            parameter.grad = copied.grad.float() if parameter.grad is None else parameter.grad.add_(copied.grad)
+            copied.grad = None
         if self.is_last_pass and self.machine.world > 1:
             self.exchanges.append(dist.all_reduce(parameter.grad, async_op=True))
 
     @torch.no_grad()
-    def refresh_twin(self) -> None:
+    def refresh_compute_copy(self) -> None:
         """Round the weights to what computes, at the start of whatever computes with them."""
-        if self.twin is not self.model:
-            torch._foreach_copy_(list(self.twin.parameters()), list(self.model.parameters()))
+        if self.compute_copy is not self.model:
+            torch._foreach_copy_(list(self.compute_copy.parameters()), list(self.model.parameters()))
 
     @property
     def sequences_per_step(self) -> int:
@@ -818,7 +817,7 @@ class Trainer:
         return (batch.pin_memory() if is_cuda else batch).to(self.machine.device, non_blocking=is_cuda)
 
 
-def make_twin(model: GPT, dtype: torch.dtype) -> GPT:
+def make_compute_copy(model: GPT, dtype: torch.dtype) -> GPT:
     """What computes in this dtype: for bfloat16 a copy of the model in it, residual stream and all; else the model.
 
     Autocast would convert the weights at every step and keep the residual stream in float32. The optimiser works on the
@@ -849,14 +848,14 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
 def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
     """The step itself, whatever its number: the same work on the device every time."""
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
-    trainer.refresh_twin()
+    trainer.refresh_compute_copy()
     totals = torch.zeros(2, device=machine.device)  # loss and stop, summed over micro-batches and processes
     micro_batches = batch.split(machine.micro_batch_size)
     for sequences in micro_batches:
         trainer.is_last_pass = sequences is micro_batches[-1]
         with machine.autocast():
             # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
-            loss = trainer.twin(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
+            loss = trainer.compute_copy(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
         (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     trainer.is_last_pass = False
@@ -889,10 +888,10 @@ def local_part(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def evaluate(trainer: Trainer) -> float:
     """Mean loss in nats over every token of the validation text but the first, of all processes together."""
     machine = trainer.machine
-    trainer.refresh_twin()
-    trainer.twin.eval()
-    total = summed_loss(trainer.twin, trainer.data.validation, trainer.order.block_size, machine)
-    trainer.twin.train()
+    trainer.refresh_compute_copy()
+    trainer.compute_copy.eval()
+    total = summed_loss(trainer.compute_copy, trainer.data.validation, trainer.order.block_size, machine)
+    trainer.compute_copy.train()
     if machine.world > 1:
         total = total.to(machine.device)
         dist.all_reduce(total)
@@ -1173,16 +1172,16 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     model.to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
-    twin = make_twin(model, dtype)
     micro_batch_size = settings.micro_batch_size if settings.micro_batch_size != "auto" else 1
     machine = Machine(rank=rank, world=world, device=device, dtype=dtype, micro_batch_size=micro_batch_size,
                       matmul_rate=measure_matmul_rate(device, dtype))
-    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, twin=twin,
+    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model,
                       optimisers=make_optimisers(model, settings, settings.shard_optimizer and world > 1),
-                      guard=Guard(device), loss_scale=LossScale(device, dtype is torch.float16))
+                      compute_copy=make_compute_copy(model, dtype), guard=Guard(device),
+                      loss_scale=LossScale(device, dtype is torch.float16))
     if settings.micro_batch_size == "auto":
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
-    trainer.machine = replace(trainer.machine, mode=compile_twin(trainer, compiled))
+    trainer.machine = replace(trainer.machine, mode=compile_compute_copy(trainer, compiled))
     if StepGraph.can_run(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
@@ -1211,7 +1210,7 @@ def forward_backward(trainer: Trainer, sequences: int) -> None:
     """A forward and a backward pass on so many sequences, leaving nothing behind."""
     tokens = torch.zeros(sequences, trainer.order.block_size + 1, dtype=torch.long, device=trainer.machine.device)
     with trainer.machine.autocast():
-        loss = trainer.twin(tokens[:, :-1], tokens[:, 1:])
+        loss = trainer.compute_copy(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     trainer.model.zero_grad(set_to_none=True)
 
@@ -1255,18 +1254,18 @@ def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
     return values.item()
 
 
-def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
-    """Compile the twin's blocks if it pays; returns in a few words how it runs.
+def compile_compute_copy(trainer: Trainer, compiled: bool | None) -> str:
+    """Compile the compute copy's blocks if it pays; returns in a few words how it runs.
 
     Compiled on a GPU, unless the run would take less than COMPILE_SECONDS without (`compiled`: see make_trainer()).
     """
-    settings, machine, twin = trainer.settings, trainer.machine, trainer.twin
+    settings, machine, network = trainer.settings, trainer.machine, trainer.compute_copy
     if not settings.compile:
         return "eager (--no-compile)"
     if machine.device.type != "cuda":
         return f"eager (compiling rarely pays on {machine.device.type.upper()})"
     if compiled is None:
-        flops = settings.max_steps * settings.batch_tokens * flops_per_token(twin.config)
+        flops = settings.max_steps * settings.batch_tokens * flops_per_token(network.config)
         seconds = agree(machine, flops / (EAGER_SHARE * machine.matmul_rate * machine.world), dist.ReduceOp.MAX)
         compiled = not seconds < COMPILE_SECONDS  # nan: the rate is not known
     if not compiled:
@@ -1274,14 +1273,14 @@ def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
     try:
         # Block by block, which all share one graph: on an H100 2% slower than the whole model, but ready after 12
         # seconds instead of 30.
-        for block in twin.h:
+        for block in network.h:
             block.compile(dynamic=False)
-        twin.is_loss_fused = machine.dtype is torch.bfloat16
+        network.is_loss_fused = machine.dtype is torch.bfloat16
         forward_backward(trainer, machine.micro_batch_size)
         return "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
-        twin.is_loss_fused = False
-        for block in twin.h:
+        network.is_loss_fused = False
+        for block in network.h:
             block._compiled_call_impl = None  # what block.compile() has set
         trainer.model.zero_grad(set_to_none=True)
         return f"eager (torch.compile failed: {first_line(error)[:100]})"
@@ -1355,8 +1354,7 @@ def size_and_mtime(file: Path) -> tuple[int, int]:
 
 def kind_of(file: Path) -> str:
     """The suffix that tells how to read a file: of texts.JSONL.gz it is .jsonl."""
-    suffix = file.suffix.lower()
-    return Path(file.stem).suffix.lower() if suffix in COMPRESSED else suffix
+    return Path(re.sub(r"\.(gz|zst)$", "", file.name.lower())).suffix
 
 
 def read_file(file: Path, column: str) -> Iterator[Part]:
@@ -2509,13 +2507,11 @@ def load_for_use(settings: Settings) -> tuple[GPT, Tokenizer, Path]:
 
 
 def sample(settings: Settings) -> int:
-    """Continue a prompt, or one after the other from standard input.
-
-    On a GPU not as a run's own samples are: in bf16 and by GraphDecoder, so with another rounding and random stream.
-    """
+    """Continue a prompt, or one after the other from standard input. On a GPU in bf16 and by GraphDecoder: those during
+    a run, in TF32 and with another random stream, differ."""
     model, tokenizer, folder = load_for_use(settings)
     _, _, device = join_processes()
-    model = make_twin(model.to(device), choose_dtype(settings.dtype, device))
+    model = make_compute_copy(model.to(device), choose_dtype(settings.dtype, device))
     say(f"model: {folder}")
     for prompt in [settings.sample] if settings.sample else read_prompts():
         if re.search("[\ud800-\udfff]", prompt):  # surrogates: how Python passes on bytes that are not UTF-8
@@ -2564,7 +2560,7 @@ def evaluate_text(settings: Settings) -> int:
                       micro_batch_size=max(1, 2**13 // block_size))
     if len(tokens) < 2:
         raise UserError(f"--evaluate {settings.evaluate}: too little text")
-    network = make_twin(model.to(device), machine.dtype)
+    network = make_compute_copy(model.to(device), machine.dtype)
     loss = summed_loss(network, tokens, block_size, machine).item() / (len(tokens) - 1)
     text = settings.evaluate or "validation text of the run"
     say(f"model: {folder}")
@@ -2617,8 +2613,8 @@ def plan(settings: Settings) -> int:
     moments /= machine.world if settings.shard_optimizer else 1
     tokens = settings.max_steps * settings.batch_tokens
     say(f"compute: {flops_per_token(model.config) / 1e9:.4f} GFLOP per token, forward and backward")
-    twin = 2 * stored if trainer.twin is not model else 0  # its weights; each of its gradients goes at once
-    say(f"memory: {(4 * (2 * stored + moments) + twin) / 2**30:.2f} GiB for weights, gradients and optimiser")
+    rounded = 2 * stored if trainer.compute_copy is not model else 0  # its weights; each of its gradients goes at once
+    say(f"memory: {(4 * (2 * stored + moments) + rounded) / 2**30:.2f} GiB for weights, gradients and optimiser")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
         f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps")

@@ -113,8 +113,8 @@ def test_a_skipped_step_of_muon_changes_nothing(tmp_path, text):  # noqa: F811
     take_steps(trainer, 2)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     moments = [trainer.optimisers[0].state[p]["momentum_buffer"].clone() for p in trainer.optimisers[0].state]
-    network = trainer.twin.forward
-    trainer.twin.forward = lambda *batch: network(*batch) * math.nan
+    network = trainer.compute_copy.forward
+    trainer.compute_copy.forward = lambda *batch: network(*batch) * math.nan
     assert take_steps(trainer, 1, first=2)[0]["skip"]
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     after = [trainer.optimisers[0].state[p]["momentum_buffer"] for p in trainer.optimisers[0].state]
@@ -200,8 +200,8 @@ def test_an_overflow_halves_the_scale_and_is_no_fault(tmp_path, text):  # noqa: 
 
 def test_fp16_that_is_not_finite_even_without_a_scale_is_a_fault(tmp_path, text):  # noqa: F811
     trainer = in_fp16(make_trainer(tmp_path, text))
-    network = trainer.twin.forward
-    trainer.twin.forward = lambda *batch: network(*batch) * math.nan
+    network = trainer.compute_copy.forward
+    trainer.compute_copy.forward = lambda *batch: network(*batch) * math.nan
     steps = take_steps(trainer, 16 + 10)
     assert [step["skipped"] for step in steps] == [0] * 16 + list(range(1, 11))
     assert gpt2.Guard.is_diverging(steps[-1])

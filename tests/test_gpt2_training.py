@@ -207,7 +207,7 @@ def test_training_and_evaluation_compile_to_one_graph_each(tmp_path, text):
 
 @pytest.fixture
 def in_bf16(monkeypatch):
-    """in_bf16(): from now on trainers are made as on a GPU, with a twin in bf16."""
+    """in_bf16(): from now on trainers are made as on a GPU, with a compute copy in bf16."""
 
     def switch() -> None:
         monkeypatch.setattr(gpt2, "choose_dtype", lambda wanted, device: torch.bfloat16)
@@ -236,12 +236,13 @@ def test_what_computes_in_bf16_is_the_rounded_weights(tmp_path, text, in_bf16):
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     take_steps(trainer, 5)
     gpt2.evaluate(trainer)
-    for (name, parameter), twin in zip(trainer.model.named_parameters(), trainer.twin.parameters(), strict=True):
-        assert twin.dtype is torch.bfloat16 and torch.equal(twin, parameter.to(torch.bfloat16)), name
+    rounded_ones = trainer.compute_copy.parameters()
+    for (name, parameter), rounded in zip(trainer.model.named_parameters(), rounded_ones, strict=True):
+        assert rounded.dtype is torch.bfloat16 and torch.equal(rounded, parameter.to(torch.bfloat16)), name
         assert not torch.equal(parameter, before[name]), name
     trainer.model.load_state_dict(before)
     gpt2.evaluate(trainer)
-    assert torch.equal(trainer.twin.wpe.weight, before["wpe.weight"].to(torch.bfloat16))
+    assert torch.equal(trainer.compute_copy.wpe.weight, before["wpe.weight"].to(torch.bfloat16))
 
 
 def test_gradients_of_micro_batches_in_bf16_add_up_in_float32(tmp_path, text, in_bf16, monkeypatch):
@@ -255,8 +256,9 @@ def test_gradients_of_micro_batches_in_bf16_add_up_in_float32(tmp_path, text, in
     trainer = make_trainer(tmp_path, text, "--micro-batch-size", "1")
     expected = [torch.zeros_like(parameter) for parameter in trainer.model.parameters()]
     for sequence in batch.split(1):
-        loss = trainer.twin(sequence[:, :-1], sequence[:, 1:]) / trainer.settings.batch_tokens
-        for total, gradient in zip(expected, torch.autograd.grad(loss, list(trainer.twin.parameters())), strict=True):
+        loss = trainer.compute_copy(sequence[:, :-1], sequence[:, 1:]) / trainer.settings.batch_tokens
+        gradients = torch.autograd.grad(loss, list(trainer.compute_copy.parameters()))
+        for total, gradient in zip(expected, gradients, strict=True):
             assert gradient.dtype is torch.bfloat16
             total += gradient
     assert all(torch.equal(seen[number], total) for number, total in enumerate(expected))
@@ -275,7 +277,7 @@ def test_whether_compiling_pays_is_decided_once(tmp_path, text, monkeypatch):
                                              matmul_rate=rate, dtype=torch.float32)  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(gpt2, "agree", lambda machine, value, choose: value)  # nothing runs on it here
-            return gpt2.compile_twin(trainer, compiled)
+            return gpt2.compile_compute_copy(trainer, compiled)
 
     assert "short" in on_gpu(56, None) and on_gpu(70, None) == on_gpu(math.nan, None) == "compiled"
     assert "short" in on_gpu(70, False) and on_gpu(56, True) == "compiled"
@@ -316,13 +318,13 @@ def test_evaluation_is_the_mean_over_every_validation_token(tmp_path, text, micr
 
 def poison(trainer: gpt2.Trainer, steps: set[int], factor: float) -> None:
     """Multiply loss and gradient by `factor` in these steps, counted from 0."""
-    forward, calls = trainer.twin.forward, iter(range(10**6))
+    forward, calls = trainer.compute_copy.forward, iter(range(10**6))
 
     def poisoned(tokens, targets=None, **more):
         value = forward(tokens, targets, **more)
         return value if targets is None else value * (factor if next(calls) in steps else 1.0)
 
-    trainer.twin.forward = poisoned
+    trainer.compute_copy.forward = poisoned
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
@@ -344,12 +346,12 @@ def test_a_poisoned_step_is_skipped_and_changes_nothing(tmp_path, text, factor):
 def test_a_gradient_far_beyond_the_others_is_skipped_though_the_loss_is_as_always(tmp_path, text):
     trainer = make_trainer(tmp_path, text, max_steps=60)
     before = take_steps(trainer, 30)
-    network = trainer.twin.forward
-    trainer.twin.forward = lambda *batch: Steep.apply(network(*batch))
+    network = trainer.compute_copy.forward
+    trainer.compute_copy.forward = lambda *batch: Steep.apply(network(*batch))
     (bad,) = take_steps(trainer, 1, first=30)
     assert bad["skip"] and bad["norm"] > 10 * before[-1]["mean_norm"]
     assert bad["loss"] < before[-1]["mean_loss"] + 0.5
-    trainer.twin.forward = network
+    trainer.compute_copy.forward = network
     assert not take_steps(trainer, 1, first=31)[0]["skip"]
 
 
@@ -392,7 +394,7 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
     def open_and_poison(*arguments):
         trainer = original(*arguments)
         poison(trainer, {13}, math.nan)  # counted with the evaluation batches
-        forward = trainer.twin.forward
+        forward = trainer.compute_copy.forward
 
         def noted(inputs, targets=None, **more):
             value = forward(inputs, targets, **more)
@@ -400,7 +402,7 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
                 poisoned.append(torch.cat([inputs, targets[:, -1:]], dim=1).numpy())
             return value
 
-        trainer.twin.forward = noted
+        trainer.compute_copy.forward = noted
         return trainer
 
     monkeypatch.setattr(gpt2, "make_trainer", open_and_poison)
@@ -1072,7 +1074,7 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_why(tmp_path, tex
     trainer = make_trainer(tmp_path, text)
     monkeypatch.setattr(torch, "compile", lambda model, **options: (_ for _ in ()).throw(RuntimeError("no compiler")))
     trainer.machine = argparse.Namespace(device=argparse.Namespace(type="cuda"), world=1, micro_batch_size=1)
-    assert gpt2.compile_twin(trainer, True) == "eager (torch.compile failed: no compiler)"
+    assert gpt2.compile_compute_copy(trainer, True) == "eager (torch.compile failed: no compiler)"
 
 
 def test_a_signal_in_an_evaluation_ends_the_run_with_its_checkpoint(command, text, monkeypatch):

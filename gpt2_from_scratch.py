@@ -1332,8 +1332,7 @@ def open_source(settings: Settings) -> Source:
     if not files:
         raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
     identity = [[file.relative_to(path.parent).as_posix(), *size_and_mtime(file)] for file in files]
-    has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
-    return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
+    return Source(name, [identity, column], files, lambda file: read_file(file, column))
 
 
 def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
@@ -1552,9 +1551,7 @@ class Split:
         cuts = None if self.cuts is None else iter(self.cuts)
         for begins, text in parts:
             if begins:
-                done, cut = 0, next(cuts, None) if cuts else self.cut_in_stream(text)
-                if cut is None:
-                    raise UserError(FILE_CHANGED)
+                done, cut = 0, next(cuts, 0) if cuts else self.cut_in_stream(text)  # 0: a file grew, see write_tokens()
             here = min(max(0, cut - done), len(text))  # characters of this part that are for training
             if text[:here]:
                 yield "train", begins, text[:here]
@@ -2562,9 +2559,9 @@ def evaluate_text(settings: Settings) -> int:
         raise UserError(f"--evaluate {settings.evaluate}: too little text")
     network = make_compute_copy(model.to(device), machine.dtype)
     loss = summed_loss(network, tokens, block_size, machine).item() / (len(tokens) - 1)
-    text = settings.evaluate or "validation text of the run"
     say(f"model: {folder}")
-    say_wrapped(f"text: {text}, {plural(len(tokens), 'token')}, {plural(size, 'byte')}")
+    say_wrapped(f"text: {settings.evaluate or 'validation text of the run'}, {plural(len(tokens), 'token')}, "
+                f"{plural(size, 'byte')}")
     for name, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))),
                         ("bits per byte", bits_per_byte(loss, len(tokens), size))):
         say(f"| {name:13} | {value:12,.4f} |")

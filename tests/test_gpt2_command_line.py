@@ -237,6 +237,7 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         "int, not text",
     ),
     "JSONL of lists": (lambda: ["--data", folder_of("d", {"x.jsonl": '["a"]\n'}) + "/x.jsonl"], "line 1"),
+    "JSON that is no rows": (lambda: ["--data", folder_of("d", {"x.json": '{\n  "name": 1\n}'})], "--glob"),
     "JSONL not UTF-8": (lambda: ["--data", folder_of("d", {"x.jsonl": b'{"text": "\xff"}\n'}) + "/x.jsonl"], "line 1"),
     "Parquet without the column": (lambda: ["--data", parquet_of(body=["a", "b"])], "body"),
     "Parquet of numbers": (lambda: ["--data", parquet_of(text=[1, 2])], "int, not text"),

@@ -4,7 +4,7 @@
     python gpt2_from_scratch.py                               # a small GPT-2 on Python's own source: minutes on a CPU
     python gpt2_from_scratch.py --sample "def main("          # let the newest run continue a text; no text: ask for one
     python gpt2_from_scratch.py --model gpt2 --data texts/    # GPT-2 (124M) on a folder of text, on one GPU
-    torchrun --nproc_per_node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
+    torchrun --nproc-per-node=8 gpt2_from_scratch.py --model gpt2 --data texts/        # the same run on eight GPUs
     python gpt2_from_scratch.py --model gpt2 --data texts/ --plan                      # what that will cost, beforehand
     python gpt2_from_scratch.py --init openai-community/gpt2 --data my.txt             # go on from OpenAI's weights
     python gpt2_from_scratch.py --init openai-community/gpt2 --evaluate my.txt         # their loss on a text
@@ -117,10 +117,10 @@ class Settings:
     block_size: int | None = flag(None, "tokens that the model sees at once", COUNT)
     dropout: float = flag(0.0, "on embeddings, attention weights and residual branches", number(float, 0, 0.99))
     # data
-    data: str = flag("stdlib", "Python's own source; a text, .jsonl or .parquet file or a folder of such, also .gz or "
-                     ".zst; or a data set on the Hub, owner/name or owner/name:subset, streamed", metavar="WHAT")
+    data: str = flag("stdlib", "Python's own source; a text, .jsonl, .json or .parquet file or a folder of such, also "
+                     ".gz or .zst; or a data set on the Hub, owner/name or owner/name:subset, streamed", metavar="WHAT")
     glob: str = flag("*", "which files of a folder, such as '*.py'", metavar="PATTERN")
-    text_column: str = flag("text", "column of .jsonl, .parquet and Hub data", metavar="NAME")
+    text_column: str = flag("text", "column of JSON, .parquet and Hub data", metavar="NAME")
     limit: int | None = flag(None, "only the first N documents, to try things", COUNT)
     split_on_eot: bool = flag(False, "<|endoftext|> in a text is the border between two documents, not text")
     tokenizer: str | None = flag(None, "bpe, trained on the data (default; with --init: the model's own), bytes, gpt2 "
@@ -302,10 +302,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        if cache:  # empty, or of one new token: that sees all that came before it, and needs no mask
+        dropout, mask = self.dropout if self.training else 0.0, None
+        if cache:
             k, v = cache.update(self.layer, k, v)
-        # softmax(q k^T / sqrt(D)) v
-        y = F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0, is_causal=T > 1)
+            if cache.length and T > 1:  # new token i has position length + i and sees the positions up to that
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        # softmax(q k^T / sqrt(D)) v. A single new token sees all that came before it, and needs no mask.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -346,7 +349,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # in training, keep only the input of every block (Chen et al. 2016)
-        self.is_loss_fused = False  # compiled in bf16: the loss with its gradient, see FusedLoss in section 15
+        self.is_loss_fused = False  # compiled in bf16: the loss with its gradient, by FusedLoss in section 15
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.block_size, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -426,14 +429,15 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
 # chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
-# single file gives its last twentieth (Split in section 9, split_threshold() below). Where the text comes from, and
-# where the tokens are kept: section 9.
+# single file gives its last twentieth (split_threshold() below). Of a stream, which is read only once, it is a share of
+# the documents, whatever their sizes. Where the text comes from, Split, and where the tokens are kept: section 9.
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 Part = tuple[bool, str]  # does a document begin here? And text of it: a large file comes in many
 PIECE = 2**15  # characters: longer parts are tokenised in pieces of about this size, so that one keeps all cores busy
 LINE_END, WORD_OR_LINE_END = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)|\S\n(?=\S)")
+NO_END_OF_TEXT = re.compile(rf"[^<\s]{{{len(END_OF_TEXT) - 1}}}")  # a cut behind this is in none
 TOLERANCE = 0.05  # how far the held-out share may be off before a document is cut, as a part of the share
 
 
@@ -480,12 +484,13 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut a long text where a line ends between two visible characters, or, in a very long line, before a space between
-    two: GPT-2's word pattern always cuts there too."""
+    two: GPT-2's word pattern always cuts there too. A million characters without either are cut in a word."""
     text, start, searched = "", 0, 0
     for more in texts:
         text, start = text[start:] + more, 0
         while match := (LINE_END.search(text, start + PIECE, start + 4 * PIECE)
-                        or WORD_OR_LINE_END.search(text, max(start + 4 * PIECE, searched))):
+                        or WORD_OR_LINE_END.search(text, max(start + 4 * PIECE, searched), start + 32 * PIECE)
+                        or NO_END_OF_TEXT.search(text, start + 32 * PIECE)):
             yield text[start : match.end()]
             start = match.end()
         searched = max(0, len(text) - start - 2)
@@ -714,7 +719,7 @@ class Guard:
         self.state = torch.tensor([0, 0, 0, 0, math.inf, 0, 0], device=device)
 
     @torch.no_grad()
-    def judge(self, loss: torch.Tensor, norm: torch.Tensor, overflowed: torch.Tensor | bool = False) -> torch.Tensor:
+    def check(self, loss: torch.Tensor, norm: torch.Tensor, overflowed: torch.Tensor | bool = False) -> torch.Tensor:
         """Take note of a step. Returns 1.0 on the device if it must be skipped, otherwise 0.0.
 
         One that is skipped because fp16 overflowed is no fault: it does not count.
@@ -752,7 +757,7 @@ class Machine:
     rank: int = 0  # number of this process, of `world`
     world: int = 1
     device: torch.device
-    dtype: torch.dtype  # of matrix products: bfloat16 (see make_twin()), float16 (by autocast), or float32
+    dtype: torch.dtype  # of matrix products: bfloat16 (see make_compute_copy()), float16 (by autocast), or float32
     micro_batch_size: int  # sequences per forward pass and process
     mode: str = "eager"  # "compiled", or why not
     matmul_rate: float  # FLOP/s that a large matrix product reaches here; nan: other programs disturbed the measurement
@@ -770,7 +775,7 @@ class Trainer:
     data: TokenData
     order: TrainingOrder
     model: GPT  # the float32 weights: optimised, saved, sampled from
-    twin: GPT  # what computes, perhaps compiled: see make_twin() and compile_twin()
+    compute_copy: GPT  # of these master weights, perhaps compiled: make_compute_copy(), compile_compute_copy()
     optimisers: list[torch.optim.Optimizer]
     guard: Guard
     loss_scale: LossScale
@@ -779,25 +784,25 @@ class Trainer:
     step_graph: Callable | None = None  # on a GPU: see StepGraph in section 15
 
     def __post_init__(self) -> None:
-        for parameter, twin in zip(self.model.parameters(), self.twin.parameters(), strict=True):
-            twin.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, parameter))
+        for parameter, copied in zip(self.model.parameters(), self.compute_copy.parameters(), strict=True):
+            copied.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, parameter))
 
-    def take_gradient(self, parameter: nn.Parameter, twin: nn.Parameter) -> None:
-        """Called when a backward pass has computed the gradient of one of the twin's parameters.
+    def take_gradient(self, parameter: nn.Parameter, copied: nn.Parameter) -> None:
+        """Called when a backward pass has computed the gradient of a parameter of the compute copy.
 
         It is added up in float32. In the last pass of a step the processes add theirs while others are still computed.
         """
-        if twin is not parameter:
-            parameter.grad = twin.grad.float() if parameter.grad is None else parameter.grad.add_(twin.grad)
-            twin.grad = None
+        if copied is not parameter:
+            parameter.grad = copied.grad.float() if parameter.grad is None else parameter.grad.add_(copied.grad)
+            copied.grad = None
         if self.is_last_pass and self.machine.world > 1:
             self.exchanges.append(dist.all_reduce(parameter.grad, async_op=True))
 
     @torch.no_grad()
-    def refresh_twin(self) -> None:
+    def refresh_compute_copy(self) -> None:
         """Round the weights to what computes, at the start of whatever computes with them."""
-        if self.twin is not self.model:
-            torch._foreach_copy_(list(self.twin.parameters()), list(self.model.parameters()))
+        if self.compute_copy is not self.model:
+            torch._foreach_copy_(list(self.compute_copy.parameters()), list(self.model.parameters()))
 
     @property
     def sequences_per_step(self) -> int:
@@ -816,7 +821,7 @@ class Trainer:
         return (batch.pin_memory() if is_cuda else batch).to(self.machine.device, non_blocking=is_cuda)
 
 
-def make_twin(model: GPT, dtype: torch.dtype) -> GPT:
+def make_compute_copy(model: GPT, dtype: torch.dtype) -> GPT:
     """What computes in this dtype: for bfloat16 a copy of the model in it, residual stream and all; else the model.
 
     Autocast would convert the weights at every step and keep the residual stream in float32. The optimiser works on the
@@ -847,14 +852,14 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
 def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
     """The step itself, whatever its number: the same work on the device every time."""
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
-    trainer.refresh_twin()
+    trainer.refresh_compute_copy()
     totals = torch.zeros(2, device=machine.device)  # loss and stop, summed over micro-batches and processes
     micro_batches = batch.split(machine.micro_batch_size)
     for sequences in micro_batches:
         trainer.is_last_pass = sequences is micro_batches[-1]
         with machine.autocast():
             # Divided by all targets of the step, so that each counts the same whatever the micro-batch is.
-            loss = trainer.twin(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
+            loss = trainer.compute_copy(sequences[:, :-1], sequences[:, 1:]) / settings.batch_tokens
         (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     trainer.is_last_pass = False
@@ -867,7 +872,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = 
         torch._foreach_div_([parameter.grad for parameter in parameters], trainer.loss_scale.scale)
     norm = nn.utils.clip_grad_norm_(parameters, CLIP)
     overflow = trainer.loss_scale.overflowed(totals[0], norm)
-    skip = trainer.guard.judge(totals[0], norm, overflow)
+    skip = trainer.guard.check(totals[0], norm, overflow)
     for optimiser in trainer.optimisers:
         local_part(optimiser).found_inf = skip  # what torch's GradScaler sets: at 1, weights and moments stay
         optimiser.step()
@@ -887,10 +892,10 @@ def local_part(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def evaluate(trainer: Trainer) -> float:
     """Mean loss in nats over every token of the validation text but the first, of all processes together."""
     machine = trainer.machine
-    trainer.refresh_twin()
-    trainer.twin.eval()
-    total = summed_loss(trainer.twin, trainer.data.validation, trainer.order.block_size, machine)
-    trainer.twin.train()
+    trainer.refresh_compute_copy()
+    trainer.compute_copy.eval()
+    total = summed_loss(trainer.compute_copy, trainer.data.validation, trainer.order.block_size, machine)
+    trainer.compute_copy.train()
     if machine.world > 1:
         total = total.to(machine.device)
         dist.all_reduce(total)
@@ -977,7 +982,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; when all have, that was the last. The prompt is read once for all
-    of them. When the block is full, its newer half is read again as if it were the prompt.
+    of them. When the block is full, its newer half is read again as if it were the prompt. A model in bf16 on a GPU is
+    left to GraphDecoder (section 15).
     """
     weight, block_size = model.wte.weight, model.config.block_size
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -1170,17 +1176,17 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     model.to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
-    twin = make_twin(model, dtype)
     micro_batch_size = settings.micro_batch_size if settings.micro_batch_size != "auto" else 1
     machine = Machine(rank=rank, world=world, device=device, dtype=dtype, micro_batch_size=micro_batch_size,
                       matmul_rate=measure_matmul_rate(device, dtype))
-    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model, twin=twin,
+    trainer = Trainer(settings=settings, machine=machine, data=data, order=order, model=model,
                       optimisers=make_optimisers(model, settings, settings.shard_optimizer and world > 1),
-                      guard=Guard(device), loss_scale=LossScale(device, dtype is torch.float16))
+                      compute_copy=make_compute_copy(model, dtype), guard=Guard(device),
+                      loss_scale=LossScale(device, dtype is torch.float16))
     if settings.micro_batch_size == "auto":
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
-    trainer.machine = replace(trainer.machine, mode=compile_twin(trainer, compiled))
-    if StepGraph.pays(trainer):
+    trainer.machine = replace(trainer.machine, mode=compile_compute_copy(trainer, compiled))
+    if StepGraph.can_run(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
 
@@ -1208,7 +1214,7 @@ def forward_backward(trainer: Trainer, sequences: int) -> None:
     """A forward and a backward pass on so many sequences, leaving nothing behind."""
     tokens = torch.zeros(sequences, trainer.order.block_size + 1, dtype=torch.long, device=trainer.machine.device)
     with trainer.machine.autocast():
-        loss = trainer.twin(tokens[:, :-1], tokens[:, 1:])
+        loss = trainer.compute_copy(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     trainer.model.zero_grad(set_to_none=True)
 
@@ -1252,18 +1258,18 @@ def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:
     return values.item()
 
 
-def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
-    """Compile the twin's blocks if it pays; returns in a few words how it runs.
+def compile_compute_copy(trainer: Trainer, compiled: bool | None) -> str:
+    """Compile the compute copy's blocks if it pays; returns in a few words how it runs.
 
     Compiled on a GPU, unless the run would take less than COMPILE_SECONDS without (`compiled`: see make_trainer()).
     """
-    settings, machine, twin = trainer.settings, trainer.machine, trainer.twin
+    settings, machine, network = trainer.settings, trainer.machine, trainer.compute_copy
     if not settings.compile:
         return "eager (--no-compile)"
     if machine.device.type != "cuda":
         return f"eager (compiling rarely pays on {machine.device.type.upper()})"
     if compiled is None:
-        flops = settings.max_steps * settings.batch_tokens * flops_per_token(twin.config)
+        flops = settings.max_steps * settings.batch_tokens * flops_per_token(network.config)
         seconds = agree(machine, flops / (EAGER_SHARE * machine.matmul_rate * machine.world), dist.ReduceOp.MAX)
         compiled = not seconds < COMPILE_SECONDS  # nan: the rate is not known
     if not compiled:
@@ -1271,14 +1277,14 @@ def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
     try:
         # Block by block, which all share one graph: on an H100 2% slower than the whole model, but ready after 12
         # seconds instead of 30.
-        for block in twin.h:
+        for block in network.h:
             block.compile(dynamic=False)
-        twin.is_loss_fused = machine.dtype is torch.bfloat16
+        network.is_loss_fused = machine.dtype is torch.bfloat16
         forward_backward(trainer, machine.micro_batch_size)
         return "compiled"
     except Exception as error:  # no C compiler, no Triton for this GPU: there are many ways, and eager always works
-        twin.is_loss_fused = False
-        for block in twin.h:
+        network.is_loss_fused = False
+        for block in network.h:
             block._compiled_call_impl = None  # what block.compile() has set
         trainer.model.zero_grad(set_to_none=True)
         return f"eager (torch.compile failed: {first_line(error)[:100]})"
@@ -1289,14 +1295,14 @@ def compile_twin(trainer: Trainer, compiled: bool | None) -> str:
 # Text comes from files or a stream of the Hub. Its tokens lie in the cache under a fingerprint of all that they depend
 # on: train.bin, validation.bin, facts.json and the tokenizer, which a second run only reads.
 
-COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".parquet"), (".gz", ".zst")
+COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".json", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
 # The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
 STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
-TOKEN_FILES = "4"  # version of what is in them: to be raised when the same text would give others
+TOKEN_FILES = "5"  # version of what is in them: to be raised when the same text would give others
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 
@@ -1330,8 +1336,7 @@ def open_source(settings: Settings) -> Source:
     if not files:
         raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
     identity = [[file.relative_to(path.parent).as_posix(), *size_and_mtime(file)] for file in files]
-    has_columns = any(kind_of(file) in COLUMN_FILES for file in files)
-    return Source(name, [identity, column if has_columns else None], files, lambda file: read_file(file, column))
+    return Source(name, [identity, column], files, lambda file: read_file(file, column))
 
 
 def list_files(root: Path, pattern: str, skip: set[str] = frozenset()) -> list[Path]:
@@ -1351,12 +1356,12 @@ def size_and_mtime(file: Path) -> tuple[int, int]:
 
 
 def kind_of(file: Path) -> str:
-    """The suffix that tells how to read a file: of texts.jsonl.gz it is .jsonl."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    """The suffix that tells how to read a file: of texts.JSONL.gz it is .jsonl."""
+    return Path(re.sub(r"\.(gz|zst)$", "", file.name.lower())).suffix
 
 
 def read_file(file: Path, column: str) -> Iterator[Part]:
-    """A column of a .jsonl or .parquet file, a document per row; any other file as one document, piece by piece.
+    """A column of a JSON or .parquet file, a document per row; any other file as one document, piece by piece.
 
     A text file without its byte-order mark and carriage returns, a row as it is. Raises NotText for a file that is no
     text, and UserError with the place for broken rows.
@@ -1389,15 +1394,15 @@ def text_of(row: object, column: str, place: str) -> str:
 
 def open_bytes(file: Path) -> io.IOBase:
     """The content of a file, decompressed if its suffix says so."""
-    if file.suffix not in COMPRESSED:
+    if not (compression := COMPRESSED.get(file.suffix.lower())):
         return open(file, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(file))  # which knows the suffixes
+    return io.BufferedReader(pyarrow.input_stream(file, compression))
 
 
 def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
-    """(place, row) of a .jsonl file, or of a .parquet file: there only `column`, unless it is missing.
+    """(place, row) of a file of JSON lines, of one JSON array, or of a .parquet file: of that only `column`, if there.
 
     Not read by `datasets`, which guesses types: texts that look like dates would become dates.
     """
@@ -1407,19 +1412,21 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
     place = str(file)
     try:
         if kind_of(file) == ".parquet":
-            table = pyarrow.parquet.ParquetFile(io.BytesIO(open_bytes(file).read()) if file.suffix in COMPRESSED
-                                                else file)
+            is_plain = file.suffix.lower() == ".parquet"
+            table = pyarrow.parquet.ParquetFile(file if is_plain else io.BytesIO(open_bytes(file).read()))
             columns = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=columns, batch_size=1000):
                 yield from ((place, row) for row in batch.to_pylist())
             return
         with open_bytes(file) as lines:
+            if kind_of(file) == ".json" and lines.peek(1)[:1] == b"[":
+                yield from ((place, row) for row in json.load(lines))
             for number, line in enumerate(lines, 1):
                 place = f"{file}, line {number}"
                 if line.strip():
                     yield place, json.loads(line.decode("utf-8-sig"))
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{place} cannot be read ({first_line(error)})") from None
+        raise UserError(f"{place} cannot be read ({first_line(error)}); --glob can leave files out") from None
 
 
 def open_hub_source(settings: Settings) -> Source:
@@ -1487,10 +1494,10 @@ class Split:
 
     def __init__(self, source: Source, settings: Settings):
         # Of files; measure() fills these: with text, without and why, characters, what of each document to train on.
-        self.files, self.left_out, self.characters, self.cuts = [], {}, None, None
+        self.files, self.left_out, self.characters, self.cuts = [] if source.files else [None], {}, None, None
         # Of a stream: hashes below this are held out, so many more characters of them, and what they have been so far.
         self.threshold = (settings.val_fraction or 0.05) * 2**64
-        self.room = VALIDATION_TEXT if settings.val_fraction is None else math.inf
+        self.budget = VALIDATION_TEXT if settings.val_fraction is None else math.inf
         self.held_out = set()
         if source.files:
             self.measure(source, settings)
@@ -1515,10 +1522,10 @@ class Split:
                     raise NotText("empty")
                 self.files.append(file)
             except NotText as error:
-                self.left_out[file] = str(error)
+                self.left_out[str(file)] = str(error)
                 del hashes[known:], lengths[known:]
         if not hashes:
-            if len(source.files) == 1 and self.left_out[source.files[0]] != "empty":
+            if len(source.files) == 1 and "empty" not in self.left_out.values():
                 raise UserError(f"{source.files[0]} is not UTF-8 text")
             raise UserError(f"--data {source.name}: there is no text in it")
         self.characters = sum(lengths)
@@ -1530,20 +1537,25 @@ class Split:
     def cut_in_stream(self, text: str) -> int:
         """How many characters of a stream's document are for training: all or none."""
         value = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-        is_held_out = value < self.threshold and (self.room > 0 or value in self.held_out)
-        if is_held_out and self.room < math.inf:
+        is_held_out = value < self.threshold and (self.budget > 0 or value in self.held_out)
+        if is_held_out and self.budget < math.inf:
             self.held_out.add(value)
-            self.room -= len(text)
+            self.budget -= len(text)
         return 0 if is_held_out else len(text)
+
+    def read(self, source: Source, settings: Settings) -> Iterator[Part]:
+        """All documents: of files, those that were text when they were measured."""
+        try:
+            yield from documents_of(itertools.chain.from_iterable(map(source.read, self.files)), settings)
+        except NotText:
+            raise UserError(FILE_CHANGED) from None
 
     def label(self, parts: Iterator[Part]) -> Iterator[tuple[str, bool, str]]:
         """(split, does a document begin, text) for the parts of all files, or for some whole documents of a stream."""
         cuts = None if self.cuts is None else iter(self.cuts)
         for begins, text in parts:
             if begins:
-                done, cut = 0, next(cuts, None) if cuts else self.cut_in_stream(text)
-                if cut is None:
-                    raise UserError(FILE_CHANGED)
+                done, cut = 0, next(cuts, 0) if cuts else self.cut_in_stream(text)  # 0: a file grew, see write_tokens()
             here = min(max(0, cut - done), len(text))  # characters of this part that are for training
             if text[:here]:
                 yield "train", begins, text[:here]
@@ -1556,7 +1568,7 @@ def labelled_shards(source: Source, split: Split, settings: Settings, position: 
                     before: int = 0) -> Iterator[Iterator[tuple[str, bool, str]]]:
     """All parts of the files in one go; of a stream, from a position with `before` documents on, shard by shard."""
     if source.files:
-        yield split.label(documents_of(itertools.chain.from_iterable(map(source.read, split.files)), settings))
+        yield split.label(split.read(source, settings))
         return
     rows = source.read(position)
     while shard := list(itertools.islice(rows, min(SHARD, settings.limit - before) if settings.limit else SHARD)):
@@ -1639,7 +1651,7 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
     split = Split(source, settings)
     saved = read_json(folder / "position.json") if (folder / "position.json").exists() else {}
     if saved:  # of a stream that broke off
-        tokenizer, split.room, split.held_out = load_tokenizer(folder), saved["room"], set(saved["held_out"])
+        tokenizer, split.budget, split.held_out = load_tokenizer(folder), saved["budget"], set(saved["held_out"])
         say(f"going on behind the {plural(sum(saved['facts']['tokens'].values()), 'token')} of the last start")
     elif tokenizer is None:
         # Of a stream with a Split of its own, because labelling counts what is held out.
@@ -1651,7 +1663,7 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     facts = saved.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
         name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
-    facts["left_out"] = {str(file): reason for file, reason in split.left_out.items()}
+    facts["left_out"] = split.left_out
     write_shards(folder, source, split, settings, tokenizer, facts, saved.get("stream"))
     for name in SPLITS:
         if facts["tokens"][name] < 2:  # one to read and one to predict
@@ -1685,8 +1697,8 @@ def write_shards(folder: Path, source: Source, split: Split, settings: Settings,
                 for name, file in outputs.items():
                     file.flush()
                     sync(folder / f"{name}.bin")
-                write_json(folder / "position.json", {"stream": source.position(), "facts": facts, "room": split.room,
-                                                      "held_out": sorted(split.held_out)})
+                write_json(folder / "position.json", {"stream": source.position(), "facts": facts,
+                                                      "budget": split.budget, "held_out": sorted(split.held_out)})
 
 
 # ---------- 10. Hugging Face ------------------------------------------------------------------------------------------
@@ -1800,8 +1812,7 @@ def ask_hub(name: str, kind: str, flag: str) -> tuple[str | None, str | None]:
     Asked before any download, because the Hub's client tries again for minutes when nothing answers.
     """
     # A mistyped path is no Hub id either: there the folder exists, or the name ends like a file's.
-    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", ".json", *COMPRESSED,
-                                                                  *COLUMN_FILES)
+    is_path = Path(name).parent.is_dir() or Path(name).suffix in (".txt", ".md", ".py", *COMPRESSED, *COLUMN_FILES)
     if is_path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(f"{flag} {name}: no such file, no such folder, and no Hub id (owner/name)")
     from huggingface_hub import HfApi, errors
@@ -2112,16 +2123,21 @@ def describe(trainer: Trainer) -> None:
                 f"tokens ({epochs:.2f} epochs), micro-batch {machine.micro_batch_size}, learning rate "
                 f"{short(settings.lr)} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), seed "
                 f"{settings.seed}{other}")
-    if left_out := facts["left_out"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
-        names = ", ".join(Path(file).name for file in list(left_out)[:3])
-        say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
-    if count := facts["end_of_text_in_text"]:
-        say_wrapped(f"note: {END_OF_TEXT} stands {plural(count, 'time')} in the text and is text like any other; if it "
-                    "is the border between documents, --split-on-eot")
+    note_faults(facts["left_out"], facts["end_of_text_in_text"])
     if tokens["train"] < parameters and not settings.weights:
         say_wrapped(f"note: {plural(tokens['train'], 'training token')} are few for {parameters:,} parameters: the "
                     "model will learn them by heart; a smaller model or more text would do better")
+
+
+def note_faults(left_out: dict[str, str], ends_of_text: int) -> None:
+    """Say which files gave no text and why, and how often the text holds an end-of-text token as letters."""
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
+        names = ", ".join(Path(file).name for file in list(left_out)[:3])
+        say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
+    if ends_of_text:
+        say_wrapped(f"note: {END_OF_TEXT} stands {plural(ends_of_text, 'time')} in the text and is text like any "
+                    "other; if it is the border between documents, --split-on-eot")
 
 
 class Run:
@@ -2179,8 +2195,8 @@ class Run:
             values = training_step(trainer, progress.step, batch, request.number is not None)
             progress.step += 1
             batch = trainer.fetch_batch(progress.step)  # read from the files while the device works on the step
-            arrived, waiting = waiting, (progress.step, start_reading(values))
-            stop = arrived is not None and self.log_step(*arrived)
+            previous, waiting = waiting, (progress.step, start_reading(values))
+            stop = previous is not None and self.log_step(*previous)
             stop = stop or (trainer.machine.world == 1 and request.number is not None)
             is_due = progress.step in (settings.max_steps, self.decay_start) or progress.step % settings.eval_every == 0
             if is_due or stop:
@@ -2323,7 +2339,7 @@ class Run:
             say(f"Try it: python {script} --init {folder} --sample")
         else:
             world, steps = trainer.machine.world, plural(results["steps"], "step")
-            python = "python" if world == 1 else f"torchrun --nproc_per_node={world}"
+            python = "python" if world == 1 else f"torchrun --nproc-per-node={world}"
             say(f"Stopped after {steps}. Go on: {python} {script} --resume --output-dir {folder}")
 
 
@@ -2492,10 +2508,11 @@ def load_for_use(settings: Settings) -> tuple[GPT, Tokenizer, Path]:
 
 
 def sample(settings: Settings) -> int:
-    """Continue a prompt, or one after the other from standard input."""
+    """Continue a prompt, or one after the other from standard input. On a GPU in bf16 and by GraphDecoder: those during
+    a run, in TF32 and with another random stream, differ."""
     model, tokenizer, folder = load_for_use(settings)
     _, _, device = join_processes()
-    model = make_twin(model.to(device), choose_dtype(settings.dtype, device))
+    model = make_compute_copy(model.to(device), choose_dtype(settings.dtype, device))
     say(f"model: {folder}")
     for prompt in [settings.sample] if settings.sample else read_prompts():
         if re.search("[\ud800-\udfff]", prompt):  # surrogates: how Python passes on bytes that are not UTF-8
@@ -2544,11 +2561,11 @@ def evaluate_text(settings: Settings) -> int:
                       micro_batch_size=max(1, 2**13 // block_size))
     if len(tokens) < 2:
         raise UserError(f"--evaluate {settings.evaluate}: too little text")
-    network = make_twin(model.to(device), machine.dtype)
+    network = make_compute_copy(model.to(device), machine.dtype)
     loss = summed_loss(network, tokens, block_size, machine).item() / (len(tokens) - 1)
-    text = settings.evaluate or "validation text of the run"
     say(f"model: {folder}")
-    say_wrapped(f"text: {text}, {plural(len(tokens), 'token')}, {plural(size, 'byte')}")
+    say_wrapped(f"text: {settings.evaluate or 'validation text of the run'}, {plural(len(tokens), 'token')}, "
+                f"{plural(size, 'byte')}")
     for name, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))),
                         ("bits per byte", bits_per_byte(loss, len(tokens), size))):
         say(f"| {name:13} | {value:12,.4f} |")
@@ -2558,12 +2575,12 @@ def evaluate_text(settings: Settings) -> int:
 def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """All tokens of the data that --evaluate names, and how many bytes of text they are."""
     settings = replace(settings, data=settings.evaluate)
-    source, arrays, size = open_source(settings), [np.zeros(0, np.uint32)], 0
-    places = Split(source, settings).files if source.files else [None]
-    parts = documents_of(itertools.chain.from_iterable(map(source.read, places)), settings)
-    for _, tokens, _, text in tokenise((("all", *part) for part in parts), tokenizer):
+    source, arrays, size, ends_of_text = open_source(settings), [np.zeros(0, np.uint32)], 0, 0
+    split = Split(source, settings)
+    for _, tokens, _, text in tokenise((("all", *part) for part in split.read(source, settings)), tokenizer):
         arrays.append(np.array(tokens, np.uint32))
-        size += len(text.encode())
+        size, ends_of_text = size + len(text.encode()), ends_of_text + text.count(END_OF_TEXT)
+    note_faults(split.left_out, ends_of_text)
     return np.concatenate(arrays), size
 
 
@@ -2597,8 +2614,8 @@ def plan(settings: Settings) -> int:
     moments /= machine.world if settings.shard_optimizer else 1
     tokens = settings.max_steps * settings.batch_tokens
     say(f"compute: {flops_per_token(model.config) / 1e9:.4f} GFLOP per token, forward and backward")
-    twin = 2 * stored if trainer.twin is not model else 0  # its weights; each of its gradients goes at once
-    say(f"memory: {(4 * (2 * stored + moments) + twin) / 2**30:.2f} GiB for weights, gradients and optimiser")
+    rounded = 2 * stored if trainer.compute_copy is not model else 0  # its weights; each of its gradients goes at once
+    say(f"memory: {(4 * (2 * stored + moments) + rounded) / 2**30:.2f} GiB for weights, gradients and optimiser")
     say(f"tokens: {tokens:,}, {tokens / parameters:.1f} per parameter (usual: {CHINCHILLA})")
     say(f"one epoch: {trainer.order.per_epoch * trainer.order.block_size:,} tokens, "
         f"{trainer.order.per_epoch / trainer.sequences_per_step:,.1f} steps")
@@ -2823,7 +2840,7 @@ class StepGraph:
     """
 
     @staticmethod
-    def pays(trainer: Trainer) -> bool:
+    def can_run(trainer: Trainer) -> bool:
         machine = trainer.machine
         if (machine.device.type != "cuda" or machine.mode != "compiled" or machine.dtype is not torch.bfloat16
                 or machine.world > 1 or trainer.settings.gradient_checkpointing

@@ -119,7 +119,7 @@ def throughput(arguments: argparse.Namespace, model: str) -> None:
     fast = measure(f"{model}, --no-deterministic", trainer, our_step(trainer), arguments)
     report(f"{model}, cost of determinism", ratio=default["milliseconds"] / fast["milliseconds"])
     if arguments.nanogpt:
-        trainer.twin = trainer.step_graph = None  # its memory is nanoGPT's now
+        trainer.compute_copy = trainer.step_graph = None  # its memory is nanoGPT's now
         torch.compiler.reset()
         theirs = measure(f"{model}, nanoGPT", trainer, nanogpt_step(arguments.nanogpt, trainer), arguments)
         for name, ours in (("default", default), ("--no-deterministic", fast)):

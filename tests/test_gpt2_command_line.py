@@ -237,6 +237,7 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         "int, not text",
     ),
     "JSONL of lists": (lambda: ["--data", folder_of("d", {"x.jsonl": '["a"]\n'}) + "/x.jsonl"], "line 1"),
+    "JSON that is no rows": (lambda: ["--data", folder_of("d", {"x.json": '{\n  "name": 1\n}'})], "--glob"),
     "JSONL not UTF-8": (lambda: ["--data", folder_of("d", {"x.jsonl": b'{"text": "\xff"}\n'}) + "/x.jsonl"], "line 1"),
     "Parquet without the column": (lambda: ["--data", parquet_of(body=["a", "b"])], "body"),
     "Parquet of numbers": (lambda: ["--data", parquet_of(text=[1, 2])], "int, not text"),
@@ -735,12 +736,15 @@ def test_what_cannot_be_evaluated_is_one_line(command, words, expected):
     assert code == 2 and expected in error and error.count("\n") == 1, error
 
 
-def test_evaluate_reads_folders_and_leaves_nothing_behind(command):
+def test_evaluate_reads_folders_says_what_is_wrong_with_them_and_leaves_nothing_behind(command):
     a_model()
-    folder_of("d", {"a.txt": TEXT[:500], "b.jsonl": json.dumps({"text": TEXT[500:900]}), "c.bin": b"\0\1"})
+    rows = json.dumps({"text": TEXT[500:900] + gpt2.END_OF_TEXT})
+    folder_of("d", {"a.txt": TEXT[:500], "b.jsonl": rows, "c.bin": b"\0\1"})
     before = set(Path().rglob("*"))
     code, out, error = command("--init", "model", "--evaluate", "d")
-    assert code == 0 and "900 bytes" in out, error
+    assert code == 0 and "913 bytes" in out, error
+    assert "left out: 1 file (1 binary): c.bin" in out and "<|endoftext|> stands 1 time in the text" in out
+    assert "stands" not in command("--init", "model", "--evaluate", "d", "--split-on-eot")[1]
     assert set(Path().rglob("*")) == before
 
 
@@ -760,12 +764,21 @@ def test_plan_evaluate_and_export_fit_80_columns(command):
 
 def test_sampling_rounds_as_training_does(trained, monkeypatch):
     """The same setting for products in float32, whatever the command; a GPU is not needed to see it made."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    chosen, join_processes = [], gpt2.join_processes
+
+    def join_as_on_a_gpu():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "set_device", lambda device: None)
+            rank, world, device = join_processes()
+        assert device.type == "cuda"
+        return rank, world, torch.device("cpu")
+
+    monkeypatch.chdir(trained)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    gpt2.join_processes()
+    monkeypatch.setattr(gpt2, "join_processes", join_as_on_a_gpu)
+    assert gpt2.main(gpt2.parse_arguments(["--sample", "Line", "--max-new-tokens", "2"])) == 0
     assert chosen == ["high"]
 
 

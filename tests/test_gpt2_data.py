@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_from_scratch as gpt2
 
 REAL_GPT2 = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/gpt2"
+END = gpt2.END_OF_TEXT
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
 
 
@@ -176,9 +177,20 @@ def test_text_in_parts_is_cut_where_the_whole_is(monkeypatch, text):
     looked = []
     real = gpt2.WORD_OR_LINE_END
     monkeypatch.setattr(gpt2, "WORD_OR_LINE_END", type("", (), {"search": staticmethod(
-        lambda text, begin: looked.append(max(0, len(text) - begin)) or real.search(text, begin))}))  # fmt: skip
+        lambda text, *at: looked.append(max(0, len(text) - at[0])) or real.search(text, *at))}))  # fmt: skip
     list(gpt2.pieces(text[i : i + 10] for i in range(0, len(text), 10)))
     assert sum(looked) < 2 * len(text) + 3 * len(looked)
+
+
+@pytest.mark.parametrize("text", ["x" * 3000, f"ab{END}" * 200, "<" * 400 + "<ab" * 200 + "字" * 2000])
+def test_a_line_without_white_space_is_cut_but_never_within_end_of_text(monkeypatch, text):
+    """Otherwise the longest such line would be kept whole, and copied whenever more of it is read."""
+    monkeypatch.setattr(gpt2, "PIECE", 10)
+    whole = list(gpt2.pieces([text]))
+    assert "".join(whole) == text and sum(piece.count(END) for piece in whole) == text.count(END)
+    assert max(map(len, whole)) < 1500 and len(whole[-1]) < 400
+    for size in (1, 7, 40):
+        assert list(gpt2.pieces(text[i : i + size] for i in range(0, len(text), size))) == whole
 
 
 def test_every_document_is_on_exactly_one_side_and_equal_ones_on_the_same(tmp_path):
@@ -364,14 +376,15 @@ def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     assert texts_of(run(), "train") != texts_of(first, "train") and len(calls) == 7
 
 
-def test_a_file_that_changes_under_way_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
-    file = tmp_path / "texts.jsonl"
+@pytest.mark.parametrize(("name", "end"), [("texts.jsonl", b'\n{"text": "more"}'), ("texts.txt", b"not UTF-8: \xff")])
+def test_a_file_that_changes_under_way_is_noticed_and_leaves_nothing(tmp_path, monkeypatch, name, end):
+    file = tmp_path / name
     file.write_text("\n".join(json.dumps({"text": document(i)}) for i in range(40)))
     original = gpt2.train_tokenizer
 
     def append_and_train(*arguments):
-        with open(file, "a") as more:
-            more.write("\n" + json.dumps({"text": "more"}))
+        with open(file, "ab") as more:
+            more.write(end)
         return original(*arguments)
 
     monkeypatch.setattr(gpt2, "train_tokenizer", append_and_train)
@@ -548,8 +561,12 @@ def test_the_suffix_of_each_file_tells_how_to_read_it_in_a_folder_too(tmp_path, 
         file.write(document(14).encode())
     pyarrow.parquet.write_table(table(range(15, 17)), tmp_path / "h.parquet")
     (folder / "h.parquet.gz").write_bytes(gzip.compress((tmp_path / "h.parquet").read_bytes()))
+    (folder / "i.JSONL").write_bytes(lines(range(17, 19)))
+    (folder / "j.json").write_bytes(lines(range(19, 21)))
+    (folder / "k.json").write_text(json.dumps([{"text": document(i)} for i in range(21, 23)], indent=2))
+    (folder / "l.Json.GZ").write_bytes(gzip.compress(lines(range(23, 25))))
     data = gpt2.prepare_tokens(data_settings(tmp_path, folder, val_fraction=0.2))
-    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(17)])
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(25)])
 
 
 @pytest.mark.parametrize("name, content", [("x.txt.gz", b"\x1f\x8bnonsense"), ("x.jsonl.zst", b"nonsense")])
@@ -674,6 +691,9 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     for _ in range(2):
         with pytest.raises(gpt2.UserError, match=r"the network is down.* the same command goes on"):
             gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
+        (unfinished,) = (tmp_path / "broken/cache").glob("*.incomplete")
+        with open(unfinished / "train.bin", "ab") as file:  # as a process leaves that is killed between two notes
+            file.write(b"junk")
     data = gpt2.prepare_tokens(data_settings(tmp_path / "broken", **how))
     assert "going on behind" in capsys.readouterr().out
     assert broken[2].read[0] == 16 and broken[3].read[0] == 32  # the shards before were not read again

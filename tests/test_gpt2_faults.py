@@ -461,7 +461,7 @@ def test_a_signal_ends_all_ranks_after_the_same_step(text, tmp_path, number, to)
     process = start_two_ranks(text, tmp_path, seconds=2)
     os.kill(process.pid if to == "torchrun" else int((tmp_path / "pid").read_text()), number)
     out, error = process.communicate(timeout=60)
-    told = out.strip().splitlines()[-1].partition("Go on: torchrun --nproc_per_node=2 driver.py ")[2]
+    told = out.strip().splitlines()[-1].partition("Go on: torchrun --nproc-per-node=2 driver.py ")[2]
     assert told == "--resume --output-dir run", (out, error)
     last = max(int(folder.name.removeprefix("step-")) for folder in (tmp_path / "run/checkpoints").glob("step-*"))
     assert 6 <= last < 14  # it comes in step 6 or soon after, and takes up to two steps to be agreed on

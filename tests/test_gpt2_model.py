@@ -290,6 +290,19 @@ def test_padding_rows_are_never_drawn():
     assert {token for step in steps for token in step} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("parts", [(5, 4), (1, 8), (3, 1, 5), (2, 2, 2, 3)])
+def test_several_tokens_at_once_into_a_filled_cache(reference, parts):
+    """Each sees what came before it, and nothing that comes after."""
+    theirs, folder = reference
+    ours, tokens = gpt2.load_pretrained(folder).eval(), tokens_like(theirs, rows=2, length=sum(parts))
+    cache, start = gpt2.KVCache(ours.config, 2, 12, torch.device("cpu")), 0
+    for length in parts:
+        logits = ours(tokens[:, start : start + length], cache=cache)
+        start += length
+        expected = theirs(tokens[:, :start]).logits[:, -1:]
+        torch.testing.assert_close(logits[..., : TINY["vocab_size"]], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing_but_what_is_kept(reference):
     """Same loss and gradients, dropout included; far fewer tensors are kept for the backward pass."""
     theirs, folder = reference

@@ -112,14 +112,11 @@ gpt2.make_trainer = make_trainer
 
 
 def test_no_process_waits_for_the_first_when_that_fails(text, tmp_path):  # noqa: F811
-    """Tokenising breaks in the first process, which lives on: the other one ends by itself, with the error."""
+    """Tokenising breaks in the first process: the other one ends by itself, with the error."""
     code = """
-import time
 def write_tokens(*arguments):
     raise gpt2.UserError("the stream broke off")
 gpt2.write_tokens = write_tokens
-original = gpt2.make_tokens
-code = None
 if rank == 1:
     try:
         gpt2.train(gpt2.resolve_settings(gpt2.parse_arguments()))

@@ -20,7 +20,8 @@ SCRIPTS = ("flan-t5_samsum.py", "gpt2_from_scratch.py", "resource/make_flan-t5-t
            "tests/benchmark_flan_t5.py", "tests/benchmark_recipes.py")  # fmt: skip
 # Flags of other programs that the documents name.
 FOREIGN = {"--torch-backend", "--nproc-per-node", "--nproc_per_node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend",
-           "--use_fsdp", "--fsdp_version", "--num_processes", "--logdir", "--model_args"}  # fmt: skip
+           "--use_fsdp", "--fsdp_version", "--num_processes", "--logdir", "--model_args", "--tasks", "--include_path",
+           "--device"}  # fmt: skip
 
 
 def commands(path: Path) -> list[str]:

@@ -120,7 +120,7 @@ def test_losses_of_fifty_steps_are_those_of_the_usual_step(flan, gpu, command, t
     assert found < 2 * rounding + 0.01
 
 
-@pytest.mark.parametrize("flags", [(), ("--int4",)], ids=["bf16", "int4"])
+@pytest.mark.parametrize("flags", [(), ("--int4",), ("--no-fast",), ("--full",), ("--no-fast", "--int8")], ids=" ".join)
 def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_folder, tmp_path, flags):
     """With dropout and two micro-batches a step; the resumed run records its graphs at other steps."""
     words = ("--model", model_folder, "--dataset", data, "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,

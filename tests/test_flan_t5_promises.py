@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import RECIPE, start, torchrun, wait, write_jsonl
+from conftest import RECIPE, SCRIPT, start, torchrun, wait, write_jsonl
 from safetensors.torch import load_file
 from test_flan_t5_resume import assert_same_end, metrics
 
@@ -313,16 +313,17 @@ def test_the_interval_is_one_of_95_percent(flan):
 
 @pytest.mark.slow
 def test_two_machines_are_two_processes(data, model_folder, tmp_path):
-    """Two agents of torchrun that meet on loopback; both folders are one, as on a shared file system."""
+    """Two agents with the README's flags that meet on loopback; both folders are one, as on a shared file system."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
-    agents = [start(*words, cwd=tmp_path, launcher=torchrun(
-        "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d",
-        "--rdzv-id=chats")) for _ in range(2)]  # fmt: skip
+    readme = " ".join(SCRIPT.with_name("README.md").read_text("utf-8").split())
+    (flags,) = re.findall("`torchrun (--nnodes 2 --nproc-per-node 8 .*?HOST:29500) SCRIPT ...`", readme)
+    flags = flags.replace("node 8", "node 1").replace("HOST:29500", f"127.0.0.1:{port}").split()
+    agents = [start(*words, cwd=tmp_path, launcher=torchrun(*flags)) for _ in range(2)]
     done = [wait(agent, 240) for agent in agents]
     assert [end.code for end in done] == [0, 0], done
     assert metrics(tmp_path / "run")["processes"] == 2

@@ -1091,7 +1091,7 @@ def writing_to(folder: Path, kinds: tuple = (OSError, RuntimeError, SafetensorEr
     """Makes a UserError of a failure to write. torch.save and safetensors report a full disk in errors of their own."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BrokenPipeError):  # the latter: no disk, but who reads what is printed
         raise
     except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -1574,7 +1574,8 @@ class StopSignal:
         if not self.number:
             self.number, self.received = number, time.monotonic()
             if is_main_process():
-                os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
+                with contextlib.suppress(OSError):  # the same Ctrl-C has ended `tee`
+                    os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
         elif time.monotonic() - self.received > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1935,8 +1936,9 @@ class Run(TrainerCallback):
             self.bar.set_description_str(f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s")
             if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
                 self.last_line = time.monotonic()
-                say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
-                    f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.1f} rows/s")
+                self.show(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  "
+                          f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
+                          f"{logs['samples_per_second']:.1f} rows/s")
 
     def mfu(self, rows_per_second: float) -> float | None:
         """Model FLOPs utilisation, of what the card's maker promises; None for a card that is not in the table."""
@@ -1957,10 +1959,13 @@ class Run(TrainerCallback):
                             f"lower --lr; the last good checkpoint is {last[-1] if last else 'none'}")
 
     def show(self, text: str) -> None:
-        """Prints beside the progress bar."""
+        """Prints beside the progress bar. If nobody reads it any more, that counts as a signal."""
         if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                self.stop.number = self.stop.number or signal.SIGTERM
 
     def on_scored(self, state: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
         """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
@@ -2049,9 +2054,9 @@ class Run(TrainerCallback):
         remove_incomplete(self.folder)  # room, if the disk is full
         metrics = self.write(log, status)
         epochs, results = metrics["epochs"], metrics["results"]
-        if epochs:
-            self.report_scores(metrics)
-        self.board.close()
+        with self.board:  # closed even if nobody reads what is printed
+            if epochs:
+                self.report_scores(metrics)
         if results["skipped_steps"]:
             say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
         if epochs and status != "failed":

@@ -841,6 +841,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.recent.clear()
         good = [(loss, norm) for _, loss, norm in steps if math.isfinite(loss + norm)]
         seconds = time.perf_counter() - self.since
+        (self.run.is_slow,) = agree(self.args.device, seconds > len(steps))
         logs |= {
             "seconds": round(seconds, 3), "skipped_steps": len(steps) - len(good),
             "samples_per_second": round(len(steps) * self.settings.batch_size / seconds, 2),
@@ -1875,6 +1876,7 @@ class Run(TrainerCallback):
     def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]):
         self.settings, self.folder, self.description = settings, folder, description
         self.stop, self.is_stopping = StopSignal(), False
+        self.is_slow = True  # whether a step takes over a second, in all processes alike; unknown before the first log
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
         self.header_shown = False
@@ -1904,10 +1906,11 @@ class Run(TrainerCallback):
             self.bar = new_bar(state.max_steps, "", "step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stops and saves. Processes do so together; they compare notes only when the loss is logged, which waits."""
+        """Stops and saves. Processes do so together; while steps are short, they compare notes only when the loss is
+        logged, which waits for the GPU anyway."""
         if self.bar is not None:
             self.bar.update()
-        if args.world_size == 1 or state.global_step % args.logging_steps == 0:
+        if args.world_size == 1 or self.is_slow or state.global_step % args.logging_steps == 0:
             is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
             is_due, self.is_stopping = agree(args.device, is_due, self.stop.number)
             if self.is_stopping:
@@ -2147,9 +2150,14 @@ def out_of_memory_advice(settings: Settings) -> str:
         "--num-beams 1": settings.num_beams > 1,
         f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not is_export,
         "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
-        "a smaller --model": is_training,
+        f"a {'new run of a ' * settings.resume}smaller --model": is_training,
     }
-    return f"out of GPU memory: try {', '.join(flag for flag, helps in flags.items() if helps)}"
+    advice = [flag for flag, helps in flags.items() if helps]
+    if settings.resume:
+        advice = [flag for flag in advice if flag[2:].split()[0].replace("-", "_") in (*FREE_ON_RESUME, "new")]
+    elif settings.mode == "train" and settings.output_dir and settings.output_dir.is_dir():  # this run has filled it
+        advice[-1] += "; and another --output-dir"
+    return f"out of GPU memory: try {', '.join(advice)}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------

@@ -204,17 +204,25 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(flan, run_it, mo
 @pytest.mark.parametrize("processes, flags", [
     (1, ["--batch-size", "9"]), (1, []), (3, ["--batch-size", "9"]), (2, ["--batch-size", "12"]),
     (1, ["--batch-size", "7"]), (1, ["--micro-batch-size", "1"]), (1, ["--int8", "--num-beams", "4"]),
+    (1, ["--output-dir", "run"]), (2, ["--resume", "--output-dir", "run"]),
+    (1, ["--resume", "--output-dir", "run", "--micro-batch-size", "1", "--gradient-checkpointing"]),
 ])  # fmt: skip
-def test_advice_for_memory_is_accepted(flan, monkeypatch, processes, flags):
+def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, flags):
+    """By the run itself, too, which has filled its folder."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if "run" in flags:
+        flan.write_json(tmp_path / "run/metrics.json", {"configuration": flan.parse_settings([]).configuration})
     settings = flan.parse_settings(flags)
-    advice = flan.out_of_memory_advice(settings).split("try ")[1].split(", ")
-    assert len(advice) > 2
-    for words in advice:
+    advice, _, folder = flan.out_of_memory_advice(settings).split("try ")[1].partition("; and another ")
+    assert advice.count(",") > 1 or settings.resume
+    assert ("smaller --model" in advice) and ("a new run" in advice) == settings.resume
+    for words in advice.split(", "):
         if words.startswith("--"):
             kept = [flag for flag in flags if flag != "--int8" or words != "--int4"]  # which takes its place
-            less = flan.parse_settings([*kept, *words.split()])
+            less = flan.parse_settings([*kept, *words.split(), *([folder, "another"] if folder else [])])
             assert less.micro_batch_size <= settings.micro_batch_size
+            assert less.resume or flan.new_run_folder(less, "name")
 
 
 def test_the_command_that_trains_with_a_rate_is_the_users_own(flan, monkeypatch):
@@ -358,5 +366,43 @@ def slow(summarizer, sources):
         time.sleep(5)
     return generate(summarizer, sources)
 flan.Summarizer.generate = slow
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+
+
+def test_two_processes_told_to_stop_finish_the_step_if_steps_are_long(data, model_folder, tmp_path):
+    """60 steps, of which every third is logged: short until that of step 3, long from then on. Rank 1 is told in step 8.
+
+    Short steps do not compare notes: the GPU would have to be waited for.
+    """
+    (tmp_path / "long.py").write_text(LONG)
+    words = ("--model", model_folder, "--dataset", data, "--epochs", 5, "--batch-size", 2, "--micro-batch-size", 1,
+             "--max-new-tokens", 2, "--output-dir", "run")  # fmt: skip
+    done = wait(start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "long.py"]))
+    assert metrics(tmp_path / "run")["status"] == "interrupted", done
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000008"]
+    assert (tmp_path / "compared").read_text().split() == ["1", "2", "3", "6", "7", "8"]  # 1 and 2 are not yet known
+
+
+LONG = """
+import importlib.util, os, signal, sys, types
+script = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+clock, step_end, agree = [0], flan.Run.on_step_end, flan.agree
+def told(run, args, state, *rest, **more):
+    def noted(*flags):
+        if os.environ["RANK"] == "0":
+            print(state.global_step, file=open("compared", "a"))
+        return agree(*flags)
+    clock[0] += 0.1 if state.global_step < 4 else 5
+    if state.global_step == 8 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    flan.agree = noted
+    step_end(run, args, state, *rest, **more)
+    flan.agree = agree
+flan.Run.on_step_end = told
+flan.time = types.SimpleNamespace(**vars(flan.time) | {"perf_counter": lambda: clock[0]})
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """

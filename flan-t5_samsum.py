@@ -418,7 +418,7 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     Line breaks become "\\n" (most of SAMSum's test rows have "\\r\\n", its train rows do not). Rows without a dialogue
     or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
     """
-    splits = read_splits(settings.dataset, settings.cache_dir)
+    splits, files = read_splits(settings.dataset, settings.cache_dir)
     if not splits["train"]:
         raise UserError(f"the train split of {settings.dataset} is empty")
     source = find_column(list(splits["train"][0]), "source", settings.source_column)
@@ -427,7 +427,7 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     for split in SPLITS:
         rows, dropped = [], 0
         for i, row in enumerate(splits[split], 1):
-            dialogue, summary = (text_of(row, column, f"row {i} of {split}") for column in (source, target))
+            dialogue, summary = (text_of(row, column, f"row {i} of {split}", files) for column in (source, target))
             if not dialogue or not summary:
                 dropped += 1
                 continue
@@ -455,10 +455,12 @@ def find_column(present: list[str], kind: str, chosen: str | None) -> str:
     return known[0]
 
 
-def text_of(row: Row, column: str, place: str) -> str:
+def text_of(row: Row, column: str, place: str, files: list[Path]) -> str:
     if column not in row:
         raise UserError(f"{place} has no column {column}")
     if row[column] is not None and not isinstance(row[column], str):
+        for path in files:
+            explain(path, column)
         raise UserError(f"{place}: {column} is {type(row[column]).__name__}, not text")
     return normalize_newlines(row[column] or "")
 
@@ -1330,8 +1332,8 @@ def find_on_disk(kind: str, name: str, cache_dir: Path | None, weights: bool = T
     return fetch(str(path), kind, cache_dir, weights)
 
 
-def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
-    """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
+def read_splits(name: str, cache_dir: Path | None = None) -> tuple[dict[str, list[Row]], list[Path]]:
+    """{"train", "validation", "test": rows as they stand in the files} of --dataset, and these files."""
     path = find_on_disk("dataset", name, cache_dir)
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -1341,13 +1343,13 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]
         if not tenth:
             raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
-        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
+        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}, [path]
     files = find_files(path)
     missing = [split for split in SPLITS if split not in files]
     if missing:
         raise UserError(f"{name} lacks {' and '.join(missing)}: expected train, validation and test (.jsonl, ...) "
                         f"in {path}, found {', '.join(files) or 'none'} (one file alone is split for you)")
-    return {split: read_files(files[split], cache_dir) for split in SPLITS}
+    return {split: read_files(files[split], cache_dir) for split in SPLITS}, list(itertools.chain(*files.values()))
 
 
 def find_files(folder: Path) -> dict[str, list[Path]]:
@@ -1399,14 +1401,19 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
 def csv_header(path: Path) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
+    refuse_twice(names, path)
     return names
 
 
-def explain(path: Path) -> None:
-    """UserError with the place of what is wrong in a .jsonl, .json or .csv file; returns if nothing is found."""
+def refuse_twice(names: list[str], place: Any) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"{place}: two columns are called {min(twice)}: rename one")
+
+
+def explain(path: Path, column: str | None = None) -> None:
+    """UserError with the place of what is wrong in a .jsonl, .json or .csv file, or what is no text in `column`;
+    returns if nothing is found."""
     if path.suffix == ".parquet":
         return
     text = decode(path)
@@ -1433,6 +1440,8 @@ def explain(path: Path) -> None:
             found = "an object" if isinstance(row, dict) else type(row).__name__
             raise UserError(f'{path}:{place}: expected rows such as {{"dialogue": ..., "summary": ...}} ({form}), '
                             f"found {found}")
+        if column and not isinstance(row.get(column), str | None):
+            raise UserError(f"{path}:{place}: {column} is {type(row[column]).__name__}, not text")
 
 
 def decode(path: Path, content: bytes | None = None) -> str:
@@ -1452,8 +1461,12 @@ def read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
 
 
 def parse_json(path: Path, line_number: int, text: str) -> Any:
+    def to_row(pairs: list[tuple[str, Any]]) -> Row:
+        refuse_twice([name for name, _ in pairs], f"{path}:{line_number}")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=to_row if path.suffix == ".jsonl" else None)
     except ValueError as error:
         line_number += getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
@@ -2102,12 +2115,10 @@ def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
 
 
 def epoch_number(epoch: float | None) -> float | int:
-    """As it is shown and as files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333. Never that of another
-    evaluation: a run that ends shortly after its beginning has more digits."""
-    epoch = epoch or 0
-    if abs(epoch - round(epoch)) < 1e-9:
-        return round(epoch)
-    return next((n for n in (round(epoch, digits) for digits in (3, 6)) if n != round(epoch)), round(epoch, 9))
+    """As files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333333. Never that of another evaluation, in
+    epochs of up to a million steps."""
+    epoch = round(epoch or 0, 6)
+    return int(epoch) if epoch == int(epoch) else epoch
 
 
 def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
@@ -2260,7 +2271,7 @@ def plot_rouge(epochs: list[dict[str, Any]], path: Path, title: str) -> None:
                 scores = [e[split][kind] for e in epochs]
                 axes.plot(x, scores, style, marker=".", color=f"C{i}", label=f"{label}, {split}")
         axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
-        axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best}")
+        axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best:g}")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 

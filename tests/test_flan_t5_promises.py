@@ -248,13 +248,14 @@ def test_a_text_file_is_text_whatever_it_begins_with(flan, tmp_path):
 
 
 def test_names_of_evaluations_never_collide(flan):
+    """Also of a run whose --max-steps is raised step by step."""
+    name = lambda epoch: flan.predictions_file(flan.Path("run"), "test", flan.epoch_number(epoch)).name
     for steps in (1, 3, 4, 7, 1842, 35889):
-        for taken in range(1, min(steps, 40) + 1):
-            for whole in (0, 1, 9):
-                number = flan.epoch_number(whole + taken / steps)
-                assert number == pytest.approx(whole + taken / steps, abs=5e-4)
-                assert f"{number:.9g}" not in {f"{flan.epoch_number(n):.9g}" for n in range(12)} or taken == steps
-    assert flan.epoch_number(4 / 3) == 1.333 and flan.epoch_number(2.0) == 2 and flan.epoch_number(None) == 0
+        for whole in (0, 1, 9):
+            steps_taken = [*range(min(steps, 40) + 1), *range(steps - min(steps, 40), steps + 1), steps // 3]
+            epochs = {whole + taken / steps for taken in steps_taken}
+            assert len({name(epoch) for epoch in epochs}) == len(epochs)
+    assert name(None) == "test-epoch-0.jsonl" and name(2.0) == name(2 - 1e-12) == "test-epoch-2.jsonl"
 
 
 def test_holm_on_paper(flan):
@@ -371,7 +372,7 @@ sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_s
 
 
 def test_two_processes_told_to_stop_finish_the_step_if_steps_are_long(data, model_folder, tmp_path):
-    """60 steps, of which every third is logged: short until that of step 3, long from then on. Rank 1 is told in step 8.
+    """60 steps, of which every third is logged: short up to step 3, long from then on. Rank 1 is told in step 8.
 
     Short steps do not compare notes: the GPU would have to be waited for.
     """

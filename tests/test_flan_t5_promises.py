@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,8 +140,30 @@ def test_nothing_older_than_the_last_checkpoint_is_lost(
     assert_same_end(run, trained.folder, 18)
 
 
-def test_a_checkpoint_comes_every_ten_minutes(flan):
-    assert flan.SAVE_SECONDS == 600
+def test_a_checkpoint_comes_every_ten_minutes(flan, run_it, monkeypatch):
+    """Of a clock by which each step takes 250 s: no sooner, and not because of an older one that was late."""
+    clock, saved, step_end, save = [0], [], flan.Run.on_step_end, flan.save_checkpoint
+
+    def tick(*args, **more):
+        clock[0] += 250
+        return step_end(*args, **more)
+
+    monkeypatch.setattr(flan.Run, "on_step_end", tick)
+    monkeypatch.setattr(flan, "save_checkpoint", lambda *args: saved.append(args[-1].global_step) or save(*args))
+    monkeypatch.setattr(flan, "time", SimpleNamespace(**vars(flan.time) | {"monotonic": lambda: clock[0]}))
+    run_it("--epochs", "1", "--batch-size", "2", "--max-new-tokens", "2")
+    assert saved == [3, 6, 9, 12]
+
+
+def test_what_a_run_leaves_is_whole_or_absent(flan, run_it, monkeypatch):
+    """All but TensorBoard's log, which grows, is written aside and gets its name when it is there."""
+    renamed = set()
+    for name in ("replace", "rename"):
+        move = getattr(flan.Path, name)
+        monkeypatch.setattr(flan.Path, name, lambda path, to, move=move: renamed.add(to.resolve()) or move(path, to))
+    run, _ = run_it("--epochs", "1", "--limit", "4", "--max-new-tokens", "2")
+    files = [path for path in run.rglob("*") if path.is_file() and not {path, *path.parents} & renamed]
+    assert {path.name.split(".")[0] for path in files} == {"events", "lock"} and {run / "rouge.png", run / "predictions/test-epoch-1.jsonl"} <= renamed
 
 
 def test_a_run_in_use_is_locked_and_the_lock_of_a_dead_process_is_none(flan, command, trained, tmp_path):
@@ -264,6 +287,20 @@ def test_holm_on_paper(flan):
     assert flan.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and flan.holm([0.7, 0.6]) == [1, 1]
 
 
+def test_compare_corrects_p_for_the_number_of_pairs(flan, command, trained, tmp_path):
+    """Three runs: one better on every row, one on most of them."""
+    best = metrics(trained.folder)["results"]["best_epoch"]
+    for name, gains in {"B": [1, 1, 1, 1, 1], "C": [3, -1, 2, 0, 1]}.items():
+        file = shutil.copytree(trained.folder, tmp_path / name) / f"predictions/test-epoch-{best}.jsonl"
+        rows = [json.loads(line) for line in file.open("rb")]
+        write_jsonl(file, [row | {"rouge1": row["rouge1"] + gain} for row, gain in zip(rows, gains, strict=True)])
+    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", cwd=tmp_path)
+    rows = [line.split("|")[5:7] for line in done.out.splitlines() if re.search(r"\| \[[+-]", line)]
+    p, corrected = zip(*([float(cell) for cell in row] for row in rows), strict=True)
+    assert len({*p}) == 3 and corrected == pytest.approx(flan.holm(p), abs=3e-4), done
+    assert corrected[0] == pytest.approx(3 * p[0], abs=3e-4)
+
+
 def test_compare_says_which_runs_are_not_finished(command, trained, tmp_path):
     other = shutil.copytree(trained.folder, tmp_path / "other")
     content = json.loads((other / "metrics.json").read_text()) | {"status": "interrupted"}
@@ -342,7 +379,7 @@ def test_two_machines_are_two_processes(data, model_folder, tmp_path):
 
 def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_path):
     """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(HEAD + SLOW + MAIN)
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
     process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
     while process.poll() is None and not (tmp_path / "scoring").exists():
@@ -353,12 +390,18 @@ def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_p
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
 
 
-SLOW = """
-import importlib.util, pathlib, sys, time
+# A script as a module, with something between the two.
+HEAD = """
+import importlib.util, os, pathlib, signal, sys, time, types
 script = sys.argv.pop(1)
 spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
 flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flan)
+"""
+MAIN = """
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+SLOW = """
 generate = flan.Summarizer.generate
 def slow(summarizer, sources):
     if pathlib.Path("run/checkpoints/step-00000006").exists():
@@ -367,30 +410,45 @@ def slow(summarizer, sources):
         time.sleep(5)
     return generate(summarizer, sources)
 flan.Summarizer.generate = slow
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 
 
-def test_two_processes_told_to_stop_finish_the_step_if_steps_are_long(data, model_folder, tmp_path):
-    """60 steps, of which every third is logged: short up to step 3, long from then on. Rank 1 is told in step 8.
+@pytest.fixture(scope="module")
+def two_processes(data, model_folder, tmp_path_factory):
+    """A range test of six rates and then a training in the same two processes, which cost time to start; its folder.
 
-    Short steps do not compare notes: the GPU would have to be waited for.
+    60 steps, of which every third is logged: short up to step 3, long from then on. Rank 1 is told to stop in step 8.
     """
-    (tmp_path / "long.py").write_text(LONG)
+    home = tmp_path_factory.mktemp("two")
+    (home / "long.py").write_text(HEAD + LONG + MAIN)
     words = ("--model", model_folder, "--dataset", data, "--epochs", 5, "--batch-size", 2, "--micro-batch-size", 1,
-             "--max-new-tokens", 2, "--output-dir", "run")  # fmt: skip
-    done = wait(start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "long.py"]))
-    assert metrics(tmp_path / "run")["status"] == "interrupted", done
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000008"]
-    assert (tmp_path / "compared").read_text().split() == ["1", "2", "3", "6", "7", "8"]  # 1 and 2 are not yet known
+             "--max-new-tokens", 2, "--lr", "1e-2")  # fmt: skip
+    return home, wait(start(*words, cwd=home, launcher=[*torchrun(), home / "long.py"]))
+
+
+def test_a_range_test_by_two_processes(two_processes):
+    """It makes one folder, suggests a rate and a training by as many processes, and all of them go on."""
+    home, done = two_processes
+    assert sorted(path.name for path in (home / "runs").iterdir()) == ["flan-t5-small-chats-lr-find", NAME], done
+    found = json.loads((home / "runs/flan-t5-small-chats-lr-find/lr_find.json").read_text())
+    assert len(found["losses"]) == 6 and all(map(math.isfinite, found["losses"]))
+    (line,) = [line for line in done.out.splitlines() if line.startswith("train:")]
+    assert line.split()[1:4] == ["torchrun", "--nproc-per-node=2", "flan-t5_samsum.py"]
+    assert float(line.split()[-1]) == pytest.approx(found["suggestion"])
+
+
+def test_two_processes_told_to_stop_finish_the_step_if_steps_are_long(two_processes):
+    """Short steps do not compare notes: the GPU would have to be waited for."""
+    home, done = two_processes
+    assert metrics(home / "runs" / NAME)["status"] == "interrupted", done
+    assert [path.name for path in (home / "runs" / NAME / "checkpoints").iterdir()] == ["step-00000008"]
+    assert (home / "compared").read_text().split() == ["1", "2", "3", "6", "7", "8"]  # 1 and 2 are not yet known
 
 
 LONG = """
-import importlib.util, os, signal, sys, types
-script = sys.argv.pop(1)
-spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
-flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(flan)
+flan.RANGE_TEST = flan.RANGE_TEST[60:66]
+flan.PartialState(cpu=True)
+flan.lr_find(flan.parse_settings([*sys.argv[1:], "--lr-find"]))
 clock, step_end, agree = [0], flan.Run.on_step_end, flan.agree
 def told(run, args, state, *rest, **more):
     def noted(*flags):
@@ -405,5 +463,4 @@ def told(run, args, state, *rest, **more):
     flan.agree = agree
 flan.Run.on_step_end = told
 flan.time = types.SimpleNamespace(**vars(flan.time) | {"perf_counter": lambda: clock[0]})
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """

@@ -14,17 +14,19 @@
     python flan-t5_samsum.py --model xl --lr-find         # before guessing: a learning-rate range test
     python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and by how much?
 
-How to read it: sections 2 to 6 are the method, in the order in which a row goes from a file to a score, and all that
-one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 15 make it safe and
-comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which takes the
-same step and generates the same way on a GPU many times faster, but for rounding and for the masks of dropout.
+How to read it: sections 2 to 6 (data; model; loss, order of the rows, learning rate; training; scores) are the method,
+in the order in which a row goes from a file to a score, and all that one needs to know how Flan-T5 is fine-tuned here.
+Section 1 is the command line. Sections 7 to 15 make it safe and comfortable (checkpoints, reports, errors, plans,
+comparisons) and can be skipped, as can section 14, which takes the same step and generates the same way on a GPU many
+times faster, but for rounding and for the masks of dropout.
 
 Where to look: a long dialogue is cut in `encode`; section 4 begins with the optimiser's settings, has the normalisation
 of the loss in `token_mean_loss` and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in
 `SummarizationTrainer.training_step`; a step that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a
-checkpoint and chooses the best epoch; ROUGE's interval is `bootstrap_interval`; `train` (section 10) puts all together;
-`Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does, `save_checkpoint` (7) what is in
-it; `begin_fast` (14) compares the fast step with the usual one.
+checkpoint and the adapter, if it is the best (`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`;
+`train` (10) puts all together; `Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does,
+`save_checkpoint` (7) what is in it; `begin_fast` (14) compares the fast step with the usual one. Where memory does not
+suffice, `Summarizer` (6) halves its batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 """
 
 import argparse
@@ -410,6 +412,7 @@ COLUMNS = {  # known names of the two columns, in lower case; anything else must
     "target": ("summary", "highlights", "abstract"),
 }
 SPLITS = ("train", "validation", "test")
+# From below: `read_splits`, `cache_folder` and `fingerprint` (section 8); `say`, which prints (9).
 
 
 def load_data(settings: Settings) -> datasets.DatasetDict:
@@ -511,6 +514,8 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
 # T5's own dropout (0.1) is on in training, as is LoRA's.
+#
+# From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8).
 
 
 def get_device() -> tuple[torch.device, torch.dtype]:
@@ -663,7 +668,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     first batch once more.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1
+                 ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.micro_batch_size, self.processes = micro_batch_size, processes
 
@@ -715,6 +721,8 @@ class Collator(DataCollatorForSeq2Seq):
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
+# From below: `score` (section 6), `save_checkpoint` and `save_result` (7), `agree` (9), `Run` (10), the fast step (14).
+
 
 def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
                        **changes: Any) -> Seq2SeqTrainingArguments:
@@ -750,7 +758,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
     def __init__(self, run: "Run", model: torch.nn.Module, tokenizer: Any, data: datasets.DatasetDict, steps: int,
                  device: torch.device, precision: torch.dtype, schedule: Callable[[int], float] | None = None,
-                 **changes: Any):
+                 **changes: Any) -> None:
         self.run, self.settings, self.data = run, run.settings, data
         self.schedule = schedule or functools.partial(learning_rate_factor, steps=steps)
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
@@ -871,9 +879,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
         Called by the Trainer before the first step (where a resumed run may have been scored) and after each epoch.
         """
-        step, scored = self.state.global_step, [entry for entry in self.state.log_history if "validation" in entry]
+        step, scored = self.state.global_step, [e["step"] for e in self.state.log_history if "validation" in e]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
-        if self.run.is_stopping or is_mid_epoch or any(entry["step"] == step for entry in scored):
+        if self.run.is_stopping or is_mid_epoch or step in scored:
             return {}
         if step:
             self._save_checkpoint()
@@ -885,7 +893,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.model.train()
         entry["seconds"] = round(time.perf_counter() - start, 2)
         self.log(entry)
-        if all(entry["validation"]["rouge1"] > other["validation"]["rouge1"] for other in scored):
+        if self.run.epochs(self.state.log_history)[-1]["best"]:
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
         self.run.on_scored(self.state, examples)
         self.restart_clock()
@@ -914,6 +922,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 # ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
 
 ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+# From below: `agree` asks all processes (section 9), `FastT5.generate` (14).
 
 
 class Summarizer:
@@ -925,7 +934,7 @@ class Summarizer:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
-                 precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None):
+                 precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None) -> None:
         self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
         self.fast, self.stop = fast, stop
         # Without max_new_tokens a summary would end after 20 tokens.
@@ -1401,14 +1410,14 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
 def csv_header(path: Path) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
-    refuse_twice(names, path)
+    refuse_twice(names, f"{path}: two columns")
     return names
 
 
-def refuse_twice(names: list[str], place: Any) -> None:
+def refuse_twice(names: list[str], what: str) -> None:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise UserError(f"{place}: two columns are called {min(twice)}: rename one")
+        raise UserError(f"{what} are called {min(twice)}: rename one")
 
 
 def explain(path: Path, column: str | None = None) -> None:
@@ -1462,7 +1471,7 @@ def read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
 
 def parse_json(path: Path, line_number: int, text: str) -> Any:
     def to_row(pairs: list[tuple[str, Any]]) -> Row:
-        refuse_twice([name for name, _ in pairs], f"{path}:{line_number}")
+        refuse_twice([name for name, _ in pairs], f"{path}:{line_number}: two columns")
         return dict(pairs)
 
     try:
@@ -1886,7 +1895,7 @@ class Run(TrainerCallback):
     """The one owner of a run's folder, state and report: metrics.json, metrics.jsonl, TensorBoard, plots, predictions,
     the progress bar and the table. Everything is made from the Trainer's log, which the checkpoints carry."""
 
-    def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]):
+    def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]) -> None:
         self.settings, self.folder, self.description = settings, folder, description
         self.stop, self.is_stopping = StopSignal(), False
         self.is_slow = True  # whether a step takes over a second, in all processes alike; unknown before the first log
@@ -1949,12 +1958,12 @@ class Run(TrainerCallback):
             if value is not None:
                 self.board.add_scalar(tag, value, state.global_step)
         if "loss" in logs:
-            self.bar.set_description_str(f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s")
+            now = f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s"
+            self.bar.set_description_str(now)
             if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
                 self.last_line = time.monotonic()
                 self.show(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  "
-                          f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
-                          f"{logs['samples_per_second']:.1f} rows/s")
+                          f"lr {logs['learning_rate']:.2e}  {now}")
 
     def mfu(self, rows_per_second: float) -> float | None:
         """Model FLOPs utilisation, of what the card's maker promises; None for a card that is not in the table."""
@@ -2540,13 +2549,13 @@ def plan(settings: Settings) -> int:
         trained = model.get_nb_trainable_parameters()[0]
     say(f"{base_name(settings)}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say_list("weights:", [f"{PRECISION_NAMES[name]} {size / GIB:.2f} GiB" for name, size in weights.items()])
-    sources, targets, steps = plan_data(settings)
+    sources, targets, micro_steps = plan_data(settings)
     if settings.full or set(settings.lora_targets) != {"q", "k", "v", "o"}:
         say("peak memory is predicted for LoRA on q k v o only")
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        obstacle = fast_obstacle(model, settings, steps)
+        obstacle = fast_obstacle(model, settings, micro_steps)
         if torch.cuda.is_available():  # else it is planned for another machine
             obstacle = obstacle or machine_obstacle(*get_device())
         is_fast = obstacle is None
@@ -2663,7 +2672,7 @@ RANGE_TEST = np.geomspace(1e-6, 1, 100)  # the learning rates of --lr-find, one 
 class RangeTest(TrainerCallback):
     """Takes the place of a Run: notes the loss of every step, and ends when it diverges."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
         self.losses: list[float] = []
         self.description: dict[str, Any] = {}  # SummarizationTrainer may note something in it
@@ -2737,15 +2746,15 @@ def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
 def plot(settings: Settings) -> int:
     """Draws the loss, and its smallest value, from the TensorBoard logs of any Trainer; several runs on one scale."""
     if settings.output_dir:
-        check_names(settings.plot)
+        refuse_twice([folder.resolve().name for folder in settings.plot], "two of the folders")
     runs = [(folder, *read_tensorboard(folder)) for folder in settings.plot]
     lows = [smallest_loss(curve, folder.resolve().name) for folder, curve, _ in runs]
-    whole = common_limits([curve for _, curve, _ in runs], xlim="step", ylim="loss")
+    wide = common_limits([curve for _, curve, _ in runs], xlim="step", ylim="loss")
     near = common_limits([around(curve, low) for (_, curve, _), low in zip(runs, lows, strict=True)], ylim="loss")
     for (folder, curve, totals), low in zip(runs, lows, strict=True):
         name = folder.resolve().name
         place = settings.output_dir / name if settings.output_dir else folder
-        plot_loss(curve, place / "training_loss.png", name, **whole)
+        plot_loss(curve, place / "training_loss.png", name, **wide)
         plot_smallest(curve, low, place / "smallest_training_loss.png", name, **near)
         point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
         say(f"{name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
@@ -2755,14 +2764,6 @@ def plot(settings: Settings) -> int:
             say(f"  {totals['train_samples_per_second']:.1f} samples/s, {totals['train_runtime'] / 3600:.1f} hours")
         say(f"  {place / 'training_loss.png'}", f"  {place / 'smallest_training_loss.png'}")
     return 0
-
-
-def check_names(folders: list[Path]) -> None:
-    """UserError if two folders have one name: their results could not be told apart."""
-    names = [folder.resolve().name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two of the folders are called {name}: rename one of them, or give it alone")
 
 
 def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -2793,7 +2794,7 @@ def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, floa
 
 def compare(settings: Settings) -> int:
     """Tables and a picture of runs, and for each two of them a paired bootstrap over the test rows."""
-    check_names(settings.compare)
+    refuse_twice([folder.resolve().name for folder in settings.compare], "two of the folders")
     runs = [read_run(folder) for folder in settings.compare]
     check_comparable(runs)
     for run, name in zip(runs, without_common_start([run["name"] for run in runs]), strict=True):
@@ -3427,7 +3428,7 @@ class FastT5:
     PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients.
     """
 
-    def __init__(self, model: PeftModel, settings: Settings):
+    def __init__(self, model: PeftModel, settings: Settings) -> None:
         self.model, base, config = model, model.base_model.model, model.config
         self.device, self.dtype, self.uses_graphs = model.device, model.dtype, model.device.type == "cuda"
         lora = base.encoder.block[0].layer[0].SelfAttention.q
@@ -3691,7 +3692,7 @@ class Generator:
     ended, the others go on in a graph of half the size: only the numbers that say where a row's keys are have to move.
     """
 
-    def __init__(self, fast: FastT5, rows: int, room: int, new_tokens: int):
+    def __init__(self, fast: FastT5, rows: int, room: int, new_tokens: int) -> None:
         self.fast, self.new_tokens, self.room = fast, new_tokens, room
         self.rows = 2 ** max(4, (rows - 1).bit_length())
         number = functools.partial(torch.zeros, device=fast.device, dtype=torch.int32)

@@ -163,7 +163,8 @@ def test_what_a_run_leaves_is_whole_or_absent(flan, run_it, monkeypatch):
         monkeypatch.setattr(flan.Path, name, lambda path, to, move=move: renamed.add(to.resolve()) or move(path, to))
     run, _ = run_it("--epochs", "1", "--limit", "4", "--max-new-tokens", "2")
     files = [path for path in run.rglob("*") if path.is_file() and not {path, *path.parents} & renamed]
-    assert {path.name.split(".")[0] for path in files} == {"events", "lock"} and {run / "rouge.png", run / "predictions/test-epoch-1.jsonl"} <= renamed
+    assert {path.name.split(".")[0] for path in files} == {"events", "lock"}
+    assert {run / "rouge.png", run / "predictions/test-epoch-1.jsonl"} <= renamed
 
 
 def test_a_run_in_use_is_locked_and_the_lock_of_a_dead_process_is_none(flan, command, trained, tmp_path):

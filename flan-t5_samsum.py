@@ -2175,7 +2175,7 @@ def out_of_memory_advice(settings: Settings) -> str:
     advice = [flag for flag, helps in flags.items() if helps]
     if settings.resume:
         advice = [flag for flag in advice if flag[2:].split()[0].replace("-", "_") in (*FREE_ON_RESUME, "new")]
-    elif settings.mode == "train" and settings.output_dir and settings.output_dir.is_dir():  # this run has filled it
+    elif settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):  # filled by this run
         advice[-1] += "; and another --output-dir"
     return f"out of GPU memory: try {', '.join(advice)}"
 

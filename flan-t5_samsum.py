@@ -14,17 +14,19 @@
     python flan-t5_samsum.py --model xl --lr-find         # before guessing: a learning-rate range test
     python flan-t5_samsum.py --compare runs/A runs/B      # afterwards: which run is better, and by how much?
 
-How to read it: sections 2 to 6 are the method, in the order in which a row goes from a file to a score, and all that
-one needs to know how Flan-T5 is fine-tuned here. Section 1 is the command line. Sections 7 to 15 make it safe and
-comfortable (checkpoints, reports, errors, plans, comparisons) and can be skipped, as can section 14, which takes the
-same step and generates the same way on a GPU many times faster, but for rounding and for the masks of dropout.
+How to read it: sections 2 to 6 (data; model; loss, order of the rows, learning rate; training; scores) are the method,
+in the order in which a row goes from a file to a score, and all that one needs to know how Flan-T5 is fine-tuned here.
+Section 1 is the command line. Sections 7 to 15 make it safe and comfortable (checkpoints, reports, errors, plans,
+comparisons) and can be skipped, as can section 14, which takes the same step and generates the same way on a GPU many
+times faster, but for rounding and for the masks of dropout.
 
 Where to look: a long dialogue is cut in `encode`; section 4 begins with the optimiser's settings, has the normalisation
 of the loss in `token_mean_loss` and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in
 `SummarizationTrainer.training_step`; a step that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a
-checkpoint and chooses the best epoch; ROUGE's interval is `bootstrap_interval`; `train` (section 10) puts all together;
-`Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does, `save_checkpoint` (7) what is in
-it; `begin_fast` (14) compares the fast step with the usual one.
+checkpoint and the adapter, if it is the best (`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`;
+`train` (10) puts all together; `Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does,
+`save_checkpoint` (7) what is in it; `begin_fast` (14) compares the fast step with the usual one. Where memory does not
+suffice, `Summarizer` (6) halves its batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 """
 
 import argparse
@@ -410,6 +412,7 @@ COLUMNS = {  # known names of the two columns, in lower case; anything else must
     "target": ("summary", "highlights", "abstract"),
 }
 SPLITS = ("train", "validation", "test")
+# From below: `read_splits`, `cache_folder` and `fingerprint` (section 8); `say`, which prints (9).
 
 
 def load_data(settings: Settings) -> datasets.DatasetDict:
@@ -418,7 +421,7 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     Line breaks become "\\n" (most of SAMSum's test rows have "\\r\\n", its train rows do not). Rows without a dialogue
     or a summary cannot be learnt from or scored: they are dropped, and the run says how many.
     """
-    splits = read_splits(settings.dataset, settings.cache_dir)
+    splits, files = read_splits(settings.dataset, settings.cache_dir)
     if not splits["train"]:
         raise UserError(f"the train split of {settings.dataset} is empty")
     source = find_column(list(splits["train"][0]), "source", settings.source_column)
@@ -427,7 +430,7 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     for split in SPLITS:
         rows, dropped = [], 0
         for i, row in enumerate(splits[split], 1):
-            dialogue, summary = (text_of(row, column, f"row {i} of {split}") for column in (source, target))
+            dialogue, summary = (text_of(row, column, f"row {i} of {split}", files) for column in (source, target))
             if not dialogue or not summary:
                 dropped += 1
                 continue
@@ -455,10 +458,12 @@ def find_column(present: list[str], kind: str, chosen: str | None) -> str:
     return known[0]
 
 
-def text_of(row: Row, column: str, place: str) -> str:
+def text_of(row: Row, column: str, place: str, files: list[Path]) -> str:
     if column not in row:
         raise UserError(f"{place} has no column {column}")
     if row[column] is not None and not isinstance(row[column], str):
+        for path in files:
+            explain(path, column)
         raise UserError(f"{place}: {column} is {type(row[column]).__name__}, not text")
     return normalize_newlines(row[column] or "")
 
@@ -509,6 +514,8 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
 # T5's own dropout (0.1) is on in training, as is LoRA's.
+#
+# From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8).
 
 
 def get_device() -> tuple[torch.device, torch.dtype]:
@@ -661,7 +668,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
     first batch once more.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, micro_batch_size: int = 1, processes: int = 1
+                 ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.micro_batch_size, self.processes = micro_batch_size, processes
 
@@ -713,6 +721,8 @@ class Collator(DataCollatorForSeq2Seq):
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
+# From below: `score` (section 6), `save_checkpoint` and `save_result` (7), `agree` (9), `Run` (10), the fast step (14).
+
 
 def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
                        **changes: Any) -> Seq2SeqTrainingArguments:
@@ -748,7 +758,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
     def __init__(self, run: "Run", model: torch.nn.Module, tokenizer: Any, data: datasets.DatasetDict, steps: int,
                  device: torch.device, precision: torch.dtype, schedule: Callable[[int], float] | None = None,
-                 **changes: Any):
+                 **changes: Any) -> None:
         self.run, self.settings, self.data = run, run.settings, data
         self.schedule = schedule or functools.partial(learning_rate_factor, steps=steps)
         lengths = [len(tokens) for tokens in data["train"]["input_ids"]]
@@ -841,6 +851,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.recent.clear()
         good = [(loss, norm) for _, loss, norm in steps if math.isfinite(loss + norm)]
         seconds = time.perf_counter() - self.since
+        (self.run.is_slow,) = agree(self.args.device, seconds > len(steps))
         logs |= {
             "seconds": round(seconds, 3), "skipped_steps": len(steps) - len(good),
             "samples_per_second": round(len(steps) * self.settings.batch_size / seconds, 2),
@@ -868,9 +879,9 @@ class SummarizationTrainer(Seq2SeqTrainer):
 
         Called by the Trainer before the first step (where a resumed run may have been scored) and after each epoch.
         """
-        step, scored = self.state.global_step, [entry for entry in self.state.log_history if "validation" in entry]
+        step, scored = self.state.global_step, [e["step"] for e in self.state.log_history if "validation" in e]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
-        if self.run.is_stopping or is_mid_epoch or any(entry["step"] == step for entry in scored):
+        if self.run.is_stopping or is_mid_epoch or step in scored:
             return {}
         if step:
             self._save_checkpoint()
@@ -882,7 +893,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.model.train()
         entry["seconds"] = round(time.perf_counter() - start, 2)
         self.log(entry)
-        if all(entry["validation"]["rouge1"] > other["validation"]["rouge1"] for other in scored):
+        if self.run.epochs(self.state.log_history)[-1]["best"]:
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
         self.run.on_scored(self.state, examples)
         self.restart_clock()
@@ -911,6 +922,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
 # ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
 
 ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+# From below: `agree` asks all processes (section 9), `FastT5.generate` (14).
 
 
 class Summarizer:
@@ -922,7 +934,7 @@ class Summarizer:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
-                 precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None):
+                 precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None) -> None:
         self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
         self.fast, self.stop = fast, stop
         # Without max_new_tokens a summary would end after 20 tokens.
@@ -1091,7 +1103,7 @@ def writing_to(folder: Path, kinds: tuple = (OSError, RuntimeError, SafetensorEr
     """Makes a UserError of a failure to write. torch.save and safetensors report a full disk in errors of their own."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BrokenPipeError):  # the latter: no disk, but who reads what is printed
         raise
     except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -1329,8 +1341,8 @@ def find_on_disk(kind: str, name: str, cache_dir: Path | None, weights: bool = T
     return fetch(str(path), kind, cache_dir, weights)
 
 
-def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]]:
-    """{"train", "validation", "test": rows as they stand in the files} of --dataset."""
+def read_splits(name: str, cache_dir: Path | None = None) -> tuple[dict[str, list[Row]], list[Path]]:
+    """{"train", "validation", "test": rows as they stand in the files} of --dataset, and these files."""
     path = find_on_disk("dataset", name, cache_dir)
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -1340,13 +1352,13 @@ def read_splits(name: str, cache_dir: Path | None = None) -> dict[str, list[Row]
         if not tenth:
             raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
         say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
-        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}
+        return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}, [path]
     files = find_files(path)
     missing = [split for split in SPLITS if split not in files]
     if missing:
         raise UserError(f"{name} lacks {' and '.join(missing)}: expected train, validation and test (.jsonl, ...) "
                         f"in {path}, found {', '.join(files) or 'none'} (one file alone is split for you)")
-    return {split: read_files(files[split], cache_dir) for split in SPLITS}
+    return {split: read_files(files[split], cache_dir) for split in SPLITS}, list(itertools.chain(*files.values()))
 
 
 def find_files(folder: Path) -> dict[str, list[Path]]:
@@ -1398,14 +1410,19 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
 def csv_header(path: Path) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"{path}: two columns are called {min(twice)}: rename one")
+    refuse_twice(names, f"{path}: two columns")
     return names
 
 
-def explain(path: Path) -> None:
-    """UserError with the place of what is wrong in a .jsonl, .json or .csv file; returns if nothing is found."""
+def refuse_twice(names: list[str], what: str) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"{what} are called {min(twice)}: rename one")
+
+
+def explain(path: Path, column: str | None = None) -> None:
+    """UserError with the place of what is wrong in a .jsonl, .json or .csv file, or what is no text in `column`;
+    returns if nothing is found."""
     if path.suffix == ".parquet":
         return
     text = decode(path)
@@ -1432,6 +1449,8 @@ def explain(path: Path) -> None:
             found = "an object" if isinstance(row, dict) else type(row).__name__
             raise UserError(f'{path}:{place}: expected rows such as {{"dialogue": ..., "summary": ...}} ({form}), '
                             f"found {found}")
+        if column and not isinstance(row.get(column), str | None):
+            raise UserError(f"{path}:{place}: {column} is {type(row[column]).__name__}, not text")
 
 
 def decode(path: Path, content: bytes | None = None) -> str:
@@ -1451,8 +1470,12 @@ def read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
 
 
 def parse_json(path: Path, line_number: int, text: str) -> Any:
+    def to_row(pairs: list[tuple[str, Any]]) -> Row:
+        refuse_twice([name for name, _ in pairs], f"{path}:{line_number}: two columns")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=to_row if path.suffix == ".jsonl" else None)
     except ValueError as error:
         line_number += getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
@@ -1574,7 +1597,8 @@ class StopSignal:
         if not self.number:
             self.number, self.received = number, time.monotonic()
             if is_main_process():
-                os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
+                with contextlib.suppress(OSError):  # the same Ctrl-C has ended `tee`
+                    os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
         elif time.monotonic() - self.received > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1871,9 +1895,10 @@ class Run(TrainerCallback):
     """The one owner of a run's folder, state and report: metrics.json, metrics.jsonl, TensorBoard, plots, predictions,
     the progress bar and the table. Everything is made from the Trainer's log, which the checkpoints carry."""
 
-    def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]):
+    def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]) -> None:
         self.settings, self.folder, self.description = settings, folder, description
         self.stop, self.is_stopping = StopSignal(), False
+        self.is_slow = True  # whether a step takes over a second, in all processes alike; unknown before the first log
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
         self.header_shown = False
@@ -1903,10 +1928,11 @@ class Run(TrainerCallback):
             self.bar = new_bar(state.max_steps, "", "step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stops and saves. Processes do so together; they compare notes only when the loss is logged, which waits."""
+        """Stops and saves. Processes do so together; while steps are short, they compare notes only when the loss is
+        logged, which waits for the GPU anyway."""
         if self.bar is not None:
             self.bar.update()
-        if args.world_size == 1 or state.global_step % args.logging_steps == 0:
+        if args.world_size == 1 or self.is_slow or state.global_step % args.logging_steps == 0:
             is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
             is_due, self.is_stopping = agree(args.device, is_due, self.stop.number)
             if self.is_stopping:
@@ -1932,11 +1958,12 @@ class Run(TrainerCallback):
             if value is not None:
                 self.board.add_scalar(tag, value, state.global_step)
         if "loss" in logs:
-            self.bar.set_description_str(f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s")
+            now = f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s"
+            self.bar.set_description_str(now)
             if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
                 self.last_line = time.monotonic()
-                say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
-                    f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.1f} rows/s")
+                self.show(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  "
+                          f"lr {logs['learning_rate']:.2e}  {now}")
 
     def mfu(self, rows_per_second: float) -> float | None:
         """Model FLOPs utilisation, of what the card's maker promises; None for a card that is not in the table."""
@@ -1957,10 +1984,13 @@ class Run(TrainerCallback):
                             f"lower --lr; the last good checkpoint is {last[-1] if last else 'none'}")
 
     def show(self, text: str) -> None:
-        """Prints beside the progress bar."""
+        """Prints beside the progress bar. If nobody reads it any more, that counts as a signal."""
         if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                self.stop.number = self.stop.number or signal.SIGTERM
 
     def on_scored(self, state: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
         """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
@@ -2049,9 +2079,9 @@ class Run(TrainerCallback):
         remove_incomplete(self.folder)  # room, if the disk is full
         metrics = self.write(log, status)
         epochs, results = metrics["epochs"], metrics["results"]
-        if epochs:
-            self.report_scores(metrics)
-        self.board.close()
+        with self.board:  # closed even if nobody reads what is printed
+            if epochs:
+                self.report_scores(metrics)
         if results["skipped_steps"]:
             say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
         if epochs and status != "failed":
@@ -2094,12 +2124,10 @@ def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
 
 
 def epoch_number(epoch: float | None) -> float | int:
-    """As it is shown and as files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333. Never that of another
-    evaluation: a run that ends shortly after its beginning has more digits."""
-    epoch = epoch or 0
-    if abs(epoch - round(epoch)) < 1e-9:
-        return round(epoch)
-    return next((n for n in (round(epoch, digits) for digits in (3, 6)) if n != round(epoch)), round(epoch, 9))
+    """As files are named: 0, 1, 2, or, where --max-steps ended a run, 1.333333. Never that of another evaluation, in
+    epochs of up to a million steps."""
+    epoch = round(epoch or 0, 6)
+    return int(epoch) if epoch == int(epoch) else epoch
 
 
 def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
@@ -2142,9 +2170,14 @@ def out_of_memory_advice(settings: Settings) -> str:
         "--num-beams 1": settings.num_beams > 1,
         f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not is_export,
         "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
-        "a smaller --model": is_training,
+        f"a {'new run of a ' * settings.resume}smaller --model": is_training,
     }
-    return f"out of GPU memory: try {', '.join(flag for flag, helps in flags.items() if helps)}"
+    advice = [flag for flag, helps in flags.items() if helps]
+    if settings.resume:
+        advice = [flag for flag in advice if flag[2:].split()[0].replace("-", "_") in (*FREE_ON_RESUME, "new")]
+    elif settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):  # filled by this run
+        advice[-1] += "; and another --output-dir"
+    return f"out of GPU memory: try {', '.join(advice)}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
@@ -2247,7 +2280,7 @@ def plot_rouge(epochs: list[dict[str, Any]], path: Path, title: str) -> None:
                 scores = [e[split][kind] for e in epochs]
                 axes.plot(x, scores, style, marker=".", color=f"C{i}", label=f"{label}, {split}")
         axes.fill_between(x, low, high, color="C0", alpha=0.15, label="95% interval, ROUGE-1, test")
-        axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best}")
+        axes.axvline(best, color="grey", linestyle=":", label=f"best on validation: epoch {best:g}")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -2516,13 +2549,13 @@ def plan(settings: Settings) -> int:
         trained = model.get_nb_trainable_parameters()[0]
     say(f"{base_name(settings)}: {total:,} parameters, {trained:,} trained ({trained / total:.2%})")
     say_list("weights:", [f"{PRECISION_NAMES[name]} {size / GIB:.2f} GiB" for name, size in weights.items()])
-    sources, targets, steps = plan_data(settings)
+    sources, targets, micro_steps = plan_data(settings)
     if settings.full or set(settings.lora_targets) != {"q", "k", "v", "o"}:
         say("peak memory is predicted for LoRA on q k v o only")
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        obstacle = fast_obstacle(model, settings, steps)
+        obstacle = fast_obstacle(model, settings, micro_steps)
         if torch.cuda.is_available():  # else it is planned for another machine
             obstacle = obstacle or machine_obstacle(*get_device())
         is_fast = obstacle is None
@@ -2639,7 +2672,7 @@ RANGE_TEST = np.geomspace(1e-6, 1, 100)  # the learning rates of --lr-find, one 
 class RangeTest(TrainerCallback):
     """Takes the place of a Run: notes the loss of every step, and ends when it diverges."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
         self.losses: list[float] = []
         self.description: dict[str, Any] = {}  # SummarizationTrainer may note something in it
@@ -2713,15 +2746,15 @@ def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
 def plot(settings: Settings) -> int:
     """Draws the loss, and its smallest value, from the TensorBoard logs of any Trainer; several runs on one scale."""
     if settings.output_dir:
-        check_names(settings.plot)
+        refuse_twice([folder.resolve().name for folder in settings.plot], "two of the folders")
     runs = [(folder, *read_tensorboard(folder)) for folder in settings.plot]
     lows = [smallest_loss(curve, folder.resolve().name) for folder, curve, _ in runs]
-    whole = common_limits([curve for _, curve, _ in runs], xlim="step", ylim="loss")
+    wide = common_limits([curve for _, curve, _ in runs], xlim="step", ylim="loss")
     near = common_limits([around(curve, low) for (_, curve, _), low in zip(runs, lows, strict=True)], ylim="loss")
     for (folder, curve, totals), low in zip(runs, lows, strict=True):
         name = folder.resolve().name
         place = settings.output_dir / name if settings.output_dir else folder
-        plot_loss(curve, place / "training_loss.png", name, **whole)
+        plot_loss(curve, place / "training_loss.png", name, **wide)
         plot_smallest(curve, low, place / "smallest_training_loss.png", name, **near)
         point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
         say(f"{name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
@@ -2731,14 +2764,6 @@ def plot(settings: Settings) -> int:
             say(f"  {totals['train_samples_per_second']:.1f} samples/s, {totals['train_runtime'] / 3600:.1f} hours")
         say(f"  {place / 'training_loss.png'}", f"  {place / 'smallest_training_loss.png'}")
     return 0
-
-
-def check_names(folders: list[Path]) -> None:
-    """UserError if two folders have one name: their results could not be told apart."""
-    names = [folder.resolve().name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two of the folders are called {name}: rename one of them, or give it alone")
 
 
 def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -2769,7 +2794,7 @@ def read_tensorboard(folder: Path) -> tuple[list[dict[str, Any]], dict[str, floa
 
 def compare(settings: Settings) -> int:
     """Tables and a picture of runs, and for each two of them a paired bootstrap over the test rows."""
-    check_names(settings.compare)
+    refuse_twice([folder.resolve().name for folder in settings.compare], "two of the folders")
     runs = [read_run(folder) for folder in settings.compare]
     check_comparable(runs)
     for run, name in zip(runs, without_common_start([run["name"] for run in runs]), strict=True):
@@ -3403,7 +3428,7 @@ class FastT5:
     PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients.
     """
 
-    def __init__(self, model: PeftModel, settings: Settings):
+    def __init__(self, model: PeftModel, settings: Settings) -> None:
         self.model, base, config = model, model.base_model.model, model.config
         self.device, self.dtype, self.uses_graphs = model.device, model.dtype, model.device.type == "cuda"
         lora = base.encoder.block[0].layer[0].SelfAttention.q
@@ -3667,7 +3692,7 @@ class Generator:
     ended, the others go on in a graph of half the size: only the numbers that say where a row's keys are have to move.
     """
 
-    def __init__(self, fast: FastT5, rows: int, room: int, new_tokens: int):
+    def __init__(self, fast: FastT5, rows: int, room: int, new_tokens: int) -> None:
         self.fast, self.new_tokens, self.room = fast, new_tokens, room
         self.rows = 2 ** max(4, (rows - 1).bit_length())
         number = functools.partial(torch.zeros, device=fast.device, dtype=torch.int32)

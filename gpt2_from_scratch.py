@@ -2006,7 +2006,8 @@ class StopRequest:
         if self.number is None:
             self.number, self.noted = number, time.monotonic()
             if is_main_process():
-                os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
+                with contextlib.suppress(OSError):  # the same Ctrl-C has ended `tee`
+                    os.write(2, b"\nstopping after this step and saving; a second signal stops at once\n")
         elif time.monotonic() > self.noted + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -2157,7 +2158,8 @@ class Run:
 
     def train(self) -> int:
         """Run to the end, to a signal, or to divergence. Unless killed, it leaves log, metrics.json and plot."""
-        progress, settings, request, status = self.progress, self.settings, StopRequest(), "failed"
+        progress, settings, status = self.progress, self.settings, "failed"
+        self.request = request = StopRequest()
         try:
             if is_main_process():
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -2243,8 +2245,8 @@ class Run:
             line["peak_memory_gib"] = peak_memory(self.trainer.machine.device)
             left = timedelta(seconds=round((settings.max_steps - step) * seconds_per_step))
             mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.0%}"
-            say(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps}  loss {values['loss']:.4f}  norm "
-                f"{values['norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left")
+            self.show(f"step {step:>{len(str(settings.max_steps))}}/{settings.max_steps}  loss {values['loss']:.4f}  "
+                      f"norm {values['norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left")
         if self.log:
             self.log.write(step, on_board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
@@ -2258,10 +2260,17 @@ class Run:
         """Say which text a step was skipped for, and return it for the log."""
         count, order = self.trainer.sequences_per_step, self.trainer.order
         starts = [str(order.start(position)) for position in range((step - 1) * count, step * count)]
-        say_wrapped(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its "
-                    f"sequences of {order.block_size} tokens begin at tokens {', '.join(starts[:8])}"
-                    f"{', ...' if count > 8 else ''} of train.bin (all of them: metrics.jsonl)")
+        self.show(f"step {step} skipped: loss {values['loss']:.3f}, gradient norm {values['norm']:.3g}; its "
+                  f"sequences of {order.block_size} tokens begin at tokens {', '.join(starts[:8])}"
+                  f"{', ...' if count > 8 else ''} of train.bin (all of them: metrics.jsonl)", say_wrapped)
         return {"skipped": values["skipped"], "sequences": " ".join(starts)}
+
+    def show(self, text: str, write: Callable[[str], None] | None = None) -> None:
+        """Print while the run goes. If nobody reads it any more, that counts as a signal."""
+        try:
+            (write or say)(text)
+        except BrokenPipeError:
+            self.request.number = self.request.number or signal.SIGTERM
 
     def last_checkpoint(self) -> Path | str:
         return next(iter(find_checkpoints(self.folder)), "none")
@@ -2276,7 +2285,7 @@ class Run:
             few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
             text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
             bits = bits_per_byte(loss, *self.validation_size)
-            say(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {repr(text[:70])[:74]}")
+            self.show(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {repr(text[:70])[:74]}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
     def results(self) -> dict:

@@ -183,6 +183,24 @@ def test_the_plan_counts_the_data(command, data, model_folder, tmp_path, flan):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("kind", "total", "changes"), [
+    ("t5", 60_506_624, {"d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu",
+                        "is_gated_act": False, "dense_act_fn": "relu"}),  # its head is the embedding
+    ("mt5", 300_176_768, {"d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250_112}),
+])  # fmt: skip
+def test_the_plan_of_t5_small_and_of_mt5_small(command, data, model_folder, tmp_path, kind, total, changes):
+    """From their config.json: as many numbers as the published weights have."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": 32_128, "feed_forward_proj": "gated-gelu"}
+    config |= {"model_type": kind, "d_model": 512, "d_kv": 64, "tie_word_embeddings": kind == "t5"} | changes
+    config["num_decoder_layers"] = config["num_layers"]
+    (model / "config.json").write_text(json.dumps(config))
+    done = command("--model", model, "--dataset", data, "--plan", cwd=tmp_path)
+    assert done.code == 0 and f"model: {total:,} parameters" in done.out, done
+    assert f"weights: fp32 {4 * total / 2**30:.2f} GiB, bf16 {2 * total / 2**30:.2f} GiB" in done.out
+    assert re.search(r"\|\s+8 \|\s+no \|\s+[\d.]+", done.out)
+
+
 def test_the_plan_says_what_it_does_not_know(command, data, model_folder, tmp_path):
     model = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"feed_forward_proj": "gated-silu"}

@@ -225,6 +225,30 @@ flan.Collator.__call__ = interrupt
     assert_same_run(run, trained.folder)
 
 
+@pytest.mark.parametrize("dead, number, step, code", [
+    ([2], signal.SIGINT, 8, 130), ([1, 2], signal.SIGINT, 8, 141), ([1], 0, 9, 141)])  # fmt: skip
+def test_a_reader_that_has_gone_costs_nothing(launch, tmp_path, dead, number, step, code):
+    """Ctrl-C in `script | tee log` ends `tee` as well. Without a signal, the first line that nobody reads is one."""
+    cut = f"""
+step_end = flan.Run.on_step_end
+def cut(run, args, state, *rest, **more):
+    if state.global_step == 8:
+        for descriptor in {dead}:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, descriptor)
+        run.last_line = 0  # it prints again
+        os.kill(os.getpid(), {number:d})
+    return step_end(run, args, state, *rest, **more)
+flan.Run.on_step_end = cut
+"""
+    process = launch(tmp_path, cut)
+    assert process.exit_code() == code, process
+    run = tmp_path / "runs" / NAME
+    assert metrics(run)["status"] == "interrupted" and not (tmp_path / "err.txt").read_text()
+    assert sorted(path.name for path in run.glob("checkpoints/*")) == ["step-00000006", f"step-{step:08d}"]
+
+
 def test_a_signal_that_comes_twice_at_once_counts_once(flan, monkeypatch):
     """As with torchrun, which passes on what a scheduler, or Ctrl-C, sends to each process anyway."""
     killed, now = [], [100.0]

@@ -6,10 +6,11 @@ import math
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import RECIPE, start, torchrun, wait, write_jsonl
+from conftest import RECIPE, SCRIPT, start, torchrun, wait, write_jsonl
 from safetensors.torch import load_file
 from test_flan_t5_resume import assert_same_end, metrics
 
@@ -139,8 +140,31 @@ def test_nothing_older_than_the_last_checkpoint_is_lost(
     assert_same_end(run, trained.folder, 18)
 
 
-def test_a_checkpoint_comes_every_ten_minutes(flan):
-    assert flan.SAVE_SECONDS == 600
+def test_a_checkpoint_comes_every_ten_minutes(flan, run_it, monkeypatch):
+    """Of a clock by which each step takes 250 s: no sooner, and not because of an older one that was late."""
+    clock, saved, step_end, save = [0], [], flan.Run.on_step_end, flan.save_checkpoint
+
+    def tick(*args, **more):
+        clock[0] += 250
+        return step_end(*args, **more)
+
+    monkeypatch.setattr(flan.Run, "on_step_end", tick)
+    monkeypatch.setattr(flan, "save_checkpoint", lambda *args: saved.append(args[-1].global_step) or save(*args))
+    monkeypatch.setattr(flan, "time", SimpleNamespace(**vars(flan.time) | {"monotonic": lambda: clock[0]}))
+    run_it("--epochs", "1", "--batch-size", "2", "--max-new-tokens", "2")
+    assert saved == [3, 6, 9, 12]
+
+
+def test_what_a_run_leaves_is_whole_or_absent(flan, run_it, monkeypatch):
+    """All but TensorBoard's log, which grows, is written aside and gets its name when it is there."""
+    renamed = set()
+    for name in ("replace", "rename"):
+        move = getattr(flan.Path, name)
+        monkeypatch.setattr(flan.Path, name, lambda path, to, move=move: renamed.add(to.resolve()) or move(path, to))
+    run, _ = run_it("--epochs", "1", "--limit", "4", "--max-new-tokens", "2")
+    files = [path for path in run.rglob("*") if path.is_file() and not {path, *path.parents} & renamed]
+    assert {path.name.split(".")[0] for path in files} == {"events", "lock"}
+    assert {run / "rouge.png", run / "predictions/test-epoch-1.jsonl"} <= renamed
 
 
 def test_a_run_in_use_is_locked_and_the_lock_of_a_dead_process_is_none(flan, command, trained, tmp_path):
@@ -204,17 +228,25 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(flan, run_it, mo
 @pytest.mark.parametrize("processes, flags", [
     (1, ["--batch-size", "9"]), (1, []), (3, ["--batch-size", "9"]), (2, ["--batch-size", "12"]),
     (1, ["--batch-size", "7"]), (1, ["--micro-batch-size", "1"]), (1, ["--int8", "--num-beams", "4"]),
+    (1, ["--output-dir", "run"]), (2, ["--resume", "--output-dir", "run"]),
+    (1, ["--resume", "--output-dir", "run", "--micro-batch-size", "1", "--gradient-checkpointing"]),
 ])  # fmt: skip
-def test_advice_for_memory_is_accepted(flan, monkeypatch, processes, flags):
+def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, flags):
+    """By the run itself, too, which has filled its folder."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if "run" in flags:
+        flan.write_json(tmp_path / "run/metrics.json", {"configuration": flan.parse_settings([]).configuration})
     settings = flan.parse_settings(flags)
-    advice = flan.out_of_memory_advice(settings).split("try ")[1].split(", ")
-    assert len(advice) > 2
-    for words in advice:
+    advice, _, folder = flan.out_of_memory_advice(settings).split("try ")[1].partition("; and another ")
+    assert advice.count(",") > 1 or settings.resume
+    assert ("smaller --model" in advice) and ("a new run" in advice) == settings.resume
+    for words in advice.split(", "):
         if words.startswith("--"):
             kept = [flag for flag in flags if flag != "--int8" or words != "--int4"]  # which takes its place
-            less = flan.parse_settings([*kept, *words.split()])
+            less = flan.parse_settings([*kept, *words.split(), *([folder, "another"] if folder else [])])
             assert less.micro_batch_size <= settings.micro_batch_size
+            assert less.resume or flan.new_run_folder(less, "name")
 
 
 def test_the_command_that_trains_with_a_rate_is_the_users_own(flan, monkeypatch):
@@ -240,19 +272,34 @@ def test_a_text_file_is_text_whatever_it_begins_with(flan, tmp_path):
 
 
 def test_names_of_evaluations_never_collide(flan):
+    """Also of a run whose --max-steps is raised step by step."""
+    name = lambda epoch: flan.predictions_file(flan.Path("run"), "test", flan.epoch_number(epoch)).name
     for steps in (1, 3, 4, 7, 1842, 35889):
-        for taken in range(1, min(steps, 40) + 1):
-            for whole in (0, 1, 9):
-                number = flan.epoch_number(whole + taken / steps)
-                assert number == pytest.approx(whole + taken / steps, abs=5e-4)
-                assert f"{number:.9g}" not in {f"{flan.epoch_number(n):.9g}" for n in range(12)} or taken == steps
-    assert flan.epoch_number(4 / 3) == 1.333 and flan.epoch_number(2.0) == 2 and flan.epoch_number(None) == 0
+        for whole in (0, 1, 9):
+            steps_taken = [*range(min(steps, 40) + 1), *range(steps - min(steps, 40), steps + 1), steps // 3]
+            epochs = {whole + taken / steps for taken in steps_taken}
+            assert len({name(epoch) for epoch in epochs}) == len(epochs)
+    assert name(None) == "test-epoch-0.jsonl" and name(2.0) == name(2 - 1e-12) == "test-epoch-2.jsonl"
 
 
 def test_holm_on_paper(flan):
     """The smallest of three p values is multiplied by 3, the next by 2, and none may fall below the one before it."""
     assert flan.holm([0.02, 0.01, 0.03]) == pytest.approx([0.04, 0.03, 0.04])
     assert flan.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and flan.holm([0.7, 0.6]) == [1, 1]
+
+
+def test_compare_corrects_p_for_the_number_of_pairs(flan, command, trained, tmp_path):
+    """Three runs: one better on every row, one on most of them."""
+    best = metrics(trained.folder)["results"]["best_epoch"]
+    for name, gains in {"B": [1, 1, 1, 1, 1], "C": [3, -1, 2, 0, 1]}.items():
+        file = shutil.copytree(trained.folder, tmp_path / name) / f"predictions/test-epoch-{best}.jsonl"
+        rows = [json.loads(line) for line in file.open("rb")]
+        write_jsonl(file, [row | {"rouge1": row["rouge1"] + gain} for row, gain in zip(rows, gains, strict=True)])
+    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", cwd=tmp_path)
+    rows = [line.split("|")[5:7] for line in done.out.splitlines() if re.search(r"\| \[[+-]", line)]
+    p, corrected = zip(*([float(cell) for cell in row] for row in rows), strict=True)
+    assert len({*p}) == 3 and corrected == pytest.approx(flan.holm(p), abs=3e-4), done
+    assert corrected[0] == pytest.approx(3 * p[0], abs=3e-4)
 
 
 def test_compare_says_which_runs_are_not_finished(command, trained, tmp_path):
@@ -313,16 +360,17 @@ def test_the_interval_is_one_of_95_percent(flan):
 
 @pytest.mark.slow
 def test_two_machines_are_two_processes(data, model_folder, tmp_path):
-    """Two agents of torchrun that meet on loopback; both folders are one, as on a shared file system."""
+    """Two agents with the README's flags that meet on loopback; both folders are one, as on a shared file system."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
-    agents = [start(*words, cwd=tmp_path, launcher=torchrun(
-        "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d",
-        "--rdzv-id=chats")) for _ in range(2)]  # fmt: skip
+    readme = " ".join(SCRIPT.with_name("README.md").read_text("utf-8").split())
+    (flags,) = re.findall("`torchrun (--nnodes 2 --nproc-per-node 8 .*?HOST:29500) SCRIPT ...`", readme)
+    flags = flags.replace("node 8", "node 1").replace("HOST:29500", f"127.0.0.1:{port}").split()
+    agents = [start(*words, cwd=tmp_path, launcher=torchrun(*flags)) for _ in range(2)]
     done = [wait(agent, 240) for agent in agents]
     assert [end.code for end in done] == [0, 0], done
     assert metrics(tmp_path / "run")["processes"] == 2
@@ -332,7 +380,7 @@ def test_two_machines_are_two_processes(data, model_folder, tmp_path):
 
 def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_path):
     """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(HEAD + SLOW + MAIN)
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
     process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
     while process.poll() is None and not (tmp_path / "scoring").exists():
@@ -343,12 +391,18 @@ def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_p
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
 
 
-SLOW = """
-import importlib.util, pathlib, sys, time
+# A script as a module, with something between the two.
+HEAD = """
+import importlib.util, os, pathlib, signal, sys, time, types
 script = sys.argv.pop(1)
 spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
 flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flan)
+"""
+MAIN = """
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+SLOW = """
 generate = flan.Summarizer.generate
 def slow(summarizer, sources):
     if pathlib.Path("run/checkpoints/step-00000006").exists():
@@ -357,5 +411,57 @@ def slow(summarizer, sources):
         time.sleep(5)
     return generate(summarizer, sources)
 flan.Summarizer.generate = slow
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(data, model_folder, tmp_path_factory):
+    """A range test of six rates and then a training in the same two processes, which cost time to start; its folder.
+
+    60 steps, of which every third is logged: short up to step 3, long from then on. Rank 1 is told to stop in step 8.
+    """
+    home = tmp_path_factory.mktemp("two")
+    (home / "long.py").write_text(HEAD + LONG + MAIN)
+    words = ("--model", model_folder, "--dataset", data, "--epochs", 5, "--batch-size", 2, "--micro-batch-size", 1,
+             "--max-new-tokens", 2, "--lr", "1e-2")  # fmt: skip
+    return home, wait(start(*words, cwd=home, launcher=[*torchrun(), home / "long.py"]))
+
+
+def test_a_range_test_by_two_processes(two_processes):
+    """It makes one folder, suggests a rate and a training by as many processes, and all of them go on."""
+    home, done = two_processes
+    assert sorted(path.name for path in (home / "runs").iterdir()) == ["flan-t5-small-chats-lr-find", NAME], done
+    found = json.loads((home / "runs/flan-t5-small-chats-lr-find/lr_find.json").read_text())
+    assert len(found["losses"]) == 6 and all(map(math.isfinite, found["losses"]))
+    (line,) = [line for line in done.out.splitlines() if line.startswith("train:")]
+    assert line.split()[1:4] == ["torchrun", "--nproc-per-node=2", "flan-t5_samsum.py"]
+    assert float(line.split()[-1]) == pytest.approx(found["suggestion"])
+
+
+def test_two_processes_told_to_stop_finish_the_step_if_steps_are_long(two_processes):
+    """Short steps do not compare notes: the GPU would have to be waited for."""
+    home, done = two_processes
+    assert metrics(home / "runs" / NAME)["status"] == "interrupted", done
+    assert [path.name for path in (home / "runs" / NAME / "checkpoints").iterdir()] == ["step-00000008"]
+    assert (home / "compared").read_text().split() == ["1", "2", "3", "6", "7", "8"]  # 1 and 2 are not yet known
+
+
+LONG = """
+flan.RANGE_TEST = flan.RANGE_TEST[60:66]
+flan.PartialState(cpu=True)
+flan.lr_find(flan.parse_settings([*sys.argv[1:], "--lr-find"]))
+clock, step_end, agree = [0], flan.Run.on_step_end, flan.agree
+def told(run, args, state, *rest, **more):
+    def noted(*flags):
+        if os.environ["RANK"] == "0":
+            print(state.global_step, file=open("compared", "a"))
+        return agree(*flags)
+    clock[0] += 0.1 if state.global_step < 4 else 5
+    if state.global_step == 8 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    flan.agree = noted
+    step_end(run, args, state, *rest, **more)
+    flan.agree = agree
+flan.Run.on_step_end = told
+flan.time = types.SimpleNamespace(**vars(flan.time) | {"perf_counter": lambda: clock[0]})
 """

@@ -255,6 +255,30 @@ def test_a_second_signal_stops_at_once(start, tmp_path, first, second):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
+@pytest.mark.parametrize(("dead", "number", "code"), [
+    ([2], signal.SIGINT, 130), ([1, 2], signal.SIGINT, 141), ([1], 0, 141)])  # fmt: skip
+def test_a_reader_that_has_gone_costs_nothing(start, tmp_path, dead, number, code):
+    """Ctrl-C in `script | tee log` ends `tee` as well. Without a signal, the first line that nobody reads is one."""
+    cut = f"""
+original = gpt2.training_step
+
+def step(trainer, number, *rest):
+    if number == 5:
+        for descriptor in {dead}:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, descriptor)
+        os.kill(os.getpid(), {number:d})
+    return original(trainer, number, *rest)
+
+gpt2.training_step = step
+"""
+    process = start(tmp_path, *RECIPE, "--eval-every", "9", "--output-dir", "run", code=cut)
+    assert process.wait() == code and not process.err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "interrupted"
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_a_signal_that_comes_twice_within_a_second_counts_once(monkeypatch):
     """A scheduler sends it to torchrun and to its processes, and torchrun passes on what it got."""
     clock, ended = [100.0], []

@@ -53,17 +53,17 @@ from typing import Any
 # ---------- 1. Settings -----------------------------------------------------------------------------------------------
 
 # Sizes: Radford et al. 2019, table 2. Batches and AdamW's learning rates for these sizes: Brown et al. 2020, table 2.1.
-# The recipes with Muon were found by short runs of tests/benchmark_recipes.py (resource/EXPERIMENTS.md, "Recipes").
+# gpt2's recipe with Muon was measured with a smaller vocabulary (resource/EXPERIMENTS.md, "Recipes").
 PRESETS = {
     "nano": {"layers": 4, "heads": 4, "width": 128, "block_size": 64, "lr": 8e-3, "batch_tokens": 1024,
              "max_steps": 1250, "vocab_size": 1024, "optimizer": "muon", "muon_lr": 0.015, "schedule": "linear"},
-    "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 3e-3, "batch_tokens": 2**19,
+    "gpt2": {"layers": 12, "heads": 12, "width": 768, "block_size": 1024, "lr": 3e-3, "batch_tokens": 2**18,
              "optimizer": "muon", "muon_lr": 0.01, "schedule": "linear"},
     "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "block_size": 1024, "lr": 3e-4, "batch_tokens": 2**19},
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "block_size": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
-ADAMW = {"gpt2": {"lr": 6e-4, "schedule": "cosine", "muon_lr": None}}  # the usual recipe, with --optimizer adamw
+ADAMW = {"gpt2": {"lr": 6e-4, "batch_tokens": 2**19, "schedule": "cosine", "muon_lr": None}}  # with --optimizer adamw
 FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init and without --model
 
 
@@ -645,9 +645,10 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """(N, rows, columns) to about U V^T of each one's singular value decomposition U S V^T.
 
     Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients: fast rather than exact, the singular
-    values end between about 0.7 and 1.2. A GPU computes them in bf16, which CPUs are slow at.
+    values end between about 0.7 and 1.2. In bf16 where a GPU has it; CPUs are slow at it.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    has_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if has_bf16 else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -982,8 +983,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.
 
     A continuation that has reached `end` stays there; when all have, that was the last. The prompt is read once for all
-    of them. When the block is full, its newer half is read again as if it were the prompt. A model in bf16 on a GPU is
-    left to GraphDecoder (section 15).
+    of them. When the block is full, its newer half is read again as if it were the prompt. What fits the block is left
+    to GraphDecoder (section 15) by a model in bf16 on a GPU.
     """
     weight, block_size = model.wte.weight, model.config.block_size
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -993,8 +994,8 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
     was_training = model.training
     model.eval()
     try:
-        if top_p == 1 and GraphDecoder.can_run(model, last):
-            yield from GraphDecoder(model, count, last, end, temperature, top_k, seed).run(prompt)
+        if top_p == 1 and (decoder := graph_decoder(model, count, last, end, temperature, top_k, seed)):
+            yield from decoder.run(prompt)
             return
         for _ in range(max_new_tokens):
             if cache is None:
@@ -2109,7 +2110,8 @@ def describe(trainer: Trainer) -> None:
     rate = machine.matmul_rate / 1e12
     reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
-    shown = ("dropout", "weight_decay", "optimizer", "muon_lr", "gradient_checkpointing", "shard_optimizer")
+    shown = ("dropout", "weight_decay", "gradient_checkpointing", "shard_optimizer")
+    muon = f", Muon's {short(settings.muon_lr or settings.lr)}" if settings.optimizer == "muon" else ""
     other = "".join(f", {name.replace('_', '-')} {getattr(settings, name)}" for name in shown
                     if getattr(settings, name) not in (None, defaults.get(name)))
     say_wrapped(f"model: {settings.name}, {parameters:,} parameters ({plural(config.layers, 'layer')}, "
@@ -2122,8 +2124,8 @@ def describe(trainer: Trainer) -> None:
                 f"{reach}")
     say_wrapped(f"training: {plural(settings.max_steps, 'step')} of {trainer.sequences_per_step} x {config.block_size} "
                 f"tokens ({epochs:.2f} epochs), micro-batch {machine.micro_batch_size}, learning rate "
-                f"{short(settings.lr)} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), seed "
-                f"{settings.seed}{other}")
+                f"{short(settings.lr)}{muon} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), "
+                f"seed {settings.seed}{other}")
     note_faults(facts["left_out"], facts["end_of_text_in_text"])
     if tokens["train"] < parameters and not settings.weights:
         say_wrapped(f"note: {plural(tokens['train'], 'training token')} are few for {parameters:,} parameters: the "
@@ -2933,21 +2935,18 @@ def gelu(x):
     return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
-def matmul_choices() -> list:
-    """How matmul_kernel may cut its work: which is fastest on this GPU is tried once and kept on disk."""
+def tuned(function: Callable) -> Callable:
+    """How the work may be cut: which way is fastest on this GPU is tried once and kept on disk."""
+    if not triton:
+        return function
     choices = [(16, 16, 256, 4, 3), (16, 32, 128, 4, 4), (32, 32, 128, 4, 4), (64, 16, 128, 4, 4), (64, 32, 64, 4, 5),
                (64, 32, 128, 4, 4), (64, 64, 64, 4, 4), (64, 64, 128, 8, 4), (64, 128, 64, 8, 4)]
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-            for m, n, k, warps, stages in choices]
-
-
-def suitable(choices: list, arguments: dict, **others: Any) -> list:
-    return [choice for choice in choices if choice.kwargs["BLOCK_M"] <= max(16, arguments["rows"])]
-
-
-def tuned(function: Callable) -> Callable:
-    return triton.autotune(matmul_choices(), key=["rows", "N", "K", "PARTS"], prune_configs_by={
-        "early_config_prune": suitable}, cache_results=True)(function) if triton else function
+    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+               for m, n, k, warps, stages in choices]
+    suitable = lambda configs, arguments, **_: [config for config in configs
+                                                if config.kwargs["BLOCK_M"] <= max(16, arguments["rows"])]
+    return triton.autotune(configs, key=["rows", "N", "K", "PARTS"], cache_results=True,
+                           prune_configs_by={"early_config_prune": suitable})(function)
 
 
 @tuned
@@ -3001,7 +3000,7 @@ def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.c
     d = tl.arange(0, D)
     new = qkv + b * 3 * H * D + h * D + d
     q, k, v = tl.load(new).to(tl.float32), tl.load(new + H * D), tl.load(new + 2 * H * D)
-    cache = (b * H + h) * SIZE * D
+    cache = (b.to(tl.int64) * H + h) * SIZE * D
     tl.store(keys + cache + position * D + d, k)
     tl.store(values + cache + position * D + d, v)
     q *= LOG2_E / tl.sqrt(D * 1.0)
@@ -3076,7 +3075,7 @@ def draw_kernel(logits, counts, best, arrived, sequence, positions, finished, x,
     counts += row * 512
     if SAMPLE:
         noise = -tl.log(tl.maximum(tl.rand(seed + position * tl.num_programs(0) + row, n), 1e-10))
-        score = score / temperature - tl.log(tl.maximum(noise, 1e-20))
+        score = score / temperature - tl.log(noise)
         if TOP_K:
             high = reached(counts, top_k)
             above = tl.sum(tl.where(tl.arange(0, 256) > high, tl.load(counts + tl.arange(0, 256)), 0), 0)
@@ -3098,18 +3097,33 @@ def draw_kernel(logits, counts, best, arrived, sequence, positions, finished, x,
         tl.store(positions + row, position)
         tl.store(best + row, -0x7FFFFFFFFFFFFFFF)  # for the next step
         tl.store(arrived + row, 0)
-        tl.store(counts + tl.arange(0, 512), tl.zeros((512,), tl.int32))
+        if TOP_K:
+            tl.store(counts + tl.arange(0, 512), tl.zeros((512,), tl.int32))
         c = tl.arange(0, BLOCK_C)
-        read = tl.where(token < 0, 0, token)  # -1: an end that no token is
+        read = tl.where(token < 0, 0, token)  # of logits that are NaN any index may come
         embedding = tl.load(wte + read * C + c, mask=c < C).to(tl.float32)
         embedding += tl.load(wpe + position * C + c, mask=c < C).to(tl.float32)
         tl.store(x + row * C + c, embedding.to(x.dtype.element_ty), mask=c < C)
 
 
+def graph_decoder(model: GPT, count: int, size: int, *how: Any) -> "GraphDecoder | None":
+    """A GraphDecoder for texts of `size` tokens, or None where there can be none."""
+    if not GraphDecoder.can_run(model, size):
+        return None
+    try:
+        return GraphDecoder(model, count, size, *how)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton stumbles over (no Python.h, a GPU that it does not know)
+        print(f"note: text comes slowly, as its kernels do not work here ({first_line(error)[:100]})", file=sys.stderr)
+        return None
+
+
 class GraphDecoder:
     """generate() for bf16 on a GPU: five kernels a layer (seven for several rows), and a whole step in one CUDA graph.
 
-    The same greedy tokens; what is drawn depends on the seed alone, but is not what the plain way draws.
+    Greedy tokens are those of the plain way, but where two are equal within rounding. Drawn ones are others; they
+    depend on the seed, and by rounding on GPU and `count`. All logits equal to the last of the top k are kept.
     """
 
     CHUNK = 16  # tokens that are computed before the CPU looks at them
@@ -3141,8 +3155,15 @@ class GraphDecoder:
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
         self.how = (max(temperature, GREEDY), top_k, seed)
         self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
-        has_pdl = count == 1 and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        has_pdl = (count == 1 and weight.is_cuda and not torch.version.hip
+                   and torch.cuda.get_device_capability(weight.device) >= (9, 0))
         self.launch = {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
+        if weight.is_cuda:
+            self.step()  # compiles the kernels, and tries which way is fastest: that cannot be captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step()
+            self.graph = graph
 
     def row(self, x: torch.Tensor, layer: nn.Module, out: torch.Tensor, norm: nn.Module | None = None,
             gelu: bool = False, add: bool = False) -> None:
@@ -3219,17 +3240,7 @@ class GraphDecoder:
         self.finished.zero_()
         self.draw()
 
-    @torch.no_grad()
-    def capture(self) -> None:
-        self.step()  # compiles the kernels, and tries which is fastest: that cannot be captured
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
-
     def run(self, prompt: list[int]) -> Iterator[list[int]]:
-        if self.x.is_cuda:
-            self.capture()
         self.read(prompt)
         ready, done = len(prompt) + 1, len(prompt)  # tokens that are computed, and yielded
         while done < self.last:

@@ -193,16 +193,17 @@ def decode(arguments: argparse.Namespace) -> None:
     new, prompt, theirs = 16 if arguments.tiny else 300, list(range(100, 132)), transformers_model(model)
     for count in (1, 64):
         call = lambda count=count, **how: list(gpt2.generate(model, prompt, count, new, -1, **how))
-        call(temperature=0)
+        cold, _ = best_of(lambda call=call: call(temperature=0), 1)  # compiles, if the kernels are not in the cache
         first, _ = best_of(lambda count=count: next(gpt2.generate(model, prompt, count, new, -1, temperature=0)), 3)
         seconds, _ = best_of(lambda call=call: call(temperature=0), 3)
-        report(f"decode, {count}", tokens_per_second=count * new / seconds, first_token_milliseconds=first * 1e3)
-        seconds, _ = best_of(lambda call=call: call(temperature=0.8, top_k=50), 3)
-        report(f"decode, {count}, top-k 50", tokens_per_second=count * new / seconds)
         tokens = torch.tensor([prompt] * count, device=device)
         how = {"do_sample": False, "max_new_tokens": min(new, 64), "attention_mask": torch.ones_like(tokens)}
-        seconds, _ = best_of(lambda tokens=tokens, how=how: theirs.generate(tokens, **how).tolist(), 2)
-        report(f"decode, {count}, transformers", tokens_per_second=count * min(new, 64) / seconds)
+        other, _ = best_of(lambda tokens=tokens, how=how: theirs.generate(tokens, **how).tolist(), 2)
+        ours, other = count * new / seconds, count * min(new, 64) / other
+        report(f"decode, {count}", tokens_per_second=ours, transformers=other, ratio=ours / other,
+               first_token_milliseconds=first * 1e3, first_call_seconds=cold)
+        seconds, _ = best_of(lambda call=call: call(temperature=0.8, top_k=50), 3)
+        report(f"decode, {count}, top-k 50", tokens_per_second=count * new / seconds)
 
 
 def on_cpu(arguments: argparse.Namespace) -> None:

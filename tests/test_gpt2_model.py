@@ -342,6 +342,20 @@ def test_a_continuation_that_has_ended_stays_ended(reference):
     assert all(set(row[row.index(end) :]) == {end} for row in ended)
 
 
+def test_text_comes_slowly_where_the_kernels_do_not_work(reference, monkeypatch, capsys):
+    model = gpt2.load_pretrained(reference[1])
+    expected = greedy(model, [5, 17, 3], 10)[0]
+
+    def fail(*_):
+        raise RuntimeError("Python.h: no such file\nand more")
+
+    monkeypatch.setattr(gpt2.GraphDecoder, "can_run", lambda *_: True)
+    monkeypatch.setattr(gpt2.GraphDecoder, "__init__", fail)
+    assert [step[0] for step in gpt2.generate(model, [5, 17, 3], 1, 10, -1, temperature=0)] == expected
+    note = capsys.readouterr().err
+    assert "slowly" in note and "Python.h: no such file" in note and note.count("\n") == 1
+
+
 def test_the_seed_decides_what_is_drawn(reference):
     model = gpt2.load_pretrained(reference[1])
     draw = lambda seed: list(gpt2.generate(model, [5], 3, 10, -1, temperature=2.0, top_k=0, seed=seed))

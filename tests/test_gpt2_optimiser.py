@@ -110,11 +110,11 @@ def test_muon_has_a_learning_rate_of_its_own(tmp_path, text):  # noqa: F811
 
 def test_the_usual_recipe_of_124m_is_one_flag_away():
     recipe = lambda *words: [getattr(gpt2.resolve_settings(gpt2.parse_arguments(("--model", *words))), name)
-                             for name in ("optimizer", "lr", "muon_lr", "schedule")]  # fmt: skip
-    assert recipe("gpt2") == ["muon", 3e-3, 1e-2, "linear"]
-    assert recipe("gpt2", "--optimizer", "adamw") == ["adamw", 6e-4, None, "cosine"]
-    assert recipe("gpt2", "--optimizer", "adamw", "--lr", "1e-3") == ["adamw", 1e-3, None, "cosine"]
-    assert recipe("gpt2-medium") == ["adamw", 3e-4, None, "cosine"]
+                             for name in ("optimizer", "lr", "muon_lr", "schedule", "batch_tokens")]  # fmt: skip
+    assert recipe("gpt2") == ["muon", 3e-3, 1e-2, "linear", 2**18]
+    assert recipe("gpt2", "--optimizer", "adamw") == ["adamw", 6e-4, None, "cosine", 2**19]
+    assert recipe("gpt2", "--optimizer", "adamw", "--lr", "1e-3") == ["adamw", 1e-3, None, "cosine", 2**19]
+    assert recipe("gpt2-medium") == ["adamw", 3e-4, None, "cosine", 2**19]
 
 
 def test_a_skipped_step_of_muon_changes_nothing(tmp_path, text):  # noqa: F811

@@ -528,7 +528,7 @@ def test_plan_tells_the_figures_and_leaves_no_run(command):
     tokenizer_size, width = 300, 32
     parameters = tokenizer_size * width + 32 * width + 2 * (12 * width**2 + 13 * width) + 2 * width
     assert f"{parameters:,}" in out
-    for word in ("memory", "FLOP", "one epoch", "each evaluation reads", "tokens/s", "MFU", "8e-3, Muon's 0.015 (linear"):
+    for word in ("memory", "FLOP", "one epoch", "each evaluation reads", "tokens/s", "MFU", "Muon's 1.5e-2 (lin"):
         assert word in " ".join(out.split())
     assert not Path("runs").exists()
 

@@ -3129,6 +3129,7 @@ class GraphDecoder:
     CHUNK = 16  # tokens that are computed before the CPU looks at them
     TILE = 8192  # weights that a program of row_kernel reads
     LOGITS = 2048  # that a program of draw_kernel looks at
+    KEYS = (512, 16), (64, 2)  # for one row, for several: tokens that a program of attention_kernel looks at, by warps
 
     @staticmethod
     def can_run(model: GPT, size: int) -> bool:
@@ -3189,9 +3190,9 @@ class GraphDecoder:
 
     def attention(self, number: int) -> None:
         count, heads, size, width = self.keys[number].shape
-        sizes = {"BLOCK": 512, "num_warps": 16} if count == 1 else {"BLOCK": 64, "num_warps": 2}
+        block, warps = self.KEYS[count > 1]
         attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                         H=heads, D=width, SIZE=size, **sizes, **self.launch)
+                                         H=heads, D=width, SIZE=size, BLOCK=block, num_warps=warps, **self.launch)
 
     def step(self) -> None:
         """Read the newest token of every row, and draw the next."""

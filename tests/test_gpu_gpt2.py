@@ -184,12 +184,12 @@ def decoded(model: gpt2.GPT, capsys: pytest.CaptureFixture, prompt: list[int], c
 
 
 def gaps(model: gpt2.GPT, prompt: list[int], row: tuple[int, ...], rank: int = 1) -> torch.Tensor:
-    """How far each token's logit is below the plain way's `rank`-th (0: it is not), in bf16 roundings of the largest."""
+    """How far each token's logit is below the plain way's `rank`-th (0: it is not), in bf16 steps of the largest."""
     tokens = torch.tensor([[*prompt, *row]], device="cuda")
     logits = model(tokens)[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
     least = logits.topk(rank).values[:, -1]
-    return (least - chosen).clamp(min=0) / (2**-7 * logits.abs().max())
+    return (least - chosen).clamp(min=0) / (2**-7 * logits.amax(1).abs().max())
 
 
 @pytest.mark.parametrize(("count", "start", "new"), [

@@ -369,9 +369,11 @@ def test_traced_by_the_compiler_the_gradients_stay(flan):
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_quantised_weights_give_the_gradients_of_their_values(flan, plain, model_folder, quantization):
-    """Against a model whose plain weights are what bitsandbytes says that the quantised ones are."""
+    """Against a model whose plain weights are what bitsandbytes says that the quantised ones are. So they are nearer to
+    the unquantised model's than those of bitsandbytes' INT8, which rounds activations as well."""
     quantised, settings = make_model(flan, 0.0, quantization, model_folder)
     plain_model, _ = make_model(flan, 0.0, None, model_folder)
+    unquantised = expected_gradients(plain_model, ROWS)[1]
     modules = dict(quantised.named_modules())
     for name, module in plain_model.named_modules():
         of = modules.get(name)
@@ -380,7 +382,9 @@ def test_quantised_weights_give_the_gradients_of_their_values(flan, plain, model
         elif isinstance(of, flan.bitsandbytes.nn.Linear4bit):
             module.weight.data = flan.bitsandbytes.functional.dequantize_4bit(of.weight.data, of.weight.quant_state)
     loss, expected = expected_gradients(plain_model, ROWS)
-    before = summed_loss(quantised, ROWS).detach()
+    before, usual = expected_gradients(quantised, ROWS)
+    error = lambda gradients: sum((g - unquantised[name]).square().sum() for name, g in gradients.items()).sqrt()
+    assert quantization == "int4" or error(expected) < 0.9 * error(usual)
     fast = flan.FastT5(quantised, settings)
     if quantization == "int4":  # an eighth of the weights' memory, which is not to be there twice
         scales = {w.scale.untyped_storage().data_ptr() for layer in (*fast.encoder, *fast.decoder) for w in layer

@@ -14,12 +14,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 from accelerate.utils import send_to_device
-from conftest import torchrun
 
 torch = pytest.importorskip("torch")
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -606,39 +603,6 @@ def test_a_training_without_dropout_equals_the_usual_one(flan, command, data, mo
         torch.testing.assert_close(weights[0][name], tensor, rtol=1e-2, atol=1e-3)
     assert moments[0]["state"].keys() == moments[1]["state"].keys()
     assert moments[0]["param_groups"] == moments[1]["param_groups"]
-
-
-# The script with the fast path of `on_the_cpu`, as a process of its own: words are this folder and the script's.
-ON_THE_CPU = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import conftest
-import test_flan_t5_fast as fast
-flan = conftest.load_script(conftest.SCRIPT)
-flan.Attention, flan.attention = fast.PlainAttention, lambda *args: (fast.reference_attention(*args), None)
-flan.machine_obstacle = flan.fast_obstacle = lambda *_: None
-sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
-"""
-
-
-def test_two_fast_processes_are_one(flan, command, data, model_folder, tmp_path, on_the_cpu):
-    """Gradients are summed over processes, and divided by their number: norms say so, as clipping hides a factor. The
-    last step of an epoch has half of its rows."""
-    words = ("--model", no_dropout(model_folder, tmp_path), "--dataset", data, "--lr", "1e-3", "--epochs", 2,
-             "--batch-size", 16, "--micro-batch-size", 4, "--max-new-tokens", 2, "--lora-dropout", 0)
-    assert command(*words, "--output-dir", tmp_path / "one", cwd=tmp_path).code == 0
-    (tmp_path / "script.py").write_text(ON_THE_CPU)
-    launcher = [*torchrun(), tmp_path / "script.py", Path(__file__).parent]
-    two = subprocess.run([*launcher, *map(str, words), "--output-dir", tmp_path / "two"], cwd=tmp_path, timeout=120,
-                         # else accelerate moves the model from "cpu" to "cpu:0", which copies it; a GPU has one name
-                         env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu"}, capture_output=True, text=True)
-    metrics = [flan.read_metrics(tmp_path / name) for name in ("one", "two")]
-    assert two.returncode == 0 and [(m["processes"], m["fast_step"]) for m in metrics] == [(1, True), (2, True)], two
-    for found, expected in zip(*(losses(flan, tmp_path / name) for name in ("two", "one")), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
-    adapters = [flan.load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")]
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def no_dropout(model_folder, tmp_path):

@@ -2919,14 +2919,15 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps an H100 busy (a prototype, batch 8 of SAMSum's lengths: 271 rows/s in place of 9 to 14; 27 ms):
+# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18; 29 ms). Of
+# these milliseconds a prototype needed those in brackets:
 #
 # - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
 #   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
 #   tile by tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
 # - Fewer, larger products (16.6 ms). What multiplies one input is one matrix: q, k and v, for example. LoRA's B are
 #   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T.
-# - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (44 s, or less
+# - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
 #   batches are filled up to one of few sizes (see `size_class`). The first batch of a size runs without, the second is

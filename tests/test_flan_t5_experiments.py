@@ -221,14 +221,14 @@ def test_a_trained_number_costs_16_bytes(flan):
     assert many - few == 18e6  # compiled, it is there in bf16 too
 
 
-# Peaks of training on an H200 (PyTorch 2.11, 2026-11-28), by tests/benchmark_flan_t5.py, with the tokens of its longest
-# micro-batch. The tenth of a GiB was fitted to these figures; all else is counted. When NF4 was measured, its scales
-# were there twice, which has been mended: they are taken off.
+# Peaks of training on an H200 (PyTorch 2.11, 2026-11-29, rounded), by tests/benchmark_flan_t5.py, with the tokens of
+# its longest micro-batch. Those with three decimals or more are of the day before, to which the tenth of a GiB was
+# fitted; all else is counted. XXL's NF4 had its scales twice, which is mended: they are taken off.
 @pytest.mark.parametrize(("size", "precision", "checkpointing", "source", "target", "measured"), [
-    ("base", "bf16", False, 3584, 384, 1.638), ("xl", "bf16", False, 2304, 448, 9.278),
-    ("xl", "bf16", False, 18432, 2816, 31.94), ("xl", "int8", False, 1408, 256, 5.859),
-    ("xl", "int4", False, 1408, 256, 5.106 - 0.129), ("xxl", "int8", True, 320, 128, 13.70),
-    ("xxl", "int4", True, 320, 128, 10.79 - 0.516)])
+    ("base", "bf16", False, 3840, 448, 1.7), ("base", "bf16", False, 3584, 384, 1.638),
+    ("xl", "bf16", False, 3584, 384, 10.7), ("xl", "bf16", False, 18432, 2816, 31.94),
+    ("xl", "int8", False, 3328, 384, 8.4), ("xl", "int4", False, 3328, 384, 7.5),
+    ("xxl", "int8", True, 320, 128, 13.704), ("xxl", "int4", True, 320, 128, 10.79 - 0.516)])
 def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     flan, size, precision, checkpointing, source, target, measured
 ):
@@ -240,7 +240,7 @@ def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     trained = flan.add_lora(model, settings).get_nb_trainable_parameters()[0]
     step = weights + 18 * trained + flan.fast_extra_bytes(config, 16, precision)
     step += flan.fast_activation_bytes(config, 16, source, target, checkpointing)
-    assert step / 2**30 == pytest.approx(measured, rel=0.02)
+    assert step / 2**30 == pytest.approx(measured, rel=0.02, abs=0.055 if measured == round(measured, 1) else 0)
 
 
 def test_what_the_plan_of_the_compiled_step_counts(flan):

@@ -375,6 +375,41 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*.0"))) == 1
 
 
+# The script with the fast path of test_flan_t5_fast.py, without a GPU.
+FAST = """
+import os, sys
+sys.path.insert(0, os.path.join(os.path.dirname(sys.argv.pop(1)), "tests"))
+import conftest
+import test_flan_t5_fast as fast
+flan = conftest.load_script(conftest.SCRIPT)
+flan.Attention, flan.attention = fast.PlainAttention, lambda *args: (fast.reference_attention(*args), None)
+flan.machine_obstacle = flan.fast_obstacle = lambda *_: None
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+
+
+def test_two_fast_processes_are_one(command, data, no_dropout, tmp_path):
+    """The usual one. Gradients are summed over processes, and divided by their number: norms say so, as clipping hides
+    a factor. The last step of an epoch has half of its rows."""
+    flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-3", "--epochs", 2, "--batch-size", 16,
+             "--micro-batch-size", 4, "--max-new-tokens", 2, "--lora-dropout", 0)  # fmt: skip
+    (tmp_path / "fast.py").write_text(FAST)
+    # Else accelerate moves the model from "cpu" to "cpu:0", which copies all parameters. A GPU has one name.
+    environment = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    two = wait(start(*flags, "--output-dir", "two", cwd=tmp_path, env=environment,
+                     launcher=[*torchrun(), tmp_path / "fast.py"]), 240)  # fmt: skip
+    one = command(*flags, "--output-dir", "one", cwd=tmp_path)
+    assert one.code == 0 and two.code == 0, (one, two)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert [(m["processes"], m["fast_step"]) for m in metrics] == [(1, False), (2, True)], two
+    for name in ("loss", "grad_norm"):
+        expected, found = ([entry[name] for entry in m["curve"]] for m in metrics)
+        assert len(expected) == 4 and found == pytest.approx(expected, rel=1e-3)
+    expected, found = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-4, name
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # FSDP2: accelerate shards on GPUs only. Told that these were GPUs, it does so in two processes of a CPU.
 # ----------------------------------------------------------------------------------------------------------------------

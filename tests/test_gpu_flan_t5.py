@@ -100,16 +100,45 @@ def test_dropout_changes_from_step_to_step_in_a_graph(flan, gpu):
     assert [torch.equal(found[0], other) for other in found] == [True, True, True, False, False, True]
 
 
+def test_a_replayed_step_never_waits_for_the_gpu(flan, gpu):
+    """With clipping and AdamW; the first two of a size, which run as they stand and are recorded, may."""
+    model, settings = make_model(flan, 0.1, **gpu)
+    fast = flan.FastT5(model, settings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = flan.FlatAdamW(trained, lr=1e-3, fused=True, **flan.ADAMW)
+    optimizer.flatten(fast)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(ROWS)).items()}
+    tokens = torch.tensor(10, device="cuda")
+
+    def step():
+        fast.training_step(batch, tokens, True, True)
+        torch.nn.utils.clip_grad_norm_(fast.parameters(), 1.0)
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    before = fast.flat.detach().clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        with pytest.raises(RuntimeError, match="synchroniz"):  # it would have been noticed
+            int(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(fast.flat, before)
+
+
 @pytest.mark.parametrize("flags", [(), ("--int8",), ("--int4",)], ids=["bf16", "int8", "int4"])
-def test_losses_of_fifty_steps_are_those_of_the_usual_step(flan, gpu, command, tmp_path, flags):
+def test_losses_of_200_steps_are_those_of_the_usual_step(flan, gpu, command, tmp_path, flags):
     """Without dropout, the same rows: rounding alone may tell them apart, which a training makes larger. By how much,
     the usual step says itself, when it takes the batch in two halves."""
     model = without_dropout(flan.Path(flan.MODELS["tiny"]), tmp_path / "flan-t5-tiny")
     curves = []
     halves = ("--no-fast", "--micro-batch-size", 4)
     for name, more in (("fast", ("--fast",)), ("usual", ("--no-fast",)), ("halves", halves)):
-        done = command("--model", model, "--dataset", "sample", "--lr", "1e-3", "--max-steps", 50, "--lora-dropout", 0,
-                       "--limit", 400, "--max-new-tokens", 8, "--output-dir", tmp_path / name, *flags, *more,
+        done = command("--model", model, "--dataset", "sample", "--lr", "1e-3", "--max-steps", 200, "--lora-dropout", 0,
+                       "--limit", 1600, "--max-new-tokens", 8, "--output-dir", tmp_path / name, *flags, *more,
                        cwd=tmp_path)
         assert done.code == 0, done
         assert flan.read_metrics(tmp_path / name)["fast_step"] is (name == "fast"), done

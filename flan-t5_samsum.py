@@ -2969,6 +2969,12 @@ def scores_of(q, k, i, j, nq, nk, bias, head, LIMIT: constexpr, CAUSAL: constexp
 
 
 @jit
+def base_2(x):
+    """e^x = 2^base_2(x). GPUs have the second only."""
+    return x * 1.4426950408889634
+
+
+@jit
 def hashed_tile(x):
     """`hashed`, in Triton."""
     x = x.to(tl.uint32, bitcast=True)
@@ -3007,7 +3013,7 @@ def forward_kernel(q_, k_, v_, out_, lse_, bias, mask, q_rows, k_rows, q_stride,
         v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
         scores = scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)
         new = tl.maximum(top, tl.max(scores, 1))
-        p, shrink = tl.exp(scores - new[:, None]), tl.exp(top - new)
+        p, shrink = tl.exp2(base_2(scores) - base_2(new)[:, None]), tl.exp(top - new)
         total = total * shrink + tl.sum(p, 1)
         if DROP:
             p = dropped_scores(p, i, j, q0, head, mask, H)
@@ -3015,14 +3021,13 @@ def forward_kernel(q_, k_, v_, out_, lse_, bias, mask, q_rows, k_rows, q_stride,
         top = new
     total = tl.where(total == 0.0, 1.0, total)  # a row without keys
     store_rows(out_, acc / total[:, None], q0, i, nq, H * D, head * D, D, K)
-    tl.store(lse_ + head * tokens + q0 + i, top + tl.log(total), mask=i < nq)
+    tl.store(lse_ + head * tokens + q0 + i, base_2(top) + tl.log2(total), mask=i < nq)
 
 
 @jit
 def backward_q_kernel(q_, k_, v_, out_, dout_, lse_, delta_, dq_, bias, mask, q_rows, k_rows, q_stride, k_stride,
-                      dq_stride, tokens, H: constexpr, D: constexpr, K: constexpr,
-                      LIMIT: constexpr, CAUSAL: constexpr, DROP: constexpr, BM: constexpr,
-                      BN: constexpr):
+                      tokens, H: constexpr, D: constexpr, K: constexpr, LIMIT: constexpr, CAUSAL: constexpr,
+                      DROP: constexpr, BM: constexpr, BN: constexpr):
     """Gradient of BM queries, and delta, the sum of out x dout, for the next kernel."""
     row, head = tl.program_id(1) // H, tl.program_id(1) % H
     q0, k0 = tl.load(q_rows + 2 * row), tl.load(k_rows + 2 * row)
@@ -3043,19 +3048,18 @@ def backward_q_kernel(q_, k_, v_, out_, dout_, lse_, delta_, dq_, bias, mask, q_
         j = start + tl.arange(0, BN)
         k = load_rows(k_, k0, j, nk, k_stride, head * D, D, K)
         v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
-        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        p = tl.exp2(base_2(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v))
         if DROP:
             dp = dropped_scores(dp, i, j, q0, head, mask, H)
         dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k)
-    store_rows(dq_, dq, q0, i, nq, dq_stride, head * D, D, K)
+    store_rows(dq_, dq, q0, i, nq, q_stride, head * D, D, K)
 
 
 @jit
 def backward_kv_kernel(q_, k_, v_, dout_, lse_, delta_, dk_, dv_, bias, mask, q_rows, k_rows, q_stride, k_stride,
-                       dk_stride, tokens, H: constexpr, D: constexpr, K: constexpr,
-                       LIMIT: constexpr, CAUSAL: constexpr, DROP: constexpr, BM: constexpr,
-                       BN: constexpr):
+                       tokens, H: constexpr, D: constexpr, K: constexpr, LIMIT: constexpr, CAUSAL: constexpr,
+                       DROP: constexpr, BM: constexpr, BN: constexpr):
     """Gradient of BN keys and values."""
     row, head = tl.program_id(1) // H, tl.program_id(1) % H
     q0, k0 = tl.load(q_rows + 2 * row), tl.load(k_rows + 2 * row)
@@ -3073,14 +3077,19 @@ def backward_kv_kernel(q_, k_, v_, dout_, lse_, delta_, dk_, dv_, bias, mask, q_
         dout = load_rows(dout_, q0, i, nq, H * D, head * D, D, K)
         lse = tl.load(lse_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
         delta = tl.load(delta_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
-        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        p = tl.exp2(base_2(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)) - lse[:, None])
         dp, kept = tl.dot(dout, tl.trans(v)), p
         if DROP:
             dp, kept = (dropped_scores(dp, i, j, q0, head, mask, H), dropped_scores(p, i, j, q0, head, mask, H))
         dv += tl.dot(tl.trans(kept).to(dout.dtype), dout)
         dk += tl.dot(tl.trans(p * (dp - delta[:, None])).to(q.dtype), q)
-    store_rows(dk_, dk, k0, j, nk, dk_stride, head * D, D, K)
-    store_rows(dv_, dv, k0, j, nk, dk_stride, head * D, D, K)
+    store_rows(dk_, dk, k0, j, nk, k_stride, head * D, D, K)
+    store_rows(dv_, dv, k0, j, nk, k_stride, head * D, D, K)
+
+
+def query_block(longest: int) -> int:
+    """Queries of a program: few where rows are short. 16 is the least that the tensor cores take."""
+    return 16 if longest == 1 else 32 if longest <= 128 else 64
 
 
 def launch(kernel: Any, blocks: int, bias: Any, q_rows: torch.Tensor, heads: int, inner: int,
@@ -3088,7 +3097,8 @@ def launch(kernel: Any, blocks: int, bias: Any, q_rows: torch.Tensor, heads: int
     width = inner // heads
     kernel[(blocks, len(q_rows) * heads)](
         *arguments, H=heads, D=width, K=max(16, triton.next_power_of_2(width)), CAUSAL=causal, DROP=mask is not None,
-        LIMIT=0 if bias is None else bias.shape[1] // 2, BM=block, BN=64, num_warps=4)
+        LIMIT=0 if bias is None else bias.shape[1] // 2, BM=block, BN=64,
+        num_warps=2 if block == 32 and kernel is forward_kernel else 4)
 
 
 def split_qkv(q: torch.Tensor, kv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -3106,11 +3116,11 @@ def attention(q: torch.Tensor, kv: torch.Tensor | None, bias: torch.Tensor | Non
 
     Self-attention: `q` is [tokens, 3 x inner], with q, k and v side by side, and `kv` None. Cross-attention: `q` is
     [target tokens, inner], `kv` [source tokens, 2 x inner]. `bias` [heads, 2 x limit + 1] is by distance. Also returns
-    the logarithm of each softmax's denominator [heads, tokens], from which backward has the softmax again.
+    the base-2 logarithm of each softmax's denominator [heads, tokens], from which backward has the softmax again.
     """
     queries, k, v = split_qkv(q, kv)
     out, lse = q.new_empty(queries.shape), q.new_empty(heads, len(q), dtype=torch.float32)
-    block = 64 if longest_q > 1 else 16  # 16 is the least that the tensor cores take
+    block = query_block(longest_q)
     launch(forward_kernel, -(-longest_q // block), bias, q_rows, heads, out.shape[1], causal, mask, block, (
         queries, k, v, out, lse, bias, mask, q_rows, k_rows, q.stride(0), k.stride(0), len(q)))
     return out, lse
@@ -3132,11 +3142,11 @@ def attention_backward(dout: torch.Tensor, q: torch.Tensor, kv: torch.Tensor | N
     queries, k, v = split_qkv(q, kv)
     dqueries, dk, dv = split_qkv(dq, None if kv is None else dkv)
     delta, dout, inner = torch.empty_like(lse), dout.contiguous(), out.shape[1]
-    rest = (bias, mask, q_rows, k_rows, q.stride(0), k.stride(0))
-    launch(backward_q_kernel, -(-longest_q // 64), bias, q_rows, heads, inner, causal, mask, 64, (
-        queries, k, v, out, dout, lse, delta, dqueries, *rest, dq.stride(0), len(q)))
-    launch(backward_kv_kernel, -(-longest_k // 64), bias, q_rows, heads, inner, causal, mask, 64, (
-        queries, k, v, dout, lse, delta, dk, dv, *rest, dk.stride(0), len(q)))
+    rest, block = (bias, mask, q_rows, k_rows, q.stride(0), k.stride(0), len(q)), query_block(longest_q)
+    launch(backward_q_kernel, -(-longest_q // block), bias, q_rows, heads, inner, causal, mask, block, (
+        queries, k, v, out, dout, lse, delta, dqueries, *rest))
+    launch(backward_kv_kernel, -(-longest_k // 64), bias, q_rows, heads, inner, causal, mask, block, (
+        queries, k, v, dout, lse, delta, dk, dv, *rest))
     return dq, dkv
 
 
@@ -3445,11 +3455,10 @@ class FastT5:
         crosses = [layer[1].EncDecAttention for layer in stacks[1]]
         groups |= {(1, "q"): [(m.q,) for m in crosses], (1, "kv"): [(m.k, m.v) for m in crosses],
                    (1, "cross_o"): [(m.o,) for m in crosses]}
-        self.adapter = [getattr(module, kind)["default"].weight for layers in groups.values()
-                        for kind in ("lora_A", "lora_B") for modules in layers for module in modules]
-        # Of each matrix: which others do the same in other layers.
-        self.kinds = [(key, kind, i) for key, layers in groups.items() for kind in ("lora_A", "lora_B")
-                      for modules in layers for i in range(len(modules))]
+        # Each matrix, and which others do the same in other layers.
+        self.adapter, self.kinds = map(list, zip(*(
+            (getattr(module, kind)["default"].weight, (key, kind, i)) for key, layers in groups.items()
+            for kind in ("lora_A", "lora_B") for modules in layers for i, module in enumerate(modules)), strict=True))
         for i, layers in enumerate(stacks):
             dense = [layer[-1].DenseReluDense for layer in layers]
             groups |= {(i, "wi"): [(m.wi_0, m.wi_1) for m in dense], (i, "wo"): [(m.wo,) for m in dense]}
@@ -3629,7 +3638,7 @@ class FastT5:
         self.refresh()
         room, problem = size_class(sum(map(len, sources))), "its tokens are not those of transformers' model"
         try:
-            if self.generator is None or not self.generator.fits(len(sources), room):
+            if self.generator is None or len(sources) > self.generator.rows or room > self.generator.room:
                 self.generator = None  # its memory first
                 self.generator = Generator(self, len(sources), room, config.max_new_tokens)
             summaries = self.generator(sources)
@@ -3708,9 +3717,6 @@ class Generator:
         self.graphs: dict[int, Any] = {}
         compiled = functools.partial(torch.compile, dynamic=True) if fast.uses_graphs else lambda function: function
         self.linear, self.rms_norm, self.gated_gelu = map(compiled, (linear, rms_norm, gated_gelu))
-
-    def fits(self, rows: int, room: int) -> bool:
-        return rows <= self.rows and room <= self.room
 
     def encode(self, sources: list[Tokens]) -> None:
         """Fills `crosses`, and sets all rows to their beginning."""

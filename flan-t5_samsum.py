@@ -3314,7 +3314,7 @@ def lora_backward_kernel(x_, dwide_, a_, mask, dx_, da_, s, tokens, span, N: con
 
 def has_lora_kernels(x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether they apply: in training on a GPU, with columns in blocks of a power of two, and few enough registers."""
-    return x.is_cuda and mask is not None and math.gcd(x.shape[1], 128) >= 16 and a.shape[1] <= 64
+    return x.is_cuda and mask is not None and math.gcd(a.shape[2], 128) >= 16 and a.shape[1] <= 64
 
 
 @torch.library.custom_op("flan_t5::lora", mutates_args=())
@@ -3341,7 +3341,7 @@ def lora_backward(x: torch.Tensor, dwide: torch.Tensor, a: torch.Tensor, mask: t
     (n, r, d), block = a.shape, math.gcd(x.shape[1], 64)
     lora_backward_kernel[(d // block, 16)](
         x.contiguous(), dwide.contiguous(), a, mask, dx, parts, s, len(x), 32 * -(-len(x) // 512), N=n, R=r, D=d,
-        WIDTH=dwide.shape[1], K=max(16, triton.next_power_of_2(r)), BM=32, BK=block)
+        WIDTH=dwide.shape[1], K=max(16, triton.next_power_of_2(r)), BM=32, BK=block, num_stages=2)
     return dx, parts
 
 

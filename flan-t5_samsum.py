@@ -2160,22 +2160,22 @@ def out_of_memory_advice(settings: Settings) -> str:
     share = settings.batch_size // int(os.environ.get("WORLD_SIZE", 1))
     smaller = [n for n in range(1, settings.micro_batch_size) if share % n == 0]
     is_training, is_export = settings.mode not in USES, settings.mode == "export"
-    can_quantise = not (is_export or settings.full or is_sharded())
+    is_free = not settings.resume  # which keeps what is computed, and so all but FREE_ON_RESUME
+    can_quantise = is_free and not (is_export or settings.full or is_sharded())
     flags = {
         f"--micro-batch-size {max(smaller, default=1)}": is_training and smaller,
         "--gradient-checkpointing": is_training and not settings.gradient_checkpointing,
-        "no --full": is_training and settings.full,
+        "no --full": is_free and is_training and settings.full,
         "--int8": can_quantise and not settings.quantization,
         "--int4": can_quantise and not settings.int4,
-        "--num-beams 1": settings.num_beams > 1,
-        f"--max-source-length {settings.max_source_length // 2}": settings.max_source_length >= 16 and not is_export,
+        "--num-beams 1": is_free and settings.num_beams > 1,
+        f"--max-source-length {settings.max_source_length // 2}":
+            is_free and settings.max_source_length >= 16 and not is_export,
         "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
         f"a {'new run of a ' * settings.resume}smaller --model": is_training,
     }
     advice = [flag for flag, helps in flags.items() if helps]
-    if settings.resume:
-        advice = [flag for flag in advice if flag[2:].split()[0].replace("-", "_") in (*FREE_ON_RESUME, "new")]
-    elif settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):  # filled by this run
+    if is_free and settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):
         advice[-1] += "; and another --output-dir"
     return f"out of GPU memory: try {', '.join(advice)}"
 

@@ -821,8 +821,10 @@ class SummarizationTrainer(Seq2SeqTrainer):
         else:
             # Strict: told only to warn, PyTorch keeps the backward pass of attention that varies from run to run.
             torch.use_deterministic_algorithms(self.args.device.type == "cuda")
-            loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
-            torch.use_deterministic_algorithms(False)
+            try:
+                loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
+            finally:
+                torch.use_deterministic_algorithms(False)
         self.recent[-1][1] += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 

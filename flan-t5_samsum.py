@@ -528,6 +528,8 @@ def get_device() -> tuple[torch.device, torch.dtype]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # with T5's bias its backward is NaN (PyTorch 2.11 on an H100)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which cuBLAS is deterministic
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
         return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu"), torch.float32
 
@@ -817,7 +819,12 @@ class SummarizationTrainer(Seq2SeqTrainer):
         if self.fast:
             loss = self.fast.training_step(packed, num_items_in_batch, is_first, self.accelerator.sync_gradients)
         else:
-            loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
+            # Strict: told only to warn, PyTorch keeps the backward pass of attention that varies from run to run.
+            torch.use_deterministic_algorithms(self.args.device.type == "cuda")
+            try:
+                loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
+            finally:
+                torch.use_deterministic_algorithms(False)
         self.recent[-1][1] += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 

@@ -149,17 +149,19 @@ def test_losses_of_200_steps_are_those_of_the_usual_step(flan, gpu, command, tmp
     assert found < 2 * rounding + 0.01
 
 
-@pytest.mark.parametrize("flags", [(), ("--int4",)], ids=["bf16", "int4"])
+@pytest.mark.parametrize("flags", [(), ("--int4",), ("--no-fast",), ("--full",), ("--no-fast", "--int8")],
+                         ids=lambda flags: " ".join(flags) or "bf16")
 def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_folder, tmp_path, flags):
-    """With dropout and two micro-batches a step; the resumed run records its graphs at other steps."""
+    """With dropout and two micro-batches a step; on the fast path the resumed run records its graphs at other steps."""
+    is_fast = not {"--no-fast", "--full"} & set(flags)
     words = ("--model", model_folder, "--dataset", data, "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,
-             "--max-new-tokens", 8, "--epochs", 6, "--fast", *flags)
+             "--max-new-tokens", 8, "--epochs", 6, *(("--fast",) if is_fast else ()), *flags)
     whole = command(*words, "--output-dir", tmp_path / "whole", cwd=tmp_path)
-    assert whole.code == 0 and flan.read_metrics(tmp_path / "whole")["fast_step"], whole
+    assert whole.code == 0 and flan.read_metrics(tmp_path / "whole")["fast_step"] is is_fast, whole
     with stopped_after(flan, 20):
         assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
     assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
-    assert flan.read_metrics(tmp_path / "halves")["fast_step"]
+    assert flan.read_metrics(tmp_path / "halves")["fast_step"] is is_fast
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
 
 

@@ -5,9 +5,11 @@
 
 import json
 import shutil
+import sys
 import traceback
 
 import pytest
+from conftest import start, wait
 from test_flan_t5_fast import (
     ROWS,
     as_rows,
@@ -18,6 +20,7 @@ from test_flan_t5_fast import (
     sources_of,
     stopped_after,
 )
+from test_flan_t5_training import FSDP, SHARDED
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -162,6 +165,26 @@ def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_fo
         assert command(*words, "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 128 + 15
     assert command("--resume", "--output-dir", tmp_path / "halves", cwd=tmp_path).code == 0
     assert flan.read_metrics(tmp_path / "halves")["fast_step"] is is_fast
+    assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_over_two_gpus_a_resumed_training_has_the_same_bits(flan, data, model_folder, tmp_path):
+    """FSDP2, with dropout; each time in processes of its own, as accelerate starts them."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(tmp_path / "sharded.py")]  # fmt: skip
+
+    def sharded(*words, **env):
+        env = FSDP | {"CUDA_VISIBLE_DEVICES": None} | env
+        return wait(start(*words, cwd=tmp_path, launcher=launcher, env=env), 300)
+
+    flags = ("--model", model_folder, "--dataset", data, "--full", "--lr", "1e-2", "--batch-size", 4,
+             "--micro-batch-size", 2, "--max-new-tokens", 8, "--epochs", 6)
+    whole, cut = sharded(*flags, "--output-dir", "whole"), sharded(*flags, "--output-dir", "halves", STOP="20")
+    again = sharded("--resume", "--output-dir", "halves")
+    assert [end.code == 0 for end in (whole, cut, again)] == [True, False, True], (whole, cut, again)
+    assert flan.read_metrics(tmp_path / "whole")["processes"] == 2
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
 
 

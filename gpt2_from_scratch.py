@@ -64,7 +64,7 @@ PRESETS = {
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "block_size": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
 ADAMW = {"gpt2": {"lr": 6e-4, "batch_tokens": 2**19, "schedule": "cosine", "muon_lr": None}}  # with --optimizer adamw
-FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init and without --model
+FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init
 
 
 class UserError(Exception):
@@ -110,7 +110,7 @@ class Settings:
     # model
     model: str | None = flag("nano", "the sizes below, with their recipe", choices=list(PRESETS))
     init: str | None = flag(None, "start with these weights: a Hub id, a folder of a Hugging Face GPT-2, or a run "
-                            "(without --model: --lr 1e-4, about 32768 --batch-tokens)", metavar="WHAT")
+                            "(with --lr 1e-4, about 32768 --batch-tokens)", metavar="WHAT")
     layers: int | None = flag(None, "transformer blocks", COUNT)
     heads: int | None = flag(None, "attention heads per block", COUNT)
     width: int | None = flag(None, "size of the residual stream", COUNT)
@@ -1942,7 +1942,7 @@ def resume(run: Path, trainer: Trainer) -> Progress:
 
     def find() -> tuple[Path | None, Progress]:
         for unfinished in (run / "checkpoints").glob("*.incomplete"):
-            say(f"passed over {unfinished.name}: it was never finished")
+            say(f"{unfinished.name} is deleted: it was never finished")
             shutil.rmtree(unfinished, ignore_errors=True)
         if settings.schedule == "wsd" and settings.max_steps > before:
             undo_decay(run, before - decay_steps(before))
@@ -1950,7 +1950,7 @@ def resume(run: Path, trainer: Trainer) -> Progress:
             try:
                 return folder, load_checkpoint(folder, trainer)
             except UserError as error:
-                say(f"passed over {folder.name}: {error}")
+                say(f"{folder.name} is damaged ({error}): put aside as {folder.name}.damaged")
                 put_aside(folder, "damaged")
         return None, Progress()
 
@@ -3271,9 +3271,8 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     if "cache_dir" in given:
         given["hub_cache"] = str(Path(given["cache_dir"]).resolve() / "hub")
     saved = saved_settings(given) if given.get("resume") else {}
-    is_tuned = "init" in given and "model" not in given
     model = given.get("model") or saved.get("model") or "nano"
-    preset = FINE_TUNING if is_tuned else PRESETS[model]
+    preset = FINE_TUNING if "init" in given else PRESETS[model]
     if given.get("optimizer") == "adamw":
         preset = preset | ADAMW.get(model, {})
     for name, follows in (("epochs", "max_steps"), ("lr", "muon_lr")):
@@ -3282,7 +3281,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     values = preset | saved | given
     values["cache_dir"] = str(Path(values.get("cache_dir", "cache")).resolve())
     if "init" in given and not saved:
-        for name in {"layers", "heads", "width"} & given.keys():
+        for name in {"model", "layers", "heads", "width"} & given.keys():
             raise UserError(f"--{name} cannot be chosen: --init {given['init']} has its own")
         values |= {"layers": None, "heads": None, "width": None, "block_size": given.get("block_size")}
         values["weights"] = str(find_weights(Settings(**values)))

@@ -293,6 +293,9 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         lambda: ["--init", a_model(), "--block-size", "17", "--data", "text.txt"],
         "16 positions",
     ),
+    "a recipe from scratch for trained weights": (
+        lambda: ["--init", a_model(), "--model", "gpt2", "--data", "text.txt"], "--model cannot be chosen"
+    ),
     "geometry against the weights": (lambda: ["--init", a_model(), "--layers", "2", "--data", "text.txt"], "--layers"),
     "tokenizer larger than the embedding": (
         lambda: ["--init", a_model(), "--tokenizer", "bpe", "--vocab-size", "310", "--data", "text.txt"],

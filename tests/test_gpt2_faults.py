@@ -175,7 +175,7 @@ def test_a_checkpoint_that_lacks_a_part_is_passed_over(start, undisturbed, finis
         save_file(tensors, folder / "training.safetensors")
     process = start(finished.parent, "--resume", "--output-dir", "run")
     assert process.wait() == 0, process.err
-    assert "passed over step-00000014" in process.out and harm in process.out
+    assert "step-00000014 is damaged" in process.out and harm in process.out
     assert_ends_as(finished, undisturbed)
 
 
@@ -185,7 +185,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_starts_again(start, undisturbed
             file.write_bytes(b"\0" * 1000)
         process = start(finished.parent, "--resume", "--output-dir", "run")
         assert process.wait() == 0, process.err
-        assert "passed over step-00000014" in process.out and "starting at step 0" in process.out
+        assert "step-00000014 is damaged" in process.out and "starting at step 0" in process.out
         assert_ends_as(finished, undisturbed)
 
 
@@ -413,7 +413,7 @@ def test_a_bomb_in_place_of_a_checkpoint_s_tensors_is_passed_over(start, undistu
     torch.save({"wte.weight": Bomb()}, finished / "checkpoints/step-00000014" / file)
     process = start(finished.parent, "--resume", "--output-dir", "run")
     assert process.wait() == 0, process.err
-    assert "passed over step-00000014" in process.out and not list(finished.parent.rglob("exploded"))
+    assert "step-00000014 is damaged" in process.out and not list(finished.parent.rglob("exploded"))
     assert_ends_as(finished, undisturbed)
 
 

@@ -594,7 +594,7 @@ def test_a_damaged_checkpoint_is_passed_over(command, text, uninterrupted, capsy
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     assert command("--resume", "--output-dir", "run") == 0
     out = capsys.readouterr().out
-    assert "passed over step-00000014" in out and Path("run/checkpoints/step-00000014.damaged").exists()
+    assert "step-00000014 is damaged" in out and Path("run/checkpoints/step-00000014.damaged").exists()
     assert "resumed from run/checkpoints/step-00000012" in out
     assert_bit_identical(weights_of(Path("run"), 14), weights_of(uninterrupted, 14))
 

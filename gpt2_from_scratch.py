@@ -1964,7 +1964,7 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     say(f"resumed from {folder} ({plural(progress.step, 'step')} done)")
     if trainer.machine.rank:
         load_checkpoint(folder, trainer)
-    if settings.max_steps != before:
+    if settings.max_steps != before and settings.max_steps >= progress.step:  # fewer are refused by the caller
         old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
                     (before, settings.max_steps))
         say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate "

@@ -677,8 +677,9 @@ def test_a_finished_run_has_nothing_left_to_resume(command, text, capsys):
         assert command("--resume", "--output-dir", "run", *words) == 0
         assert capsys.readouterr().out.endswith("nothing is left to do: for more steps, --max-steps\n")
     assert command("--resume", "--output-dir", "run", "--max-steps", 3) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert error.startswith("error: --max-steps 3 is less than the 4 steps") and error.count("\n") == 1
+    assert "learning rate" not in out  # there is none behind the end of a schedule
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
 
 

@@ -2518,7 +2518,8 @@ def fast_activation_bytes(config: transformers.T5Config, rank: int, source: int,
     """
     width, inner, heads = config.d_model, config.num_heads * config.d_kv, config.num_heads
     feed_forward = 2 * (width + 2 * config.d_ff) + 4  # its input, both halves of `wi`, the root of the norm
-    attention = 2 * (2 * inner + width) + 4 * heads + 4  # queries, what comes out, input; log-sum-exp, norm
+    # Queries, what comes out, input before and after the norm (LoRA's kernel reads that); log-sum-exp, the norm's root.
+    attention = 2 * (2 * inner + 2 * width) + 4 * heads + 4
     in_layer = source * (attention + 2 * 2 * inner + 4 * 2 * rank + feed_forward)
     in_decoder_layer = target * (2 * attention + 2 * 2 * inner + 6 * 2 * rank + feed_forward)
     in_decoder_layer += source * 2 * (2 * inner + 2 * rank)  # keys and values of the encoder's output
@@ -2933,7 +2934,8 @@ def holm(values: list[float]) -> list[float]:
 #   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
 #   tile by tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
 # - Fewer, larger products (16.6 ms). What multiplies one input is one matrix: q, k and v, for example. LoRA's B are
-#   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T.
+#   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T. In training two more kernels in Triton make
+#   [x | s x A^T] and its gradient, and read x once for all modules.
 # - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
@@ -2977,6 +2979,12 @@ def scores_of(q, k, i, j, nq, nk, bias, head, LIMIT: constexpr, CAUSAL: constexp
 
 
 @jit
+def base_2(x):
+    """e^x = 2^base_2(x). GPUs have 2^x alone; here the factor becomes one operation with the subtraction after it."""
+    return x * 1.4426950408889634
+
+
+@jit
 def hashed_tile(x):
     """`hashed`, in Triton."""
     x = x.to(tl.uint32, bitcast=True)
@@ -3015,7 +3023,7 @@ def forward_kernel(q_, k_, v_, out_, lse_, bias, mask, q_rows, k_rows, q_stride,
         v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
         scores = scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)
         new = tl.maximum(top, tl.max(scores, 1))
-        p, shrink = tl.exp(scores - new[:, None]), tl.exp(top - new)
+        p, shrink = tl.exp2(base_2(scores) - base_2(new)[:, None]), tl.exp(top - new)
         total = total * shrink + tl.sum(p, 1)
         if DROP:
             p = dropped_scores(p, i, j, q0, head, mask, H)
@@ -3023,7 +3031,7 @@ def forward_kernel(q_, k_, v_, out_, lse_, bias, mask, q_rows, k_rows, q_stride,
         top = new
     total = tl.where(total == 0.0, 1.0, total)  # a row without keys
     store_rows(out_, acc / total[:, None], q0, i, nq, H * D, head * D, D, K)
-    tl.store(lse_ + head * tokens + q0 + i, top + tl.log(total), mask=i < nq)
+    tl.store(lse_ + head * tokens + q0 + i, base_2(top) + tl.log2(total), mask=i < nq)
 
 
 @jit
@@ -3051,7 +3059,7 @@ def backward_q_kernel(q_, k_, v_, out_, dout_, lse_, delta_, dq_, bias, mask, q_
         j = start + tl.arange(0, BN)
         k = load_rows(k_, k0, j, nk, k_stride, head * D, D, K)
         v = load_rows(v_, k0, j, nk, k_stride, head * D, D, K)
-        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        p = tl.exp2(base_2(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v))
         if DROP:
             dp = dropped_scores(dp, i, j, q0, head, mask, H)
@@ -3081,7 +3089,7 @@ def backward_kv_kernel(q_, k_, v_, dout_, lse_, delta_, dk_, dv_, bias, mask, q_
         dout = load_rows(dout_, q0, i, nq, H * D, head * D, D, K)
         lse = tl.load(lse_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
         delta = tl.load(delta_ + head * tokens + q0 + i, mask=i < nq, other=0.0)
-        p = tl.exp(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL) - lse[:, None])
+        p = tl.exp2(base_2(scores_of(q, k, i, j, nq, nk, bias, head, LIMIT, CAUSAL)) - lse[:, None])
         dp, kept = tl.dot(dout, tl.trans(v)), p
         if DROP:
             dp, kept = (dropped_scores(dp, i, j, q0, head, mask, H), dropped_scores(p, i, j, q0, head, mask, H))
@@ -3114,7 +3122,7 @@ def attention(q: torch.Tensor, kv: torch.Tensor | None, bias: torch.Tensor | Non
 
     Self-attention: `q` is [tokens, 3 x inner], with q, k and v side by side, and `kv` None. Cross-attention: `q` is
     [target tokens, inner], `kv` [source tokens, 2 x inner]. `bias` [heads, 2 x limit + 1] is by distance. Also returns
-    the logarithm of each softmax's denominator [heads, tokens], from which backward has the softmax again.
+    the base-2 logarithm of each softmax's denominator [heads, tokens], from which backward has the softmax again.
     """
     queries, k, v = split_qkv(q, kv)
     out, lse = q.new_empty(queries.shape), q.new_empty(heads, len(q), dtype=torch.float32)
@@ -3245,6 +3253,112 @@ def _(matrix: Any, scale: Any, tail: torch.Tensor, width: int, is_backward: bool
     return tail.new_empty(tail.shape[0], width + tail.shape[1])
 
 
+@jit
+def kept_tile(place, column, seed, threshold):
+    """[BM, BK]: which of the places place [BM] + column [BK] `dropped` keeps. A place is a multiple of a power of two
+    that is above every column, so that + is ^, and of the first line of `hashed` nearly all is done once for a row."""
+    x = (place ^ seed).to(tl.uint32, bitcast=True)
+    x = ((x ^ (x >> 16))[:, None] ^ column.to(tl.uint32)[None, :]) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return (x ^ (x >> 16)).to(tl.int32, bitcast=True) >= threshold
+
+
+@jit
+def lora_kernel(x_, a_, mask, wide_, u_, s, tokens, N: constexpr, R: constexpr, D: constexpr, WIDTH: constexpr,
+                K: constexpr, BM: constexpr, BK: constexpr):
+    """One program: BM tokens, for all N modules. Columns come in blocks of BK; the rank R is filled up to K."""
+    t, r, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, K), tl.arange(0, BK)
+    inside, row, of_rank = (t < tokens)[:, None], t.to(tl.int64)[:, None], (r < R)[None, :]
+    seed, threshold, scale = tl.load(mask), tl.load(mask + 1), tl.load(mask + 2).to(tl.float32, bitcast=True)
+    u = (tl.zeros([BM, K], tl.float32),) * N
+    for first in range(0, D, BK):
+        x = tl.load(x_ + row * D + first + c[None, :], mask=inside, other=0.0)
+        tl.store(wide_ + row * WIDTH + first + c[None, :], x, mask=inside)
+        new = ()
+        for i in tl.static_range(N):
+            a = tl.load(a_ + (i * R + r)[None, :] * D + first + c[:, None], mask=of_rank, other=0.0)
+            kept = kept_tile((i * tokens + t) * D + first, c, seed, threshold)
+            new += (tl.dot(tl.where(kept, x, 0.0), a, u[i]),)
+        u = new
+    for i in tl.static_range(N):
+        result, at = (u[i] * (scale * s)).to(u_.dtype.element_ty), i * R + r[None, :]
+        tl.store(u_ + row * (N * R) + at, result, mask=inside & of_rank)
+        tl.store(wide_ + row * WIDTH + D + at, result, mask=inside & of_rank)
+    rest = D + N * R + tl.arange(0, 64)[None, :]
+    tl.store(wide_ + row * WIDTH + rest, tl.zeros([BM, 64], u_.dtype.element_ty), mask=inside & (rest < WIDTH))
+
+
+@jit
+def lora_backward_kernel(x_, dwide_, a_, mask, dx_, da_, s, tokens, span, N: constexpr, R: constexpr, D: constexpr,
+                         WIDTH: constexpr, K: constexpr, BM: constexpr, BK: constexpr):
+    """One program: BK columns of `span` tokens, whose part of A's gradient is summed with others later, in fixed order:
+    adding atomically would give other bits in every run."""
+    column, r, c = tl.program_id(0) * BK, tl.arange(0, K), tl.arange(0, BK)
+    at_a = r[:, None] * D + column + c[None, :]
+    seed, threshold, scale = tl.load(mask), tl.load(mask + 1), tl.load(mask + 2).to(tl.float32, bitcast=True) * s
+    da = (tl.zeros([K, BK], tl.float32),) * N
+    begin = tl.program_id(1) * span
+    for first in range(begin, tl.minimum(begin + span, tokens), BM):
+        t = first + tl.arange(0, BM)
+        inside, row = (t < tokens)[:, None], t.to(tl.int64)[:, None]
+        x = tl.load(x_ + row * D + column + c[None, :], mask=inside, other=0.0)
+        dx, new = tl.zeros([BM, BK], tl.float32), ()
+        for i in tl.static_range(N):
+            du = tl.load(dwide_ + row * WIDTH + D + i * R + r[None, :], mask=inside & (r < R)[None, :], other=0.0)
+            a = tl.load(a_ + i * R * D + at_a, mask=(r < R)[:, None], other=0.0)
+            # Both as one tile: else the compiler makes the mask twice, once for the registers of each.
+            both = tl.join(x.to(tl.float32), tl.dot(du, a))
+            kept = kept_tile((i * tokens + t) * D + column, c, seed, threshold)
+            kept_x, kept_dx = tl.split(tl.where(kept[:, :, None], both, 0.0))
+            dx += kept_dx
+            new += (tl.dot(tl.trans(du), kept_x.to(du.dtype), da[i]),)
+        da = new
+        dx = dx * scale + tl.load(dwide_ + row * WIDTH + column + c[None, :], mask=inside, other=0.0)
+        tl.store(dx_ + row * D + column + c[None, :], dx.to(x.dtype), mask=inside)
+    for i in tl.static_range(N):
+        tl.store(da_ + (tl.program_id(1) * N + i) * R * D + at_a, da[i] * scale, mask=(r < R)[:, None])
+
+
+def has_lora_kernels(x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the two apply: in training on a GPU, to widths that a power of two divides, and to ranks up to 64, beyond
+    which registers do not suffice."""
+    return x.is_cuda and mask is not None and math.gcd(a.shape[2], 128) >= 16 and a.shape[1] <= 64
+
+
+@torch.library.custom_op("flan_t5::lora", mutates_args=())
+def lora(x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, s: float, width: int
+         ) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x | u | 0] [tokens, width], and u = s dropout(x) A^T [tokens, modules x rank] by itself, to be kept for B's
+    gradient: the wide one is not kept."""
+    (n, r, d), rank = a.shape, max(16, triton.next_power_of_2(a.shape[1]))
+    wide, u = x.new_empty(len(x), width), x.new_empty(len(x), n * r)
+    lora_kernel[(-(-len(x) // 16),)](x.contiguous(), a, mask, wide, u, s, len(x), N=n, R=r, D=d, WIDTH=width, K=rank,
+                                     BM=16, BK=min(math.gcd(d, 128), 2048 // rank))
+    return wide, u
+
+
+@lora.register_fake
+def _(x: torch.Tensor, a: torch.Tensor, mask: Any, s: float, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], a.shape[0] * a.shape[1])
+
+
+@torch.library.custom_op("flan_t5::lora_backward", mutates_args=())
+def lora_backward(x: torch.Tensor, dwide: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, s: float
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the gradient of [x | u | 0]: that of x, and 16 summands (in fp32) of that of A."""
+    dx, parts = x.new_empty(x.shape), a.new_empty(16, *a.shape, dtype=torch.float32)
+    (n, r, d), block = a.shape, math.gcd(x.shape[1], 64)
+    lora_backward_kernel[(d // block, 16)](
+        x.contiguous(), dwide.contiguous(), a, mask, dx, parts, s, len(x), 32 * -(-len(x) // 512), N=n, R=r, D=d,
+        WIDTH=dwide.shape[1], K=max(16, triton.next_power_of_2(r)), BM=32, BK=block, num_stages=2)
+    return dx, parts
+
+
+@lora_backward.register_fake
+def _(x: torch.Tensor, dwide: Any, a: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), a.new_empty(16, *a.shape, dtype=torch.float32)
+
+
 class Linear(torch.autograd.Function):
     """x [tokens, in] -> x W^T + s dropout(x) A^T B^T [tokens, out], with a mask of its own for each module's A.
 
@@ -3254,13 +3368,15 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, matrix: Any, scale: Any, tail: Any, a: Any, b: Any, mask: Any, s: float
                 ) -> torch.Tensor:
-        w, u = matrix if scale is None else dequantized(matrix, scale, tail, x.shape[1], False), None
-        wide = x
-        if a is not None:
+        w = matrix if scale is None else dequantized(matrix, scale, tail, x.shape[1], False)
+        wide, u = x, None
+        if a is not None and has_lora_kernels(x, a, mask):
+            wide, u = lora(x, a, mask, s, w.shape[1])
+        elif a is not None:
             kept = x.expand(len(a), *x.shape)
             u = torch.bmm(kept if mask is None else dropped(kept, mask), a.transpose(1, 2)) * s  # [modules, tokens, r]
-            flat = u.transpose(0, 1).flatten(1)
-            wide = torch.cat((x, flat, x.new_zeros(len(x), w.shape[1] - x.shape[1] - flat.shape[1])), 1)
+            u = u.transpose(0, 1).flatten(1)
+            wide = torch.cat((x, u, x.new_zeros(len(x), w.shape[1] - x.shape[1] - u.shape[1])), 1)
         ctx.save_for_backward(x, u, matrix, scale, tail, a, mask)
         ctx.s = s
         return wide @ w.t()
@@ -3271,12 +3387,15 @@ class Linear(torch.autograd.Function):
         wide = dy @ (matrix if scale is None else dequantized(matrix, scale, tail, x.shape[1], True))
         if a is None:
             return wide, *[None] * 7
-        (n, r, d), kept = a.shape, x.expand(len(a), *x.shape)
-        du = wide[:, d : d + n * r].unflatten(1, (n, r)).transpose(0, 1) * ctx.s
+        n, r, d = a.shape
+        db = torch.bmm(dy.unflatten(1, (n, -1)).permute(1, 2, 0), u.unflatten(1, (n, r)).transpose(0, 1))
+        if has_lora_kernels(x, a, mask):
+            dx, parts = lora_backward(x, wide, a, mask, ctx.s)
+            return dx, None, None, None, parts.sum(0).to(a.dtype), db, None, None
+        du, kept = wide[:, d : d + n * r].unflatten(1, (n, r)).transpose(0, 1) * ctx.s, x.expand(n, *x.shape)
         dx = torch.bmm(du, a)
         if mask is not None:
             kept, dx = dropped(kept, mask, 3), dropped(dx, mask, 3)
-        db = torch.bmm(dy.unflatten(1, (n, -1)).permute(1, 2, 0), u)
         return wide[:, :d] + dx.sum(0), None, None, None, torch.bmm(du.transpose(1, 2), kept), db, None, None
 
 

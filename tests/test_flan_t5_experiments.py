@@ -223,7 +223,8 @@ def test_a_trained_number_costs_16_bytes(flan):
 
 # Peaks of training on an H200 (PyTorch 2.11, 2026-11-29, rounded), by tests/benchmark_flan_t5.py, with the tokens of
 # its longest micro-batch. Those with three decimals or more are of the day before, to which the tenth of a GiB was
-# fitted; all else is counted. XXL's NF4 had its scales twice, which is mended: they are taken off.
+# fitted; all else is counted. XXL's NF4 had its scales twice, which is mended: they are taken off. All were measured
+# before LoRA's kernels, which also keep what comes out of the norms: that is taken off what is predicted.
 @pytest.mark.parametrize(("size", "precision", "checkpointing", "source", "target", "measured"), [
     ("base", "bf16", False, 3840, 448, 1.7), ("base", "bf16", False, 3584, 384, 1.638),
     ("xl", "bf16", False, 3584, 384, 10.7), ("xl", "bf16", False, 18432, 2816, 31.94),
@@ -240,6 +241,8 @@ def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     trained = flan.add_lora(model, settings).get_nb_trainable_parameters()[0]
     step = weights + 18 * trained + flan.fast_extra_bytes(config, 16, precision)
     step += flan.fast_activation_bytes(config, 16, source, target, checkpointing)
+    if not checkpointing:
+        step -= 2 * config.d_model * (config.num_layers * source + 2 * config.num_decoder_layers * target)
     assert step / 2**30 == pytest.approx(measured, rel=0.02, abs=0.055 if measured == round(measured, 1) else 0)
 
 
@@ -278,7 +281,7 @@ def test_the_plan_is_that_of_the_step_that_will_run(command, data, model_folder,
         assert ("with the fast step" in done.out) is is_fast, done
         assert ("--no-fast" in done.out) is (is_fast or "--no-fast" in flags)
         peaks[flags] = float(re.search(r"\|\s+8 \|\s+no \|\s+([\d.]+)", done.out)[1])
-    assert peaks[cases[0][0]] < 0.6 * peaks[cases[1][0]]
+    assert peaks[cases[0][0]] < 0.65 * peaks[cases[1][0]]
     monkeypatch.setattr(flan.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flan, "get_device", lambda: (flan.torch.device("cpu"), flan.torch.float32))  # a T4, say
     properties = SimpleNamespace(total_memory=15 * 2**30)

@@ -1,7 +1,7 @@
 """The fast path of flan-t5_samsum.py on the CPU: without graphs and compiler, against transformers and PEFT.
 
 Its kernels run in Triton's interpreter where Triton is installed; elsewhere attention is computed by
-a reference.
+a reference, and LoRA's branch by the plain operations of the script.
 """
 
 import collections
@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import signal
+import types
 
+import numpy as np
 import pytest
 from accelerate.utils import send_to_device
 
@@ -62,6 +64,12 @@ def plain(flan, monkeypatch):
     """The fast path with the reference in place of the kernels."""
     monkeypatch.setattr(flan, "Attention", PlainAttention)
     monkeypatch.setattr(flan, "attention", lambda *args: (reference_attention(*args), None))
+
+
+@pytest.fixture
+def lora_kernels(flan, monkeypatch):
+    """LoRA's kernels in training, though this is no GPU."""
+    monkeypatch.setattr(flan, "has_lora_kernels", lambda x, a, mask: mask is not None)
 
 
 def make_model(flan, dropout=0.0, quantization=None, model_folder=None, device="cpu", dtype=torch.float32,
@@ -266,6 +274,106 @@ def test_a_fast_training_drops_what_the_settings_say(flan, command, data, model_
     assert config["dropout_rate"] == 0.1 and all(torch.equal(rates, expected) for rates in steps)
 
 
+# ---------- LoRA's branch ---------------------------------------------------------------------------------------------
+
+
+def kept_places(shape, seed, rate):
+    """murmur3's finaliser of place ^ seed, in NumPy; the hash, with its sign, must reach (rate - 1/2) x 2^32."""
+    x = np.arange(math.prod(shape), dtype=np.uint32) ^ np.uint32(seed)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return torch.tensor((x ^ (x >> 16)).view(np.int32) >= int((rate - 0.5) * 2**32)).view(shape)
+
+
+def check_lora_kernels(flan, tokens, modules, rank, width, rate, dtype, tolerance, device="cpu"):
+    """Both kernels against plain operations in double precision, with autograd's gradients."""
+    torch.manual_seed(0)
+    s, seed, used = 1.7, 123456789, width + modules * rank
+    full = width + -(-modules * rank // 64) * 64
+    x, a = torch.randn(tokens, width).to(dtype), (torch.randn(modules, rank, width) / width**0.5).to(dtype)
+    dwide = torch.randn(tokens, full).to(dtype)
+    wide_x, wide_a = (tensor.double().requires_grad_() for tensor in (x, a))
+    kept = kept_places((modules, tokens, width), seed, rate)
+    u = torch.cat([(wide_x * of_module / (1 - rate)) @ one.t() for of_module, one in zip(kept, wide_a, strict=True)], 1)
+    expected = torch.cat((wide_x, s * u, torch.zeros(tokens, full - used)), 1)
+    gradients = torch.autograd.grad(expected, (wide_x, wide_a), dwide.double())
+    dwide[:, used:] = math.nan  # belongs to no module
+
+    mask = mask_of(flan, seed, rate).to(device)
+    x, a, dwide = (tensor.to(device) for tensor in (x, a, dwide))
+    found, found_u = flan.lora(x, a, mask, s, full)
+    dx, parts = flan.lora_backward(x, dwide, a, mask, s)
+    assert {t.dtype for t in (found, found_u, dx)} == {dtype} and parts.dtype == torch.float32
+    assert torch.equal(found[:, :width], x) and not found[:, used:].any()
+    assert torch.equal(found[:, width:used], found_u)
+    for ours, right in ((found, expected), (dx, gradients[0]), (parts.sum(0), gradients[1])):
+        right = right.detach()
+        torch.testing.assert_close(ours.cpu().double(), right, rtol=tolerance, atol=tolerance * float(right.std()))
+
+
+@pytest.fixture
+def nan_in_new_tensors():
+    """What a kernel forgets to write is then not zero by chance."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+LORA_SHAPES = [  # tokens, modules, rank, width, rate
+    (70, 3, 16, 96, 0.3), (33, 2, 8, 128, 0.05), (40, 1, 64, 80, 0.3), (17, 3, 40, 64, 0.0), (600, 2, 16, 192, 0.3),
+    (5, 3, 64, 48, 0.1),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", LORA_SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
+def test_lora_kernels_against_the_reference(flan, nan_in_new_tensors, shape, dtype, tolerance):
+    """Tokens that do not fill the last block, or more than one span; ranks that are no power of two; odd widths. (The
+    interpreter multiplies the bits of bf16 as integers: that is tested on a GPU.)"""
+    check_lora_kernels(flan, *shape, dtype, tolerance)
+
+
+@needs_triton
+def test_lora_kernels_drop_what_dropped_drops(flan):
+    """Place by place: forward shows a column of each module's mask for each of A's rows, backward a whole mask."""
+    tokens, modules, rank, width = 37, 3, 16, 48
+    mask = mask_of(flan, -77, 0.4)
+    expected = flan.dropped(torch.ones(modules, tokens, width), mask) != 0
+    assert torch.equal(expected, kept_places(expected.shape, -77 % 2**32, 0.4)) and 0.5 < expected.float().mean() < 0.7
+    for first in range(0, width, rank):
+        a = torch.eye(width)[first : first + rank].expand(modules, -1, -1).contiguous()
+        u = flan.lora(torch.ones(tokens, width), a, mask, 1.0, width + 64)[1].unflatten(1, (modules, rank))
+        assert torch.equal(u.transpose(0, 1) != 0, expected[:, :, first : first + rank])
+    for i in range(modules):
+        dwide = torch.zeros(tokens, width + 64)
+        dwide[:, width + i * rank] = 1
+        dx, _ = flan.lora_backward(torch.ones(tokens, width), dwide, torch.ones(modules, rank, width), mask, 1.0)
+        assert torch.equal(dx != 0, expected[i])
+
+
+@needs_triton
+def test_a_step_with_dropout_is_the_same_with_and_without_lora_kernels(flan, plain, monkeypatch):
+    losses, found = [], []
+    for has_kernels in (False, True):
+        monkeypatch.setattr(flan, "has_lora_kernels", lambda x, a, mask, chosen=has_kernels: chosen)
+        model, settings = make_model(flan, 0.2)
+        torch.manual_seed(3)
+        loss, gradients_of = gradients(flan, model, settings, ROWS)
+        losses.append(loss)
+        found.append(gradients_of)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
+    assert_same_gradients(found[1], found[0])
+
+
+def test_where_lora_kernels_apply(flan):
+    gpu, cpu, mask = types.SimpleNamespace(is_cuda=True), torch.ones(1), torch.zeros(4)
+    a = lambda rank, width: torch.empty(3, rank, width, device="meta")
+    cases = [(gpu, a(16, 2048), mask), (gpu, a(64, 768), mask), (gpu, a(16, 48), mask),
+             (gpu, a(16, 2048), None), (cpu, a(16, 2048), mask), (gpu, a(65, 2048), mask), (gpu, a(16, 72), mask)]
+    assert [flan.has_lora_kernels(*case) for case in cases] == [True] * 3 + [False] * 4
+
+
 # ---------- Loss and gradients ----------------------------------------------------------------------------------------
 
 
@@ -305,7 +413,7 @@ def test_loss_and_gradients_are_those_of_transformers(flan, plain, split):
 
 
 @needs_triton
-def test_loss_and_gradients_with_the_kernels(flan):
+def test_loss_and_gradients_with_the_kernels(flan, lora_kernels):
     model, settings = make_model(flan)
     loss, expected = expected_gradients(model, ROWS)
     found_loss, found = gradients(flan, model, settings, ROWS)
@@ -341,14 +449,14 @@ def test_checkpointing_changes_no_gradient(flan, plain):
 
 
 @needs_triton
-def test_checkpointing_through_the_kernels(flan):
+def test_checkpointing_through_the_kernels(flan, lora_kernels):
     """Tensors that checkpointing brings back may be asked for once only."""
     test_checkpointing_changes_no_gradient(flan, None)
 
 
 @needs_triton
 @pytest.mark.slow
-def test_traced_by_the_compiler_the_gradients_stay(flan):
+def test_traced_by_the_compiler_the_gradients_stay(flan, lora_kernels):
     """What torch.compile sees; a version of it once lost gradients on the way."""
     model, settings = make_model(flan)
     _, expected = expected_gradients(model, ROWS)
@@ -541,6 +649,10 @@ def test_what_the_compiled_blocks_keep_is_what_the_plan_counts(flan, monkeypatch
     settings = flan.parse_settings(["--model", "base"])
     model = flan.add_lora(flan.transformers.T5ForConditionalGeneration(config).to(torch.bfloat16), settings)
     monkeypatch.setattr(flan, "launch", lambda *_: None)
+    monkeypatch.setattr(flan, "has_lora_kernels", lambda x, a, mask: True)
+    monkeypatch.setattr(flan, "triton", types.SimpleNamespace(next_power_of_2=lambda n: n))  # it may be missing
+    for name in ("lora_kernel", "lora_backward_kernel"):
+        monkeypatch.setattr(flan, name, collections.defaultdict(lambda: lambda *_, **__: None))
     fast = flan.FastT5(model, settings)
     for name in ("embed", "encoder_block", "decoder_block", "stack_output", "summed_loss"):
         torch._dynamo.reset()

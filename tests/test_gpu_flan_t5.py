@@ -11,9 +11,11 @@ import traceback
 import pytest
 from conftest import start, wait
 from test_flan_t5_fast import (
+    LORA_SHAPES,
     ROWS,
     as_rows,
     assert_same_end,
+    check_lora_kernels,
     losses,
     make_model,
     padded,
@@ -75,6 +77,12 @@ def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quant
         assert float(found_loss) == pytest.approx(float(wanted_loss), rel=0.02)
         for part, gradient in zip(fast.split(found), wanted, strict=True):
             assert (part - gradient).norm() < tolerance * gradient.norm()
+
+
+@pytest.mark.parametrize("shape", LORA_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_lora_kernels_against_the_reference(flan, gpu, shape, dtype):
+    check_lora_kernels(flan, *shape, dtype, 0.02, "cuda")
 
 
 def test_checkpointing_in_a_graph(flan, gpu):

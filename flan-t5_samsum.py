@@ -54,7 +54,7 @@ DATASETS = {"samsum": "knkarthick/samsum", "sample": str(HERE / "resource" / "sa
 # That of the original experiments, and what a model changes of it. In two epochs dropout has nothing to prevent: with
 # 0.1 and 0.05 the tiny model learns less, and a CPU takes half as long again.
 RECIPE = {"model": "tiny", "dataset": "samsum", "lr": 1e-4, "epochs": 10, "lora_dropout": 0.05}
-PRESETS = {"tiny": {"dataset": "sample", "lr": 2e-3, "epochs": 2, "lora_dropout": 0.0}}
+PRESETS = {"tiny": {"dataset": "sample", "lr": 1e-3, "epochs": 2, "lora_dropout": 0.0}}
 PREFIX = "summarize: "  # the same in training and in every kind of inference: Flan-T5 reads its task from it
 
 
@@ -99,7 +99,7 @@ class Settings:
     max_source_length: int = flag(512, "tokens of a dialogue and its prefix; more are cut", "N", type=number(int, 8))
     max_target_length: int = flag(128, "tokens of a reference summary in training", "N", type=number(int, 2))
 
-    lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 2e-3)", "X",
+    lr: float = flag(None, "peak learning rate: 5%% warm-up, then linear decay (default: 1e-4; tiny: 1e-3)", "X",
                      type=number(float, 0, 1, low_included=False), group="training")
     epochs: int = flag(None, "passes over the data (default: 10; tiny: 2)", "N", type=COUNT)
     max_steps: int | None = flag(None, "stop after N optimiser steps, if the epochs have more", "N", type=COUNT)
@@ -1965,7 +1965,7 @@ class Run(TrainerCallback):
             if value is not None:
                 self.board.add_scalar(tag, value, state.global_step)
         if "loss" in logs:
-            now = f"loss {logs['loss']:.4f} {logs['samples_per_second']:.1f} rows/s"
+            now = f"loss {logs['loss']:.4f}  {logs['samples_per_second']:.1f} rows/s"
             self.bar.set_description_str(now)
             if self.bar.disable and time.monotonic() - self.last_line > 10:  # in a log file: a line now and then
                 self.last_line = time.monotonic()

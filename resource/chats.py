@@ -7,6 +7,7 @@ braces (names, places, days, times, titles) is drawn anew each time, and so are 
 import lzma
 import random
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import make_sample
 
 TEXT = Path(__file__).parent / "flan-t5-tiny-text"
 SLOT = re.compile(r"\{([^{}]*)\}")
+GENDERED = re.compile(r"\b(he|she|him|his|her|hers|himself|herself)\b")
 TOWNS = tuple(
     """
     Madrid Lisbon Rome Milan Prague Warsaw Budapest Athens Berlin Munich Cologne Zurich Geneva Brussels Amsterdam
@@ -21,6 +23,14 @@ TOWNS = tuple(
     Lille Nice Chicago Boston Seattle Denver Toronto Montreal Sydney Melbourne Auckland Delhi Mumbai Tokyo Osaka
     Seoul Cairo Lagos Nairobi Accra Istanbul Ankara Dubai Bangkok Hanoi Lima Bogota Santiago Spain France Italy
     Greece Poland Japan Canada Mexico Brazil Turkey Morocco Kenya Vietnam
+    """.split()  # noqa: SIM905  (words, as a reader wants to see them)
+)
+SWAPPED = 0.4  # share of the tellings that are about other things
+NO_THINGS = set(
+    """
+    same other others first last next best right left rest most whole only wrong tomorrow today yesterday tonight
+    myself yourself himself herself themselves itself cheapest smallest biggest largest oldest newest something
+    anything nothing everything someone anyone everyone nobody somebody moment matter thanks
     """.split()  # noqa: SIM905  (words, as a reader wants to see them)
 )
 DAYS, MONTHS = make_sample.DAYS, make_sample.COMMON["month"]
@@ -49,6 +59,8 @@ def load() -> tuple[dict, ...]:
         turns = [(m[1], m[2].strip()) for line in lines if (m := re.match(r"([A-D]): (.+)", line))]
         summaries = [line[2:].strip() for line in lines if line.startswith("= ")]
         sexes = dict(pair.split("=") for pair in match[2].split())
+        # Whether a stranger's name is a woman's cannot be read in a chat: summaries that need not say so are preferred.
+        summaries = [text for text in summaries if not GENDERED.search(text)] or summaries
         if {speaker for speaker, _ in turns} == set(sexes) and summaries:
             chats.append({"topic": match[1], "sexes": sexes, "turns": turns, "summaries": summaries})
     return tuple(chats)
@@ -124,6 +136,61 @@ def fill(text: str, values: dict[str, str]) -> str:
     return re.sub(r"\b(the|The|a) the\b", lambda m: "the" if m[1] == "a" else m[1], text)
 
 
+DETERMINERS = r"(?:a|an|the|my|your|his|her|our|their|some|no|this|that|these|those)"
+# What follows a noun: the end of a phrase, or a word that begins another one. So "green" in "the green scarf" is none.
+AFTER_NOUN = (
+    r"(?=[.,?!;:\n]|$|\s+(?:is|are|was|were|has|had|will|can|in|on|at|for|to|of|and|or|from|with|by|but|so|that|if)\b)"
+)
+
+
+# A word, and before it one after which it can only be a noun, if there is one.
+BEFORE_THING = re.compile(
+    rf"(?:(?<![\w'])({DETERMINERS}|of|with|for|in|on|at|by|from|about|into|without|#'s) )?"
+    r"(?<![\w{:'-])([a-z]{4,})(?![\w}'-])"
+)
+
+
+@cache
+def things() -> tuple[frozenset[str], frozenset[str]]:
+    """Nouns of the chats, singular and plural, as far as the words around them show what they are."""
+    found, nouns = Counter(), Counter()
+    for chat in load():
+        text = "\n".join(text for _, text in chat["turns"]).lower()
+        found.update(re.findall(rf"\b{DETERMINERS} ([a-z]{{4,}})\b(?!['}}])", text))
+        nouns.update(re.findall(rf"\b{DETERMINERS} ([a-z]{{4,}})\b(?!['}}]){AFTER_NOUN}", text))
+    known = {noun for noun, count in nouns.items() if count >= 2 and count >= 0.6 * found[noun]} - NO_THINGS
+    plural = {noun for noun in known if noun.endswith("s") and not noun.endswith("ss")}
+    return frozenset(known - plural), frozenset(plural)
+
+
+def swap_things(chat: dict, rng: random.Random, share: float = 0.5) -> dict:
+    """The chat about other things: nouns of its messages that its summaries take up become others, the same in both.
+
+    So a summary cannot be known by heart, or guessed from what people usually do: its things must be read.
+    """
+    said, told = (Counter(BEFORE_THING.findall(SLOT.sub("#", "\n".join(texts)))) for texts in
+                  ([text for _, text in chat["turns"]], chat["summaries"]))  # fmt: skip
+    shared = {noun for noun in {word for _, word in said} & {word for _, word in told}
+              if all(before for before, word in [*said, *told] if word == noun)}  # nowhere is it a verb
+    new = {}
+    for kind in things():
+        ordered = sorted(kind)
+        new |= {noun: rng.choice(ordered) for noun in sorted(shared & kind) if rng.random() < share}
+    if not new:
+        return chat
+    pattern = re.compile(rf"(?<![\w{{:'-])(?:(a|an|A|An) )?({'|'.join(new)})(?![\w}}'-])")
+
+    def other(match: re.Match) -> str:
+        noun = new[match[2]]
+        article = "" if not match[1] else match[1][0] + "n" * (noun[0] in "aeiou") + " "
+        return article + noun
+
+    swap = lambda text: "".join(part if part.startswith("{") else pattern.sub(other, part)
+                                for part in re.split(r"(\{[^{}]*\})", text))
+    return chat | {"turns": [(speaker, swap(text)) for speaker, text in chat["turns"]],
+                   "summaries": [swap(text) for text in chat["summaries"]]}
+
+
 SMALL = [chunk for table in (make_sample.SMALL_TALK,) for chunk in make_sample.chunks(table)]
 
 
@@ -157,6 +224,7 @@ def retype(text: str, habits: dict, rng: random.Random) -> str:
 
 def tell(chat: dict, rng: random.Random) -> dict:
     """One telling: dialogue, summaries, the facts in them, sexes by name."""
+    chat = swap_things(chat, rng) if rng.random() < SWAPPED else chat
     values, woman = values_for(chat, rng)
     turns = list(chat["turns"])
     if rng.random() < 0.15:

@@ -315,13 +315,13 @@ def copy(row: dict, encode: Encode, rng: random.Random) -> Pair:
 TASKS = {  # kind of row: {task: weight}
     "grammar": {in_short: 30, retell: 16, masked_narration: 12, masked_facts: 10, masked_chat: 8, continue_chat: 8,
                 what_about: 7, which_facts: 5, who_says: 3, quote: 2},
-    "free": {in_short: 50, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
+    "free": {in_short: 60, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
              what_about: 4, which_facts: 4, who_says: 2, quote: 2},
     "murmur": {retell: 50, what_about: 25, quote: 8, masked_chat: 12, masked_facts: 10},
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
-MIXTURE = {"grammar": (30, 3), "free": (60, 2), "murmur": (32, 2), "babble": (10, 2), "sentences": (25, 1)}
+MIXTURE = {"grammar": (30, 3), "free": (100, 2), "murmur": (24, 2), "babble": (8, 2), "sentences": (20, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
 
 

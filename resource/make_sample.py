@@ -534,7 +534,7 @@ A: {price}, [so half each|we share]
 > {B} asks who will buy it.
 A: I'll [get it|buy it|order it] [tomorrow|today|this afternoon]
 > {A} will buy it.
-= {A} and {B} will give {P} {gift2.a} for {P.his} birthday on {day}. {A} will buy it.
+= {A} and {B} will give {P} {gift2.a} as a birthday present on {day}. {A} will buy it.
 = {A} will buy {gift2.a} for {P.poss} birthday. It costs {price} and {B} pays half.
 = {A} and {B} [choose|decide on] {gift2.a}, not {gift.a}, as a present for {P}.
 -- agreed
@@ -545,7 +545,7 @@ B: [I can get it in town|I'll order it|I know a shop]. [It's|Around] {price}
 ~
 A: [I'll bake a cake then|I'll do the card|And I'll write the card]
 > {A} will [make a cake|take care of the card].
-= {A} and {B} want to give {P} {gift.a} for {P.his} birthday on {day}. {B} will get it for {price}.
+= {A} and {B} want to give {P} {gift.a} as a birthday present on {day}. {B} will get it for {price}.
 = {B} buys {gift.a} for {P}, whose birthday is on {day}.
 -- three share
 C: [Can I chip in|I'd like to join|Can I share it with you]? [I have no ideas|I'm broke]
@@ -870,7 +870,7 @@ B: {dish2}! [Everyone likes it|{P} loves it|You can't go wrong]
 > {B} suggests {dish2}.
 A: [Ok|Perfect], {dish2} it is
 > {A} will make {dish2}.
-= {A} wanted to make {dish} for {P}, who can't eat {item}, and will make {dish2}.
+= {A} wanted to make {dish} for {P}, who can't eat {item}, so it will be {dish2}.
 = {P} is allergic to {item}, so {B} advises {A} to cook {dish2} [instead|].
 -- burnt
 B: [It's on the fridge|I sent it last year|Look in the blue book]! [Flour, eggs, {item}|Don't forget the {item}]
@@ -984,8 +984,8 @@ B: [Let's talk to {P.him}|We should talk] on {day}, [all of us|calmly], over {fo
 > {B} suggests a talk with {P} on {day} over {food}.
 A: [Ok|Good idea]. [You start|I'll make a list]
 > {A} agrees.
-= {A} and {B} are annoyed because {P} doesn't [help|do the {chore}]. They will talk to {P.him} on {day}.
-= {P} never does the {chore}. {A} and {B} want to talk to {P.him} on {day}.
+= {A} and {B} are annoyed because {P} doesn't [help|do the {chore}]. They will talk to {P} on {day}.
+= {P} never does the {chore}. {A} and {B} want to talk to {P} on {day}.
 -- third does it
 B: [No idea|Not me], [look at the plan|what does the list say]
 > {B} does not know.
@@ -1258,8 +1258,8 @@ A: [I'll talk to {P.him}|Let me call {P.him}]. [If not, we do it without|Otherwi
 > {A} will talk to {P}.
 B: [Good|Fair enough]. [It's due|We hand it in] on {day}
 > They have to hand it in on {day}.
-= {P} hasn't done {P.his} part of the project on {topic}. {A} will talk to {P.him}.
-= {A}, {B} and {C} are angry with {P}. {A} will call {P.him}, as the {subject} project is due on {day}.
+= {P} hasn't done a part of the project on {topic}. {A} will talk to {P}.
+= {A}, {B} and {C} are angry with {P}. {A} will call {P}, as the {subject} project is due on {day}.
 -- change topic
 B: [Can we change it|I don't like the topic|That's so boring]. [What about|I'd prefer] {topic2}
 > {B} would rather take {topic2}.
@@ -1285,7 +1285,7 @@ B: {P.he}'s {job.a} I think
 A: [Let's invite {P.him}|We should invite {P.him}] on {day}. I'll [bake|make] {cake.a}
 > {A} wants to invite {P} on {day} and make {cake.a}.
 ?B: [Good idea|I'll bring wine]
-= The new neighbour {P} is {job.a} from {town}. {A} and {B} will invite {P.him} on {day}.
+= The new neighbour {P} is {job.a} from {town}. {A} and {B} will invite {P} on {day}.
 = {A} will make {cake.a} and invite the new neighbour, {P}, on {day}.
 -- loud
 B: [Met? I can hear {P.him}|No, but I hear {P.him}]! {instr} [every night|until midnight|at 6 am]
@@ -1296,8 +1296,8 @@ B: [I'm too shy|I don't dare]. [Would you|Can you do it]?
 > {B} is too shy and asks {A} to do it.
 A: [Haha ok|Sure], I'll [ring|knock] [on {day}|tonight]
 > {A} will do it.
-= {P}, the new neighbour, plays the {instr} at night. {A} will talk to {P.him} for {B}.
-= {B} is annoyed because {P} plays the {instr}. {A} is going to talk to {P.him}.
+= {P}, the new neighbour, plays the {instr} at night. {A} will talk to {P} for {B}.
+= {B} is annoyed because {P} plays the {instr}. {A} is going to talk to {P}.
 -- party
 B: [I think so|Is {P.he} the one with the {pet}]? [There was a note|{P.he} left a note]
 > {B} thinks so and mentions a note.
@@ -1486,7 +1486,7 @@ B: [Since|After] [you know who|Christmas]. [Talk to {P.him}|Ask {P.him} nicely]
 > {B} says {A} should ask {P}.
 A: [I will|Ok, wish me luck]
 > {A} will do so.
-= {B} can't take {A.poss} shift on {day} because {P} doesn't allow it. {A} will talk to {P.him}.
+= {B} can't take {A.poss} shift on {day} because {P} doesn't allow it. {A} will talk to {P}.
 = {A} wants {B} to work on {day}, but must ask {P}[ first|].
 -- leaves the job
 B: [I can't|Sorry], [I'm leaving|{day} is my last day]! [Didn't you know|I gave notice]

@@ -433,7 +433,7 @@ def new_run_folder(flan, args):
 
 
 @pytest.mark.parametrize("flags, name", [
-    ([], "flan-t5-tiny-sample-lr=2e-3"),
+    ([], "flan-t5-tiny-sample-lr=1e-3"),
     (["--model", "xl", "--lr", "1e-4"], "flan-t5-xl-samsum-lr=1e-4"),
     (["--model", "small", "--lr", "0.001"], "flan-t5-small-samsum-lr=1e-3"),
     (["--model", "base", "--lr", "2.5e-5", "--dataset", "me/my-chats"], "flan-t5-base-my-chats-lr=2.5e-5"),

@@ -41,7 +41,7 @@ def test_a_training_at_80_columns(at_a_terminal, data, model_folder, tmp_path):
     words = ("--model", model_folder, "--dataset", data, "--max-steps", "7", *RECIPE, "--output-dir", "run")
     code, out, err = at_a_terminal(*words, cwd=tmp_path)
     assert code == 0 and widest(out) <= 80 and 70 <= widest(err) <= 79
-    assert re.search(r"\d+%\|\S* *\| 7/7 .*loss \d\.\d+ \d+\.\d rows/s", err)  # steps, time, loss and speed
+    assert re.search(r"\d+%\|\S* *\| 7/7 .*loss \d\.\d+  \d+\.\d rows/s", err)  # steps, time, loss and speed
 
 
 def test_tables_of_other_modes_at_80_columns(at_a_terminal, trained, tmp_path):

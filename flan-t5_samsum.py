@@ -20,13 +20,14 @@ Section 1 is the command line. Sections 7 to 15 make it safe and comfortable (ch
 comparisons) and can be skipped, as can section 14, which takes the same step and generates the same way on a GPU many
 times faster, but for rounding and for the masks of dropout.
 
-Where to look: a long dialogue is cut in `encode`; section 4 begins with the optimiser's settings, has the normalisation
-of the loss in `token_mean_loss` and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in
-`SummarizationTrainer.training_step`; a step that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a
-checkpoint and the adapter, if it is the best (`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`;
-`train` (10) puts all together; `Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does,
-`save_checkpoint` (7) what is in it; `begin_fast` (14) compares the fast step with the usual one. Where memory does not
-suffice, `Summarizer` (6) halves its batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
+Where to look: a long dialogue is cut in `encode`; `load_base` (section 3) loads INT8 and NF4, `merged_adapter` says how
+they are scored; section 4 begins with the optimiser's settings, has the normalisation of the loss in `token_mean_loss`
+and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in `SummarizationTrainer.training_step`; a step
+that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a checkpoint and the adapter, if it is the best
+(`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`; `train` (10) puts all together; `Run.on_step_end`
+(10) decides when else a checkpoint is due, `save_checkpoint` (7) what is in it; `StopSignal` (9) is what a signal does;
+`begin_fast` (14) compares the fast step with the usual one. Where memory does not suffice, `Summarizer` (6) halves its
+batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 """
 
 import argparse
@@ -888,7 +889,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         """
         step, scored = self.state.global_step, [e["step"] for e in self.state.log_history if "validation" in e]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
-        if self.run.is_stopping or is_mid_epoch or step in scored:
+        if self.run.stop.is_set or is_mid_epoch or step in scored:
             return {}
         if step:
             self._save_checkpoint()
@@ -937,13 +938,14 @@ class Summarizer:
 
     Batches hold rows of similar length, the longest first, so that little is padded and memory that does not suffice
     shows at once: then the batch is halved, for good. Several processes share the rows and go from batch to batch
-    together, so that all of them halve it, or end because of a signal, in the same place.
+    together, so that all of them halve it, or end because of a signal, in the same place. Not where the weights are
+    sharded: those who wait for the shards of a process without room would never hear of it, so it ends, and they too.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
                  precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None) -> None:
         self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
-        self.fast, self.stop = fast, stop
+        self.fast, self.stop = fast, stop or StopSignal()
         # Without max_new_tokens a summary would end after 20 tokens.
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
@@ -959,9 +961,8 @@ class Summarizer:
         while start < len(mine):
             rows = mine[start : start + self.batch_size]
             texts = self.generate([sources[i] for i in rows])
-            no_room, is_stopping = agree(self.device, texts is None, self.stop is not None and self.stop.number)
-            if is_stopping:
-                self.stop.number = self.stop.number or signal.SIGTERM  # maybe only another process was told
+            (no_room,) = self.stop.agreed(self.device, texts is None)
+            if self.stop.is_set:
                 raise Interrupted
             if no_room:  # out here, as the exception would hold on to what it had computed
                 self.batch_size = len(rows) // 2
@@ -979,17 +980,23 @@ class Summarizer:
 
     @torch.no_grad()
     def generate(self, sources: list[Tokens]) -> list[str] | None:
-        """The summaries of one batch; None if there was no room for it in the GPU's memory."""
-        more = {"synced_gpus": True} if is_sharded() else {}  # each forward pass needs the shards of all processes
+        """The summaries of one batch; None if there was no room for it in the GPU's memory.
+
+        They break off when the process is told to stop: a batch may take longer than torchrun waits before it kills.
+        """
+        # Each forward pass needs the shards of all processes: one whose summaries have ended goes on with the others.
+        more = {"synced_gpus": True} if is_sharded() else {}
+        is_told = lambda ids, scores, **_: torch.full((len(ids),), self.stop.number > 0, device=ids.device)
         try:
-            output = self.fast and self.fast.generate(sources, self.config)
+            output = self.fast and self.fast.generate(sources, self.config, self.stop)
             if output is None:
                 batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
                                            pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
-                    output = self.model.generate(**batch, generation_config=self.config, **more)
+                    output = self.model.generate(**batch, generation_config=self.config, stopping_criteria=[is_told],
+                                                 **more)
         except torch.OutOfMemoryError:
-            if len(sources) == 1:
+            if len(sources) == 1 or is_sharded():
                 raise
             return None
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
@@ -1588,16 +1595,19 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM in `number`, so that the step can end and be saved; a second one stops at
-    once. What it leads to is decided in two places: after a step (`Run.on_step_end`) and after a batch of summaries.
+    """The one place of stopping. `receive` remembers the first SIGINT or SIGTERM in `number`; a second stops at once.
+
+    What the first leads to is decided in `agreed`, by all processes together: after a step of a training, which saves
+    and ends (`Run.on_step_end`), or of a range test (`RangeTest.on_log`), and after a batch of summaries
+    (`Summarizer`), which ends within a few tokens in a process that was told.
 
     Signals within a second are taken for one: torchrun passes on what a scheduler, or Ctrl-C, has already sent to each
     process. The handler runs in the middle of anything, so it only sets fields and writes without a buffer.
     """
 
-    def __init__(self) -> None:
-        self.number, self.received = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __init__(self, *heard: int) -> None:
+        self.number, self.received, self.is_set = 0, 0.0, False  # the last: decided, in all processes
+        for number in heard:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
@@ -1605,10 +1615,21 @@ class StopSignal:
             self.number, self.received = number, time.monotonic()
             if is_main_process():
                 with contextlib.suppress(OSError):  # the same Ctrl-C has ended `tee`
-                    os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
+                    os.write(2, b"\nstopping soon (once more: stop at once)\n")
         elif time.monotonic() - self.received > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def note(self) -> None:
+        """Counts as a SIGTERM if no signal has come."""
+        self.number = self.number or signal.SIGTERM
+
+    def agreed(self, device: torch.device, *flags: Any) -> list[bool]:
+        """As `agree`, for `flags`; decides at the same time whether to stop."""
+        *flags, self.is_set = agree(device, *flags, self.number)
+        if self.is_set:
+            self.note()  # maybe only another process was told
+        return flags
 
 
 def is_main_process() -> bool:
@@ -1749,7 +1770,7 @@ def train(settings: Settings) -> int:
         try:
             with writing_to(folder, OSError), contextlib.suppress(NoStepLeft):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            status = "interrupted" if run.is_stopping else "finished"
+            status = "interrupted" if run.stop.is_set else "finished"
         except Interrupted:
             status = "interrupted"
         finally:
@@ -1904,7 +1925,7 @@ class Run(TrainerCallback):
 
     def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]) -> None:
         self.settings, self.folder, self.description = settings, folder, description
-        self.stop, self.is_stopping = StopSignal(), False
+        self.stop = StopSignal(signal.SIGINT, signal.SIGTERM)
         self.is_slow = True  # whether a step takes over a second, in all processes alike; unknown before the first log
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
@@ -1941,11 +1962,9 @@ class Run(TrainerCallback):
             self.bar.update()
         if args.world_size == 1 or self.is_slow or state.global_step % args.logging_steps == 0:
             is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
-            is_due, self.is_stopping = agree(args.device, is_due, self.stop.number)
-            if self.is_stopping:
-                self.stop.number = self.stop.number or signal.SIGTERM
-                control.should_training_stop = True
-            if is_due or self.is_stopping:
+            (is_due,) = self.stop.agreed(args.device, is_due)
+            control.should_training_stop |= self.stop.is_set
+            if is_due or self.stop.is_set:
                 control.should_save = control.should_log = True  # so that no mean spans a checkpoint
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -1997,7 +2016,7 @@ class Run(TrainerCallback):
                 self.bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
             except BrokenPipeError:
-                self.stop.number = self.stop.number or signal.SIGTERM
+                self.stop.note()
 
     def on_scored(self, state: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
         """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
@@ -2680,7 +2699,7 @@ class RangeTest(TrainerCallback):
     """Takes the place of a Run: notes the loss of every step, and ends when it diverges."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
+        self.settings, self.folder, self.stop = settings, Path("."), StopSignal(signal.SIGINT, signal.SIGTERM)
         self.losses: list[float] = []
         self.description: dict[str, Any] = {}  # SummarizationTrainer may note something in it
         self.bar = new_bar(len(RANGE_TEST), "range test", "")
@@ -2689,8 +2708,8 @@ class RangeTest(TrainerCallback):
         if "skipped_steps" in logs:
             self.losses.append(logs.get("loss", math.nan))
             self.bar.update()
-            (self.is_stopping,) = agree(args.device, self.stop.number)
-            control.should_training_stop |= self.is_stopping or diverges(self.losses)
+            self.stop.agreed(args.device)
+            control.should_training_stop |= self.stop.is_set or diverges(self.losses)
 
     def report_skipped(self, *_: Any) -> None:
         pass
@@ -2714,9 +2733,9 @@ def lr_find(settings: Settings) -> int:
     SummarizationTrainer(test, model, tokenizer, data, len(RANGE_TEST), device, precision, schedule=factor,
                          logging_steps=1, eval_strategy="no", eval_on_start=False).train()
     test.bar.close()
-    if test.is_stopping:
+    if test.stop.is_set:
         say("interrupted: nothing is kept", file=sys.stderr)
-        return 128 + (test.stop.number or signal.SIGTERM)
+        return 128 + test.stop.number
     folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
     rates, losses = RANGE_TEST[: len(test.losses)].tolist(), test.losses
     best = suggest_learning_rate(rates, losses)
@@ -2926,15 +2945,14 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18; 29 ms). Of
-# these milliseconds a prototype needed those in brackets:
+# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18):
 #
 # - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
-#   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
-#   tile by tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
-# - Fewer, larger products (16.6 ms). What multiplies one input is one matrix: q, k and v, for example. LoRA's B are
-#   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T.
-# - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
+#   Only attention knows where a row begins. Its kernels are written here in Triton: softmax(q k^T + bias) v tile by
+#   tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
+# - Fewer, larger products. What multiplies one input is one matrix: q, k and v, for example. LoRA's B are more columns
+#   of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T.
+# - The rest (norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
 #   batches are filled up to one of few sizes (see `size_class`). The first batch of a size runs without, the second is
@@ -3628,7 +3646,7 @@ class FastT5:
         return pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], self.micro_batch_size,
                     self.shape.longest, self.start)
 
-    def generate(self, sources: list[Tokens], config: GenerationConfig) -> list[Tokens] | None:
+    def generate(self, sources: list[Tokens], config: GenerationConfig, stop: StopSignal) -> list[Tokens] | None:
         """Greedy summaries of a batch, each up to its end token; None where plain `generate` is to be used: for a few
         dialogues, before whose end nothing would be compiled, and where the proof (see `agrees`) has failed."""
         is_small = self.generator is None and len(sources) < 32
@@ -3640,8 +3658,8 @@ class FastT5:
             if self.generator is None or not self.generator.fits(len(sources), room):
                 self.generator = None  # its memory first
                 self.generator = Generator(self, len(sources), room, config.max_new_tokens)
-            summaries = self.generator(sources)
-            if self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
+            summaries = self.generator(sources, stop)
+            if stop.number or self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
                 self.is_proved["generation"] = True
                 return summaries
         except torch.OutOfMemoryError:
@@ -3779,12 +3797,13 @@ class Generator:
         return fewer if left else 0
 
     @torch.no_grad()
-    def __call__(self, sources: list[Tokens]) -> list[Tokens]:
+    def __call__(self, sources: list[Tokens], stop: StopSignal) -> list[Tokens]:
+        """The summaries of `sources`, which break off when the process is told to stop."""
         self.encode(sources)
         n = self.rows
         for position in range(self.new_tokens):
             if position % 8 == 0:  # looking waits for the GPU
-                n = self.halve(n)
+                n = 0 if stop.number else self.halve(n)
             if not n:
                 break
             if not self.fast.uses_graphs or n not in self.graphs:

@@ -499,10 +499,11 @@ def test_generated_tokens_are_those_of_transformers(flan, plain):
     assert len({len(row) for row in expected}) > 5  # they end here and there
     fast = flan.FastT5(model, settings)
     config = flan.GenerationConfig(max_new_tokens=20, num_beams=1)
-    assert fast.generate(sources[:3], config) is None  # too few to compile for
-    found = fast.generate(sources[:40], config)
+    stop = flan.StopSignal()
+    assert fast.generate(sources[:3], config, stop) is None  # too few to compile for
+    found = fast.generate(sources[:40], config, stop)
     assert min(fast.generator.graphs) < fast.generator.rows == 64  # it went on with fewer rows as others ended
-    assert [*found, *fast.generate(sources[40:], config)] == expected
+    assert [*found, *fast.generate(sources[40:], config, stop)] == expected
     assert fast.is_proved["generation"] is True
 
 
@@ -514,18 +515,42 @@ def test_generation_with_the_kernels(flan):
     expected = by_transformers(model, sources, 3)
     fast = flan.FastT5(model, settings)
     fast.refresh()
-    assert flan.Generator(fast, 3, flan.size_class(sum(map(len, sources))), 3)(sources) == expected
+    generator = flan.Generator(fast, 3, flan.size_class(sum(map(len, sources))), 3)
+    assert generator(sources, flan.StopSignal()) == expected
 
 
 def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
     model, settings = make_model(flan)
     model.eval()
     fast = flan.FastT5(model, settings)
-    monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources: [[7, 8, 1] for _ in sources])
+    monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources, stop: [[7, 8, 1] for _ in sources])
     sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
-    assert fast.generate(sources, config) is None
+    assert fast.generate(sources, config, flan.StopSignal()) is None
     assert "plain generate() is used, not the fast one: its tokens" in capsys.readouterr().err
-    assert fast.generate(sources, config) is None
+    assert fast.generate(sources, config, flan.StopSignal()) is None
+
+
+def test_a_signal_ends_a_batch_within_eight_tokens(flan, plain, monkeypatch, capsys):
+    """All rows are one batch, of a model that would go on for a thousand tokens; what is cut off is not compared."""
+    model, settings = make_model(flan)
+    model.eval()
+    settings = dataclasses.replace(settings, max_new_tokens=1000)
+    model.base_model.model.lm_head.weight.data[1] = 0  # the end token never has the largest logit
+    summarizer = flan.Summarizer(model, None, settings, *flan.get_device(), flan.FastT5(model, settings))
+    monkeypatch.setattr(summarizer, "tokenizer", collections.namedtuple("Tokenizer", "batch_decode")(
+        lambda rows, **_: [str(row) for row in rows]))
+    tokens, one_token = [], flan.Generator.one_token
+
+    def told(generator, n):
+        tokens.append(n)
+        if len(tokens) == 5:
+            summarizer.stop.receive(15, None)
+        one_token(generator, n)
+
+    monkeypatch.setattr(flan.Generator, "one_token", told)
+    with pytest.raises(flan.Interrupted):
+        summarizer(sources_of(flan, 40))
+    assert len(tokens) == 8 and "plain generate()" not in capsys.readouterr().err
 
 
 # ---------- The compiler ----------------------------------------------------------------------------------------------

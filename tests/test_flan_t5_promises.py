@@ -379,7 +379,7 @@ def test_two_machines_are_two_processes(data, model_folder, tmp_path):
 
 
 def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_path):
-    """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
+    """Of a scoring in which a single batch takes longer than torchrun waits before it kills: each token takes 4 s."""
     (tmp_path / "slow.py").write_text(HEAD + SLOW + MAIN)
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
     process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
@@ -403,14 +403,13 @@ MAIN = """
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 SLOW = """
-generate = flan.Summarizer.generate
-def slow(summarizer, sources):
+forward = flan.transformers.T5ForConditionalGeneration.forward
+def slow(*args, **more):
     if pathlib.Path("run/checkpoints/step-00000006").exists():
-        summarizer.batch_size = 1
         pathlib.Path("scoring").touch()
-        time.sleep(5)
-    return generate(summarizer, sources)
-flan.Summarizer.generate = slow
+        time.sleep(4)
+    return forward(*args, **more)
+flan.transformers.T5ForConditionalGeneration.forward = slow
 """
 
 

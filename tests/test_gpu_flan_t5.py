@@ -232,9 +232,9 @@ def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     sources = sorted(sources_of(flan, 200), key=len, reverse=True)
     config = flan.GenerationConfig(max_new_tokens=60, num_beams=1, do_sample=False)
     fast = flan.FastT5(model, settings)
-    found = fast.generate(sources, config)
+    found = fast.generate(sources, config, flan.StopSignal())
     assert fast.is_proved["generation"] is True
-    assert found == fast.generate(sources, config)
+    assert found == fast.generate(sources, config, flan.StopSignal())
     batch = {name: tensor.cuda() for name, tensor in padded([(source, [1]) for source in sources]).items()}
     seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     output = model.generate(**seen, generation_config=config)[:, 1:].tolist()

@@ -224,8 +224,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     run = find_run(given, is_use)
     if run and is_of_gpt2(run):
         raise UserError(f"{run} was made by gpt2_from_scratch.py")
-    saved = {name: value for name, value in (read_metrics(run)["configuration"] if run else {}).items()
-             if name in DEFAULTS}
+    metrics = read_metrics(run) if run else {"configuration": {}}
+    saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
+    if "evaluate" in given:  # on the path on which the run was scored
+        best = next((entry for entry in metrics.get("epochs", ()) if entry["best"]), {})
+        saved["fast"] = best.get("fast", saved.get("fast"))
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -514,7 +517,7 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # On the fast path of section 14 quantised weights become bf16 for each product, and all products are in bf16. Where
 # bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
-# T5's own dropout (0.1) is on in training, as is LoRA's.
+# T5's own dropout (0.1; of the tiny model 0) is on in training, as is LoRA's.
 #
 # From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8).
 
@@ -893,13 +896,16 @@ class SummarizationTrainer(Seq2SeqTrainer):
             return {}
         if step:
             self._save_checkpoint()
+        fitted = [entry["batch_size"] for entry in self.state.log_history if "batch_size" in entry]  # before a resume
+        self.summarizer.batch_size = min([self.summarizer.batch_size, *fitted])
         start, entry, examples = time.perf_counter(), {}, {}
         self.model.eval()
         with merged_adapter(self.model):
             for split in ("validation", "test"):
                 entry[split], examples[split] = score(self.summarizer, self.data[split])
         self.model.train()
-        entry["seconds"] = round(time.perf_counter() - start, 2)
+        entry |= {"seconds": round(time.perf_counter() - start, 2), "batch_size": self.summarizer.batch_size,
+                  "fast": self.summarizer.is_fast}
         self.log(entry)
         if self.run.epochs(self.state.log_history)[-1]["best"]:
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
@@ -950,6 +956,7 @@ class Summarizer:
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
+        self.is_fast = False  # whether the fast path has generated something
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
         """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
@@ -989,6 +996,7 @@ class Summarizer:
         is_told = lambda ids, scores, **_: torch.full((len(ids),), self.stop.number > 0, device=ids.device)
         try:
             output = self.fast and self.fast.generate(sources, self.config, self.stop)
+            self.is_fast |= output is not None
             if output is None:
                 batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
                                            pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
@@ -1443,15 +1451,15 @@ def explain(path: Path, column: str | None = None) -> None:
     if path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        widths, line = [], 1
+        width, line = None, 1
         try:
             for row in reader:
-                widths.append(len(row))
+                width = len(row) if width is None else width
+                if len(row) > width:
+                    raise UserError(f"{path}:{line}: more fields than the header names: quote fields that hold commas")
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{line}: broken CSV ({error})") from None
-        if max(widths) > widths[0]:
-            raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
         return
     if path.suffix == ".jsonl":
         rows, form, content = read_json_lines(path, text), "one a line", None
@@ -1650,7 +1658,7 @@ def check_sharding(settings: Settings) -> None:
         raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
     if os.environ.get("FSDP_VERSION") != "2":
         raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
-    if settings.quantization or settings.mode not in ("train", "lr_find"):
+    if settings.quantization or settings.mode != "train":
         raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
 
 
@@ -1672,7 +1680,8 @@ def launcher() -> str:
     """The words that start this script with as many processes."""
     processes, here = PartialState().num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if is_sharded():
-        return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {processes}"
+        several = f"--num_machines {processes // here} --machine_rank RANK --main_process_ip HOST " * (here < processes)
+        return f"accelerate launch --use_fsdp --fsdp_version 2 {several}--num_processes {processes}"
     if processes == 1:
         return "python"
     nodes = f"--nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d " if here < processes else ""
@@ -1880,6 +1889,14 @@ def as_power_of_ten(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def refuse_used_folder(settings: Settings) -> None:
+    """UserError, before any work, if --output-dir is given for a new run and is a file or not empty."""
+    folder = None if settings.resume or settings.mode not in ("train", "lr_find") else settings.output_dir
+    if folder and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UserError(f"{folder} is not empty: {'--resume, or ' * (settings.mode == 'train')}choose another "
+                        "--output-dir")
+
+
 def new_run_folder(settings: Settings, name: str) -> Path:
     """Makes the folder of a new run, runs/<name> or --output-dir, never an existing one; all processes get the same."""
     wanted = settings.output_dir or Path("runs") / name
@@ -1891,10 +1908,9 @@ def new_run_folder(settings: Settings, name: str) -> Path:
                 folder.mkdir(parents=True)
                 return folder
             except FileExistsError:
-                if settings.output_dir and folder.is_dir() and not any(folder.iterdir()):
-                    return folder
                 if settings.output_dir:
-                    raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
+                    refuse_used_folder(settings)
+                    return folder
             except OSError as error:
                 raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
 
@@ -2050,7 +2066,8 @@ class Run(TrainerCallback):
             elif "validation" in entry:
                 result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
                                "train_loss": float(np.average(losses, weights=counts)) if any(counts) else None,
-                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
+                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"],
+                               "fast": entry.get("fast")})
                 losses, counts = [], []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
         return [entry | {"best": entry is best} for entry in result]
@@ -2203,7 +2220,7 @@ def out_of_memory_advice(settings: Settings) -> str:
     advice = [flag for flag, helps in flags.items() if helps]
     if is_free and settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):
         advice[-1] += "; and another --output-dir"
-    return f"out of GPU memory: try {', '.join(advice)}"
+    return f"out of GPU memory: try {', '.join(advice or ['a smaller model'])}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
@@ -2413,7 +2430,7 @@ def summarize(settings: Settings) -> int:
 
 
 def evaluate_split(settings: Settings) -> int:
-    """Scores the model on --split with the same function, settings and rows as during training."""
+    """Scores the model on --split with the function, settings, rows and, if it runs here, the path of the training."""
     data = load_data(settings)
     model, tokenizer, summarizer = load_for_use(settings)
     rows = tokenize(datasets.DatasetDict({settings.split: data[settings.split]}), tokenizer, settings)
@@ -2736,20 +2753,21 @@ def lr_find(settings: Settings) -> int:
     if test.stop.is_set:
         say("interrupted: nothing is kept", file=sys.stderr)
         return 128 + test.stop.number
-    folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
     rates, losses = RANGE_TEST[: len(test.losses)].tolist(), test.losses
     best = suggest_learning_rate(rates, losses)
     there = np.interp(math.log(settings.lr), np.log(rates), smoothed(losses), right=math.nan)  # nan: diverged before
-    if is_main_process():
-        plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
-        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
-                                             "learning_rates": rates, "losses": losses})
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {losses[-1]:.3f})",
         f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest smoothed loss",
         f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
-        f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}", f"plot:  {folder / 'lr_find.png'}",
+        f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}",
         f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
+    folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
+    if is_main_process():
+        plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
+        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
+                                             "learning_rates": rates, "losses": losses})
+    say(f"plot:  {folder / 'lr_find.png'}")
     return 0
 
 
@@ -2825,6 +2843,9 @@ def compare(settings: Settings) -> int:
     check_comparable(runs)
     for run, name in zip(runs, without_common_start([run["name"] for run in runs]), strict=True):
         run["name"] = name  # so that the tables fit a terminal
+    fast = [run["name"] for run in runs if run["best"].get("fast")]
+    if len(fast) not in (0, len(runs)):
+        say(fold(f"scored on the fast path, where rounding differs a little: only {', '.join(fast)}"))
     say(*(f"{run['name']} is not finished: {run['status']}" for run in runs if run["status"] != "finished"),
         epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
@@ -3419,7 +3440,7 @@ FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each take
 def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
     """Why the fast path does not apply to `model`, or to a training of so many steps; or None."""
     if settings.fast is False:
-        return "it is switched off (--no-fast)"
+        return "it is switched off (--no-fast), or was not used by the run that is scored again"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
     adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
     attentions = config.num_layers + 2 * config.num_decoder_layers
@@ -3932,6 +3953,7 @@ def main(settings: Settings) -> int:
     # Joins the processes of torchrun, on a CPU through gloo. Hours, because the others wait while one downloads.
     PartialState(cpu=get_device()[0].type == "cpu", timeout=timedelta(hours=12))
     check_sharding(settings)
+    refuse_used_folder(settings)
     work = {"train": train, "summarize": summarize, "evaluate": evaluate_split, "export": export, "plan": plan,
             "lr_find": lr_find, "plot": plot, "compare": compare}[settings.mode]
     try:

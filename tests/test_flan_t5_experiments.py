@@ -467,6 +467,28 @@ def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, t
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("flag, advice", [("--lr-find", "choose another --output-dir"),
+                                          ("--seed=1", "--resume, or choose another --output-dir")])
+def test_a_folder_in_use_is_refused_before_any_work(flan, command, tmp_path, monkeypatch, flag, advice):
+    """A model or data would be looked for, and a sweep of rates made in vain."""
+    monkeypatch.setattr(flan, "load_for_training", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("run", "file"):
+        done = command(flag, "--output-dir", name, cwd=tmp_path)
+        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is not empty: {advice}\n")
+
+
+def test_a_suggestion_that_cannot_be_written_is_printed(flan, command, data, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(flan, "RANGE_TEST", flan.RANGE_TEST[60:64])
+    folder = tmp_path / "file/run"
+    folder.parent.touch()  # in which there can be no folder
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--output-dir", folder, cwd=tmp_path)
+    assert done.code == 2 and "cannot write to" in done.err and "\nsuggested: " in done.out, done
+    assert done.out.splitlines()[-1].startswith("train: ")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # --plot
 # ----------------------------------------------------------------------------------------------------------------------
@@ -707,6 +729,19 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     assert done.code == 2 and len(done.err.splitlines()) == 1 and not done.out, done
     assert words in done.err and "other" in done.err and trained.folder.name in done.err
     assert not (tmp_path / "comparison.png").exists()
+
+
+def test_compare_says_which_runs_were_scored_on_the_fast_path(command, trained, tmp_path):
+    runs = [shutil.copytree(trained.folder, tmp_path / name) for name in ("A", "B")]
+    for number, run in enumerate(runs):
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert {entry["fast"] for entry in metrics["epochs"]} == {False}
+        done = command("--compare", *runs, cwd=tmp_path)
+        assert done.code == 0 and ("the fast path, where rounding differs a little: only A\n" in done.out) == number
+        for entry in metrics["epochs"]:
+            entry["fast"] = True
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "fast path" not in command("--compare", *runs, cwd=tmp_path).out
 
 
 def test_compare_refuses_two_runs_of_one_name(command, trained, tmp_path):

@@ -700,6 +700,33 @@ def test_a_calmed_model_is_itself_again(flan):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("flags", [("--fast",), ("--no-fast",), ()])
+def test_evaluate_takes_the_path_of_the_run(flan, command, data, model_folder, tmp_path, on_the_cpu, monkeypatch,
+                                            flags):
+    """Which the length of the training may have chosen. Batches of a few rows are large enough here to be fast."""
+    generate = flan.FastT5.generate
+    paths = []
+
+    def noted(fast, sources, *rest):
+        output = generate(fast, sources * 8, *rest)
+        paths.append(output is not None)
+        return output and output[: len(sources)]
+
+    monkeypatch.setattr(flan.FastT5, "generate", noted)
+    short = lambda model, settings, steps=None: "off" if settings.fast is False or (
+        settings.fast is None and steps is not None) else None
+    monkeypatch.setattr(flan, "fast_obstacle", short)
+    done = command("--model", model_folder, "--dataset", data, *FLAGS, "--max-steps", 2, *flags, "--output-dir", "run",
+                   cwd=tmp_path)
+    is_fast = flags == ("--fast",)
+    (best,) = [entry for entry in flan.read_metrics(tmp_path / "run")["epochs"] if entry["best"]]
+    assert done.code == 0 and best["fast"] is is_fast and bool(paths) is is_fast and all(paths), done
+    for words, expected in (((), is_fast), (("--fast",), True), (("--no-fast",), False)):
+        paths.clear()
+        done = command("--evaluate", "--adapter", "run", *words, cwd=tmp_path)
+        assert done.code == 0 and bool(paths) is expected, (words, done)
+
+
 def test_a_range_test_can_be_fast(command, data, model_folder, tmp_path, on_the_cpu):
     done = command("--model", model_folder, "--dataset", data, *FLAGS, "--lr-find", cwd=tmp_path)
     assert done.code == 0 and "is not used" not in done.out, done

@@ -547,9 +547,9 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
     checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    ways = {"int8": {"load_in_8bit": True},
-            "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}}
-    config = BitsAndBytesConfig(**ways[quantization]) if quantization else None
+    options = {"int8": {"load_in_8bit": True},
+               "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}}
+    config = BitsAndBytesConfig(**options[quantization]) if quantization else None
     model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=config)
     # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
     # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
@@ -898,7 +898,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
             self._save_checkpoint()
         fitted = [entry["batch_size"] for entry in self.state.log_history if "batch_size" in entry]  # before a resume
         self.summarizer.batch_size = min([self.summarizer.batch_size, *fitted])
-        start, entry, examples = time.perf_counter(), {}, {}
+        start, entry, examples, self.summarizer.is_fast = time.perf_counter(), {}, {}, False
         self.model.eval()
         with merged_adapter(self.model):
             for split in ("validation", "test"):
@@ -1163,7 +1163,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: on_host(parameter) for name, parameter in trained_parameters(model).items()}
 
 
-def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Writes checkpoints/step-<number> of a run: the trained weights, AdamW's moments, the Trainer's state and log.
 
     Nothing else is needed: order of the rows, dropout and learning rate follow from seed and step. The last two are
@@ -1173,12 +1173,12 @@ def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     moments["state"] = {i: {name: on_host(tensor) for name, tensor in values.items()}
                         for i, values in moments["state"].items()}
     if is_main_process():
-        with writing_to(run):
-            with new_folder(run / "checkpoints" / f"step-{state.global_step:08d}") as folder:
-                save_file(weights, folder / "weights.safetensors")
-                torch.save(moments, folder / "optimizer.pt")
-                state.save_to_json(str(folder / "trainer_state.json"))
-            for old in checkpoints(run)[:-2]:
+        with writing_to(folder):
+            with new_folder(folder / "checkpoints" / f"step-{state.global_step:08d}") as written:
+                save_file(weights, written / "weights.safetensors")
+                torch.save(moments, written / "optimizer.pt")
+                state.save_to_json(str(written / "trainer_state.json"))
+            for old in checkpoints(folder)[:-2]:
                 shutil.rmtree(old)
     PartialState().wait_for_everyone()
 
@@ -1777,11 +1777,9 @@ def train(settings: Settings) -> int:
             run.begin(checkpoint)
         status = "failed"
         try:
-            with writing_to(folder, OSError), contextlib.suppress(NoStepLeft):
+            with writing_to(folder, OSError), contextlib.suppress(NoStepLeft, Interrupted):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             status = "interrupted" if run.stop.is_set else "finished"
-        except Interrupted:
-            status = "interrupted"
         finally:
             if is_main_process():
                 with writing_to(folder):
@@ -1902,17 +1900,15 @@ def new_run_folder(settings: Settings, name: str) -> Path:
     wanted = settings.output_dir or Path("runs") / name
 
     def make() -> Path:
-        for n in itertools.count(1):
-            folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                if settings.output_dir:
-                    refuse_used_folder(settings)
+        refuse_used_folder(settings)
+        try:
+            for n in itertools.count(1):
+                folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True, exist_ok=settings.output_dir is not None)
                     return folder
-            except OSError as error:
-                raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
 
     return from_main_process(make)
 
@@ -2217,10 +2213,10 @@ def out_of_memory_advice(settings: Settings) -> str:
         "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
         f"a {'new run of a ' * settings.resume}smaller --model": is_training,
     }
-    advice = [flag for flag, helps in flags.items() if helps]
+    remedies = [flag for flag, helps in flags.items() if helps]
     if is_free and settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):
-        advice[-1] += "; and another --output-dir"
-    return f"out of GPU memory: try {', '.join(advice or ['a smaller model'])}"
+        remedies[-1] += "; and another --output-dir"
+    return f"out of GPU memory: try {', '.join(remedies or ['a smaller model'])}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
@@ -2598,18 +2594,18 @@ def plan(settings: Settings) -> int:
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        obstacle = fast_obstacle(model, settings, micro_steps)
+        reason = why_not_fast(model, settings, micro_steps)
         if torch.cuda.is_available():  # else it is planned for another machine
-            obstacle = obstacle or machine_obstacle(*get_device())
-        is_fast = obstacle is None
+            reason = reason or why_not_here(*get_device())
+        is_fast = reason is None
         rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
             fold("predicted peak memory in GiB with the " + (
-                "fast step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):")),
+                "fast step (the usual one: --no-fast):" if is_fast else f"usual step ({reason}):")),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
-                   for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
+                   for size, checkpointing, peaks in rows], text=()), "", *where_it_fits(rows, settings))
     return 0
 
 
@@ -2679,7 +2675,7 @@ def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict
     return rows
 
 
-def advice(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -> list[str]:
+def where_it_fits(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -> list[str]:
     """Lines that say which flags, besides those given, make the run fit where, and whether INT8 helps."""
     given = settings.quantization
 
@@ -3437,7 +3433,7 @@ def pack(sources: list[Tokens], targets: list[Tokens], rows: int, longest: tuple
 FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each takes some 10 ms, and compiling 40 to 60 s
 
 
-def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
+def why_not_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
     """Why the fast path does not apply to `model`, or to a training of so many steps; or None."""
     if settings.fast is False:
         return "it is switched off (--no-fast), or was not used by the run that is scored again"
@@ -3455,7 +3451,7 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it does not run here, or None."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "it is made for CUDA GPUs with bf16"
@@ -3463,10 +3459,10 @@ def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> "FastT5 | None":
-    obstacle = fast_obstacle(model, settings, micro_steps) or machine_obstacle(model.device, model.dtype)
-    if obstacle and (model.device.type == "cuda" or settings.fast):
-        say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
-    return None if obstacle else FastT5(model, settings)
+    reason = why_not_fast(model, settings, micro_steps) or why_not_here(model.device, model.dtype)
+    if reason and (model.device.type == "cuda" or settings.fast):
+        say(f"the usual step is used, not the fast one: {reason}", file=sys.stderr)
+    return None if reason else FastT5(model, settings)
 
 
 class FastT5:
@@ -3535,7 +3531,7 @@ class FastT5:
         self.holder = self.record(lambda: torch.zeros((), device=self.device)) if self.uses_graphs else None
         self.graphs: dict[tuple, Any] = {}
         self.is_proved = {"training": False, "generation": False}
-        self.generator = None
+        self.decoding = None
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """Views of a vector like `flat`, one in the shape of each matrix of the adapter."""
@@ -3617,18 +3613,18 @@ class FastT5:
     def training_step(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor, is_first: bool, is_last: bool
                       ) -> torch.Tensor:
         """Like that of the Trainer, for one micro-batch of `pack` in a step with so many target `tokens`."""
-        self.generator, processes = None, PartialState().num_processes
+        self.decoding, processes = None, PartialState().num_processes
         if is_first:
             self.flat.grad.zero_()
         self.key.fill_(int(torch.randint(2**31, ())))  # from torch's generator, which training_step has seeded
         self.scale.fill_(processes / tokens)
-        loss = self.run(batch)
+        loss = self.by_graph(batch)
         if is_last and processes > 1:
             torch.distributed.all_reduce(self.flat.grad)
             self.flat.grad.div_(processes)
         return loss
 
-    def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def by_graph(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """`forward_backward`, from the second batch of a size on by a graph. (On a CPU, in tests, never.)"""
         sizes = tuple(map(len, batch.values()))
         if not self.uses_graphs:
@@ -3670,25 +3666,25 @@ class FastT5:
     def generate(self, sources: list[Tokens], config: GenerationConfig, stop: StopSignal) -> list[Tokens] | None:
         """Greedy summaries of a batch, each up to its end token; None where plain `generate` is to be used: for a few
         dialogues, before whose end nothing would be compiled, and where the proof (see `agrees`) has failed."""
-        is_small = self.generator is None and len(sources) < 32
+        is_small = self.decoding is None and len(sources) < 32
         if is_small or config.num_beams > 1 or self.is_proved["generation"] is None:
             return None
         self.refresh()
         room, problem = size_class(sum(map(len, sources))), "its tokens are not those of transformers' model"
         try:
-            if self.generator is None or not self.generator.fits(len(sources), room):
-                self.generator = None  # its memory first
-                self.generator = Generator(self, len(sources), room, config.max_new_tokens)
-            summaries = self.generator(sources, stop)
+            if self.decoding is None or not self.decoding.fits(len(sources), room):
+                self.decoding = None  # its memory first
+                self.decoding = Decoding(self, len(sources), room, config.max_new_tokens)
+            summaries = self.decoding(sources, stop)
             if stop.number or self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
                 self.is_proved["generation"] = True
                 return summaries
         except torch.OutOfMemoryError:
-            self.generator = None
+            self.decoding = None
             raise
         except Exception as error:  # of the compiler, as in begin_fast
             problem = f"{type(error).__name__}: {first_line(error)}"
-        self.generator, self.is_proved["generation"] = None, None
+        self.decoding, self.is_proved["generation"] = None, None
         say(f"plain generate() is used, not the fast one: {problem}", file=sys.stderr)
         return None
 
@@ -3732,7 +3728,7 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
     return merged, scales
 
 
-class Generator:
+class Decoding:
     """Greedy decoding of up to `rows` dialogues at once, one CUDA graph for each token of all of them.
 
     Keys and values of the dialogues lie packed, those of a summary have `new_tokens` places. When half of the rows have
@@ -3888,7 +3884,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
             expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
             for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: the last one counts
                 fast.flat.grad.zero_()
-                found_loss = fast.run(batch)
+                found_loss = fast.by_graph(batch)
         found = fast.split(fast.flat.grad)
         norms, errors = (torch.stack([g.norm() for g in gradients]).cpu() for gradients in (
             expected, [a - b for a, b in zip(found, expected, strict=True)]))

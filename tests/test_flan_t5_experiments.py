@@ -322,8 +322,8 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
 
 def test_the_advice_is_about_the_flags_that_were_given(flan):
     rows = [(8, False, {"bf16": 30, "int8": 20, "int4": 9}), (8, True, {"bf16": 12, "int8": 9, "int4": 5})]
-    advised = lambda *words: dict(line.split(": ") for line in flan.advice(rows, flan.parse_settings(list(words)))
-                                  if line.startswith("on "))
+    lines = lambda words: flan.where_it_fits(rows, flan.parse_settings(list(words)))
+    advised = lambda *words: dict(line.split(": ") for line in lines(words) if line.startswith("on "))
     assert advised()["on a GPU of 16 GiB"] == "--gradient-checkpointing"
     assert advised("--int4")["on a GPU of 12 GiB"] == "fits as it is"
     assert advised("--int8")["on a GPU of 8 GiB"] == "does not fit"
@@ -339,9 +339,9 @@ def test_whether_int8_helps_does_not_depend_on_this_gpu(flan, monkeypatch, memor
     monkeypatch.setattr(flan.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flan.torch.cuda, "get_device_properties", lambda device: properties)
     settings = flan.parse_settings([])
-    lines = flan.advice([(8, True, {"bf16": bf16, "int8": int8, "int4": int8})], settings)
+    lines = flan.where_it_fits([(8, True, {"bf16": bf16, "int8": int8, "int4": int8})], settings)
     assert lines[0].startswith("on this GPU") and any("INT8 does not help" in line for line in lines) != helps, lines
-    lines = flan.advice([(8, True, {"bf16": 300, "int8": 150, "int4": 90})], settings)  # fits nowhere
+    lines = flan.where_it_fits([(8, True, {"bf16": 300, "int8": 150, "int4": 90})], settings)  # fits nowhere
     assert not any("INT8 does not help" in line for line in lines), lines
 
 

@@ -502,7 +502,7 @@ def test_generated_tokens_are_those_of_transformers(flan, plain):
     stop = flan.StopSignal()
     assert fast.generate(sources[:3], config, stop) is None  # too few to compile for
     found = fast.generate(sources[:40], config, stop)
-    assert min(fast.generator.graphs) < fast.generator.rows == 64  # it went on with fewer rows as others ended
+    assert min(fast.decoding.graphs) < fast.decoding.rows == 64  # it went on with fewer rows as others ended
     assert [*found, *fast.generate(sources[40:], config, stop)] == expected
     assert fast.is_proved["generation"] is True
 
@@ -515,15 +515,15 @@ def test_generation_with_the_kernels(flan):
     expected = by_transformers(model, sources, 3)
     fast = flan.FastT5(model, settings)
     fast.refresh()
-    generator = flan.Generator(fast, 3, flan.size_class(sum(map(len, sources))), 3)
-    assert generator(sources, flan.StopSignal()) == expected
+    decoding = flan.Decoding(fast, 3, flan.size_class(sum(map(len, sources))), 3)
+    assert decoding(sources, flan.StopSignal()) == expected
 
 
 def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
     model, settings = make_model(flan)
     model.eval()
     fast = flan.FastT5(model, settings)
-    monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources, stop: [[7, 8, 1] for _ in sources])
+    monkeypatch.setattr(flan.Decoding, "__call__", lambda self, sources, stop: [[7, 8, 1] for _ in sources])
     sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
     assert fast.generate(sources, config, flan.StopSignal()) is None
     assert "plain generate() is used, not the fast one: its tokens" in capsys.readouterr().err
@@ -539,15 +539,15 @@ def test_a_signal_ends_a_batch_within_eight_tokens(flan, plain, monkeypatch, cap
     summarizer = flan.Summarizer(model, None, settings, *flan.get_device(), flan.FastT5(model, settings))
     monkeypatch.setattr(summarizer, "tokenizer", collections.namedtuple("Tokenizer", "batch_decode")(
         lambda rows, **_: [str(row) for row in rows]))
-    tokens, one_token = [], flan.Generator.one_token
+    tokens, one_token = [], flan.Decoding.one_token
 
-    def told(generator, n):
+    def told(decoding, n):
         tokens.append(n)
         if len(tokens) == 5:
             summarizer.stop.receive(15, None)
-        one_token(generator, n)
+        one_token(decoding, n)
 
-    monkeypatch.setattr(flan.Generator, "one_token", told)
+    monkeypatch.setattr(flan.Decoding, "one_token", told)
     with pytest.raises(flan.Interrupted):
         summarizer(sources_of(flan, 40))
     assert len(tokens) == 8 and "plain generate()" not in capsys.readouterr().err
@@ -601,8 +601,8 @@ FLAGS = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-
 @pytest.fixture
 def on_the_cpu(flan, plain, monkeypatch):
     """The fast path without a GPU."""
-    monkeypatch.setattr(flan, "machine_obstacle", lambda *_: None)
-    monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings, *_: "off" if settings.fast is False else None)
+    monkeypatch.setattr(flan, "why_not_here", lambda *_: None)
+    monkeypatch.setattr(flan, "why_not_fast", lambda model, settings, *_: "off" if settings.fast is False else None)
 
 
 def losses(flan, folder):
@@ -715,7 +715,7 @@ def test_evaluate_takes_the_path_of_the_run(flan, command, data, model_folder, t
     monkeypatch.setattr(flan.FastT5, "generate", noted)
     short = lambda model, settings, steps=None: "off" if settings.fast is False or (
         settings.fast is None and steps is not None) else None
-    monkeypatch.setattr(flan, "fast_obstacle", short)
+    monkeypatch.setattr(flan, "why_not_fast", short)
     done = command("--model", model_folder, "--dataset", data, *FLAGS, "--max-steps", 2, *flags, "--output-dir", "run",
                    cwd=tmp_path)
     is_fast = flags == ("--fast",)
@@ -764,16 +764,16 @@ def test_why_it_does_not_apply(flan, flags, reason):
     settings = flan.parse_settings([*flags, "--model", "base"])
     model = flan.without_weights(flan.geometry(settings))
     model = model if settings.full else flan.add_lora(model, settings)
-    assert reason in flan.fast_obstacle(model, settings)
+    assert reason in flan.why_not_fast(model, settings)
 
 
 def test_where_it_does_not_run(flan, monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(flan, "triton", "here")
-    assert "CUDA" in flan.machine_obstacle(cpu, torch.bfloat16) and "bf16" in flan.machine_obstacle(gpu, torch.float32)
-    assert flan.machine_obstacle(gpu, torch.bfloat16) is None
+    assert "CUDA" in flan.why_not_here(cpu, torch.bfloat16) and "bf16" in flan.why_not_here(gpu, torch.float32)
+    assert flan.why_not_here(gpu, torch.bfloat16) is None
     monkeypatch.setattr(flan, "triton", None)
-    assert "Triton" in flan.machine_obstacle(gpu, torch.bfloat16)
+    assert "Triton" in flan.why_not_here(gpu, torch.bfloat16)
 
 
 def test_who_insists_is_told_why_not(flan, capsys):
@@ -787,9 +787,9 @@ def test_a_short_training_is_not_compiled(flan):
     model = make_model(flan)[0]  # of six layers
     cases = ([], 999, True), ([], 1000, False), (["--fast"], 9, False), ([], None, False)
     for flags, micro_steps, is_refused in cases:
-        obstacle = flan.fast_obstacle(model, flan.parse_settings(flags), micro_steps)
-        assert ("so short" in (obstacle or "")) is is_refused, (flags, micro_steps, obstacle)
+        reason = flan.why_not_fast(model, flan.parse_settings(flags), micro_steps)
+        assert ("so short" in (reason or "")) is is_refused, (flags, micro_steps, reason)
     for name, module in list(model.named_modules()):  # an adapter on the decoder alone
         if name.endswith("SelfAttention") and "encoder" in name:
             module.q = module.q.base_layer
-    assert "q, k, v and o" in flan.fast_obstacle(model, flan.parse_settings([]))
+    assert "q, k, v and o" in flan.why_not_fast(model, flan.parse_settings([]))

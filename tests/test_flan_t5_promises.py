@@ -356,7 +356,7 @@ def test_compare_corrects_p_for_the_number_of_pairs(flan, command, trained, tmp_
         file = shutil.copytree(trained.folder, tmp_path / name) / f"predictions/test-epoch-{best}.jsonl"
         rows = [json.loads(line) for line in file.open("rb")]
         write_jsonl(file, [row | {"rouge1": row["rouge1"] + gain} for row, gain in zip(rows, gains, strict=True)])
-    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", cwd=tmp_path)
+    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", "--output-dir", ".", cwd=tmp_path)
     rows = [line.split("|")[5:7] for line in done.out.splitlines() if re.search(r"\| \[[+-]", line)]
     p, corrected = zip(*([float(cell) for cell in row] for row in rows), strict=True)
     assert len({*p}) == 3 and corrected == pytest.approx(flan.holm(p), abs=3e-4), done

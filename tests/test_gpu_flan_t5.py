@@ -61,7 +61,7 @@ def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quant
     def run(rows):
         fast.flat.grad.zero_()
         batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(rows)).items()}
-        found_loss = fast.run(batch).clone()
+        found_loss = fast.by_graph(batch).clone()
         return found_loss, fast.flat.grad.clone()
 
     with flan.calmed(fast):  # as it is, rounding to bf16 alone changes single gradients by 15%
@@ -87,7 +87,7 @@ def test_checkpointing_in_a_graph(flan, gpu):
         for _ in range(3):
             fast.flat.grad.zero_()
             fast.key.fill_(5)
-            fast.run(batch)
+            fast.by_graph(batch)
         found.append(fast.flat.grad.clone())
     assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
 

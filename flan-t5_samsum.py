@@ -20,13 +20,14 @@ Section 1 is the command line. Sections 7 to 15 make it safe and comfortable (ch
 comparisons) and can be skipped, as can section 14, which takes the same step and generates the same way on a GPU many
 times faster, but for rounding and for the masks of dropout.
 
-Where to look: a long dialogue is cut in `encode`; section 4 begins with the optimiser's settings, has the normalisation
-of the loss in `token_mean_loss` and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in
-`SummarizationTrainer.training_step`; a step that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a
-checkpoint and the adapter, if it is the best (`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`;
-`train` (10) puts all together; `Run.on_step_end` (10) decides when else a checkpoint is due and what a signal does,
-`save_checkpoint` (7) what is in it; `begin_fast` (14) compares the fast step with the usual one. Where memory does not
-suffice, `Summarizer` (6) halves its batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
+Where to look: a long dialogue is cut in `encode`; `load_base` (section 3) loads INT8 and NF4, `merged_adapter` says how
+they are scored; section 4 begins with the optimiser's settings, has the normalisation of the loss in `token_mean_loss`
+and the order of rows in `LengthGroupedSampler.order`; dropout is seeded in `SummarizationTrainer.training_step`; a step
+that is not finite is skipped in `_clip_grad_norm`; `evaluate` saves a checkpoint and the adapter, if it is the best
+(`Run.epochs`, section 10); ROUGE's interval is `bootstrap_interval`; `train` (10) puts all together; `Run.on_step_end`
+(10) decides when else a checkpoint is due, `save_checkpoint` (7) what is in it; `StopSignal` (9) is what a signal does;
+`begin_fast` (14) compares the fast step with the usual one. Where memory does not suffice, `Summarizer` (6) halves its
+batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 """
 
 import argparse
@@ -223,8 +224,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     run = find_run(given, is_use)
     if run and is_of_gpt2(run):
         raise UserError(f"{run} was made by gpt2_from_scratch.py")
-    saved = {name: value for name, value in (read_metrics(run)["configuration"] if run else {}).items()
-             if name in DEFAULTS}
+    metrics = read_metrics(run) if run else {"configuration": {}}
+    saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
+    if "evaluate" in given:  # on the path on which the run was scored
+        best = next((entry for entry in metrics.get("epochs", ()) if entry["best"]), {})
+        saved["fast"] = best.get("fast", saved.get("fast"))
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -513,7 +517,7 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # On the fast path of section 14 quantised weights become bf16 for each product, and all products are in bf16. Where
 # bf16 is missing (CPU, T4, V100) fp32 takes its place, and scoring merges the adapter into the base for a while.
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
-# T5's own dropout (0.1) is on in training, as is LoRA's.
+# T5's own dropout (0.1; of the tiny model 0) is on in training, as is LoRA's.
 #
 # From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8).
 
@@ -543,9 +547,9 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizati
     that INT8 saves, and all that training needs of it is frozen weights (LoRA freezes them) and, with gradient
     checkpointing, the non-re-entrant kind. So training and inference load alike.
     """
-    ways = {"int8": {"load_in_8bit": True},
-            "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}}
-    config = BitsAndBytesConfig(**ways[quantization]) if quantization else None
+    options = {"int8": {"load_in_8bit": True},
+               "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}}
+    config = BitsAndBytesConfig(**options[quantization]) if quantization else None
     model = read_weights(folder, dtype=dtype, device_map={"": device}, quantization_config=config)
     # transformers calls every T5 tied, whatever its config says, and finds out only when it loads that Flan-T5's head
     # is a matrix of its own. Whoever ties again later (accelerate, for FSDP2) would put the embedding in its place.
@@ -888,17 +892,20 @@ class SummarizationTrainer(Seq2SeqTrainer):
         """
         step, scored = self.state.global_step, [e["step"] for e in self.state.log_history if "validation" in e]
         is_mid_epoch = not float(self.state.epoch or 0).is_integer() and step < self.state.max_steps
-        if self.run.is_stopping or is_mid_epoch or step in scored:
+        if self.run.stop.is_set or is_mid_epoch or step in scored:
             return {}
         if step:
             self._save_checkpoint()
-        start, entry, examples = time.perf_counter(), {}, {}
+        fitted = [entry["batch_size"] for entry in self.state.log_history if "batch_size" in entry]  # before a resume
+        self.summarizer.batch_size = min([self.summarizer.batch_size, *fitted])
+        start, entry, examples, self.summarizer.is_fast = time.perf_counter(), {}, {}, False
         self.model.eval()
         with merged_adapter(self.model):
             for split in ("validation", "test"):
                 entry[split], examples[split] = score(self.summarizer, self.data[split])
         self.model.train()
-        entry["seconds"] = round(time.perf_counter() - start, 2)
+        entry |= {"seconds": round(time.perf_counter() - start, 2), "batch_size": self.summarizer.batch_size,
+                  "fast": self.summarizer.is_fast}
         self.log(entry)
         if self.run.epochs(self.state.log_history)[-1]["best"]:
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
@@ -937,17 +944,19 @@ class Summarizer:
 
     Batches hold rows of similar length, the longest first, so that little is padded and memory that does not suffice
     shows at once: then the batch is halved, for good. Several processes share the rows and go from batch to batch
-    together, so that all of them halve it, or end because of a signal, in the same place.
+    together, so that all of them halve it, or end because of a signal, in the same place. Not where the weights are
+    sharded: those who wait for the shards of a process without room would never hear of it, so it ends, and they too.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, settings: Settings, device: torch.device,
                  precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None) -> None:
         self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
-        self.fast, self.stop = fast, stop
+        self.fast, self.stop = fast, stop or StopSignal()
         # Without max_new_tokens a summary would end after 20 tokens.
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
+        self.is_fast = False  # whether the fast path has generated something
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
         """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
@@ -959,9 +968,8 @@ class Summarizer:
         while start < len(mine):
             rows = mine[start : start + self.batch_size]
             texts = self.generate([sources[i] for i in rows])
-            no_room, is_stopping = agree(self.device, texts is None, self.stop is not None and self.stop.number)
-            if is_stopping:
-                self.stop.number = self.stop.number or signal.SIGTERM  # maybe only another process was told
+            (no_room,) = self.stop.agreed(self.device, texts is None)
+            if self.stop.is_set:
                 raise Interrupted
             if no_room:  # out here, as the exception would hold on to what it had computed
                 self.batch_size = len(rows) // 2
@@ -979,17 +987,24 @@ class Summarizer:
 
     @torch.no_grad()
     def generate(self, sources: list[Tokens]) -> list[str] | None:
-        """The summaries of one batch; None if there was no room for it in the GPU's memory."""
-        more = {"synced_gpus": True} if is_sharded() else {}  # each forward pass needs the shards of all processes
+        """The summaries of one batch; None if there was no room for it in the GPU's memory.
+
+        They break off when the process is told to stop: a batch may take longer than torchrun waits before it kills.
+        """
+        # Each forward pass needs the shards of all processes: one whose summaries have ended goes on with the others.
+        more = {"synced_gpus": True} if is_sharded() else {}
+        is_told = lambda ids, scores, **_: torch.full((len(ids),), self.stop.number > 0, device=ids.device)
         try:
-            output = self.fast and self.fast.generate(sources, self.config)
+            output = self.fast and self.fast.generate(sources, self.config, self.stop)
+            self.is_fast |= output is not None
             if output is None:
                 batch = self.tokenizer.pad({"input_ids": sources}, return_tensors="pt",
                                            pad_to_multiple_of=64 if self.device.type == "cuda" else 8).to(self.device)
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != self.model.dtype):
-                    output = self.model.generate(**batch, generation_config=self.config, **more)
+                    output = self.model.generate(**batch, generation_config=self.config, stopping_criteria=[is_told],
+                                                 **more)
         except torch.OutOfMemoryError:
-            if len(sources) == 1:
+            if len(sources) == 1 or is_sharded():
                 raise
             return None
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
@@ -1148,7 +1163,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: on_host(parameter) for name, parameter in trained_parameters(model).items()}
 
 
-def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Writes checkpoints/step-<number> of a run: the trained weights, AdamW's moments, the Trainer's state and log.
 
     Nothing else is needed: order of the rows, dropout and learning rate follow from seed and step. The last two are
@@ -1158,12 +1173,12 @@ def save_checkpoint(run: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     moments["state"] = {i: {name: on_host(tensor) for name, tensor in values.items()}
                         for i, values in moments["state"].items()}
     if is_main_process():
-        with writing_to(run):
-            with new_folder(run / "checkpoints" / f"step-{state.global_step:08d}") as folder:
-                save_file(weights, folder / "weights.safetensors")
-                torch.save(moments, folder / "optimizer.pt")
-                state.save_to_json(str(folder / "trainer_state.json"))
-            for old in checkpoints(run)[:-2]:
+        with writing_to(folder):
+            with new_folder(folder / "checkpoints" / f"step-{state.global_step:08d}") as written:
+                save_file(weights, written / "weights.safetensors")
+                torch.save(moments, written / "optimizer.pt")
+                state.save_to_json(str(written / "trainer_state.json"))
+            for old in checkpoints(folder)[:-2]:
                 shutil.rmtree(old)
     PartialState().wait_for_everyone()
 
@@ -1436,15 +1451,15 @@ def explain(path: Path, column: str | None = None) -> None:
     if path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        widths, line = [], 1
+        width, line = None, 1
         try:
             for row in reader:
-                widths.append(len(row))
+                width = len(row) if width is None else width
+                if len(row) > width:
+                    raise UserError(f"{path}:{line}: more fields than the header names: quote fields that hold commas")
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{line}: broken CSV ({error})") from None
-        if max(widths) > widths[0]:
-            raise UserError(f"{path}: a row has more fields than the header names: quote fields that hold commas")
         return
     if path.suffix == ".jsonl":
         rows, form, content = read_json_lines(path, text), "one a line", None
@@ -1588,16 +1603,19 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM in `number`, so that the step can end and be saved; a second one stops at
-    once. What it leads to is decided in two places: after a step (`Run.on_step_end`) and after a batch of summaries.
+    """The one place of stopping. `receive` remembers the first SIGINT or SIGTERM in `number`; a second stops at once.
+
+    What the first leads to is decided in `agreed`, by all processes together: after a step of a training, which saves
+    and ends (`Run.on_step_end`), or of a range test (`RangeTest.on_log`), and after a batch of summaries
+    (`Summarizer`), which ends within a few tokens in a process that was told.
 
     Signals within a second are taken for one: torchrun passes on what a scheduler, or Ctrl-C, has already sent to each
     process. The handler runs in the middle of anything, so it only sets fields and writes without a buffer.
     """
 
-    def __init__(self) -> None:
-        self.number, self.received = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __init__(self, *heard: int) -> None:
+        self.number, self.received, self.is_set = 0, 0.0, False  # the last: decided, in all processes
+        for number in heard:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
@@ -1605,10 +1623,21 @@ class StopSignal:
             self.number, self.received = number, time.monotonic()
             if is_main_process():
                 with contextlib.suppress(OSError):  # the same Ctrl-C has ended `tee`
-                    os.write(2, b"\nstopping after this step and saving (once more: stop at once)\n")
+                    os.write(2, b"\nstopping soon (once more: stop at once)\n")
         elif time.monotonic() - self.received > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def note(self) -> None:
+        """Counts as a SIGTERM if no signal has come."""
+        self.number = self.number or signal.SIGTERM
+
+    def agreed(self, device: torch.device, *flags: Any) -> list[bool]:
+        """As `agree`, for `flags`; decides at the same time whether to stop."""
+        *flags, self.is_set = agree(device, *flags, self.number)
+        if self.is_set:
+            self.note()  # maybe only another process was told
+        return flags
 
 
 def is_main_process() -> bool:
@@ -1629,7 +1658,7 @@ def check_sharding(settings: Settings) -> None:
         raise UserError("FSDP shards over several GPUs only: start this with python or torchrun")
     if os.environ.get("FSDP_VERSION") != "2":
         raise UserError("only FSDP 2 is supported: accelerate launch --use_fsdp --fsdp_version 2")
-    if settings.quantization or settings.mode not in ("train", "lr_find"):
+    if settings.quantization or settings.mode != "train":
         raise UserError("FSDP is for training in bf16 or with --full: for anything else use python or torchrun")
 
 
@@ -1651,7 +1680,8 @@ def launcher() -> str:
     """The words that start this script with as many processes."""
     processes, here = PartialState().num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if is_sharded():
-        return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {processes}"
+        several = f"--num_machines {processes // here} --machine_rank RANK --main_process_ip HOST " * (here < processes)
+        return f"accelerate launch --use_fsdp --fsdp_version 2 {several}--num_processes {processes}"
     if processes == 1:
         return "python"
     nodes = f"--nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d " if here < processes else ""
@@ -1747,11 +1777,9 @@ def train(settings: Settings) -> int:
             run.begin(checkpoint)
         status = "failed"
         try:
-            with writing_to(folder, OSError), contextlib.suppress(NoStepLeft):
+            with writing_to(folder, OSError), contextlib.suppress(NoStepLeft, Interrupted):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            status = "interrupted" if run.is_stopping else "finished"
-        except Interrupted:
-            status = "interrupted"
+            status = "interrupted" if run.stop.is_set else "finished"
         finally:
             if is_main_process():
                 with writing_to(folder):
@@ -1859,23 +1887,28 @@ def as_power_of_ten(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def refuse_used_folder(settings: Settings) -> None:
+    """UserError, before any work, if --output-dir is given for a new run and is a file or not empty."""
+    folder = None if settings.resume or settings.mode not in ("train", "lr_find") else settings.output_dir
+    if folder and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UserError(f"{folder} is not empty: {'--resume, or ' * (settings.mode == 'train')}choose another "
+                        "--output-dir")
+
+
 def new_run_folder(settings: Settings, name: str) -> Path:
     """Makes the folder of a new run, runs/<name> or --output-dir, never an existing one; all processes get the same."""
     wanted = settings.output_dir or Path("runs") / name
 
     def make() -> Path:
-        for n in itertools.count(1):
-            folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                if settings.output_dir and folder.is_dir() and not any(folder.iterdir()):
+        refuse_used_folder(settings)
+        try:
+            for n in itertools.count(1):
+                folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True, exist_ok=settings.output_dir is not None)
                     return folder
-                if settings.output_dir:
-                    raise UserError(f"{wanted} is not empty: --resume, or choose another --output-dir") from None
-            except OSError as error:
-                raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {wanted}: {error.strerror}") from None
 
     return from_main_process(make)
 
@@ -1904,7 +1937,7 @@ class Run(TrainerCallback):
 
     def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]) -> None:
         self.settings, self.folder, self.description = settings, folder, description
-        self.stop, self.is_stopping = StopSignal(), False
+        self.stop = StopSignal(signal.SIGINT, signal.SIGTERM)
         self.is_slow = True  # whether a step takes over a second, in all processes alike; unknown before the first log
         self.saved_at = self.last_line = time.monotonic()
         self.bar = self.board = None
@@ -1941,11 +1974,9 @@ class Run(TrainerCallback):
             self.bar.update()
         if args.world_size == 1 or self.is_slow or state.global_step % args.logging_steps == 0:
             is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
-            is_due, self.is_stopping = agree(args.device, is_due, self.stop.number)
-            if self.is_stopping:
-                self.stop.number = self.stop.number or signal.SIGTERM
-                control.should_training_stop = True
-            if is_due or self.is_stopping:
+            (is_due,) = self.stop.agreed(args.device, is_due)
+            control.should_training_stop |= self.stop.is_set
+            if is_due or self.stop.is_set:
                 control.should_save = control.should_log = True  # so that no mean spans a checkpoint
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -1997,7 +2028,7 @@ class Run(TrainerCallback):
                 self.bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
             except BrokenPipeError:
-                self.stop.number = self.stop.number or signal.SIGTERM
+                self.stop.note()
 
     def on_scored(self, state: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
         """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
@@ -2031,7 +2062,8 @@ class Run(TrainerCallback):
             elif "validation" in entry:
                 result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
                                "train_loss": float(np.average(losses, weights=counts)) if any(counts) else None,
-                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"]})
+                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"],
+                               "fast": entry.get("fast")})
                 losses, counts = [], []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
         return [entry | {"best": entry is best} for entry in result]
@@ -2181,10 +2213,10 @@ def out_of_memory_advice(settings: Settings) -> str:
         "the CPU (CUDA_VISIBLE_DEVICES= in front of the command)": is_export,
         f"a {'new run of a ' * settings.resume}smaller --model": is_training,
     }
-    advice = [flag for flag, helps in flags.items() if helps]
+    remedies = [flag for flag, helps in flags.items() if helps]
     if is_free and settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):
-        advice[-1] += "; and another --output-dir"
-    return f"out of GPU memory: try {', '.join(advice)}"
+        remedies[-1] += "; and another --output-dir"
+    return f"out of GPU memory: try {', '.join(remedies or ['a smaller model'])}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
@@ -2394,7 +2426,7 @@ def summarize(settings: Settings) -> int:
 
 
 def evaluate_split(settings: Settings) -> int:
-    """Scores the model on --split with the same function, settings and rows as during training."""
+    """Scores the model on --split with the function, settings, rows and, if it runs here, the path of the training."""
     data = load_data(settings)
     model, tokenizer, summarizer = load_for_use(settings)
     rows = tokenize(datasets.DatasetDict({settings.split: data[settings.split]}), tokenizer, settings)
@@ -2563,18 +2595,18 @@ def plan(settings: Settings) -> int:
     elif config.feed_forward_proj not in ("gated-gelu", "relu"):
         say(f"peak memory is not known for {config.feed_forward_proj} layers, only for gated-gelu and relu")
     else:
-        obstacle = fast_obstacle(model, settings, micro_steps)
+        reason = why_not_fast(model, settings, micro_steps)
         if torch.cuda.is_available():  # else it is planned for another machine
-            obstacle = obstacle or machine_obstacle(*get_device())
-        is_fast = obstacle is None
+            reason = reason or why_not_here(*get_device())
+        is_fast = reason is None
         rows = plan_memory(settings, config, weights, trained, sources, targets, is_fast)
         source, target = longest_batch(sources, targets, settings.micro_batch_size, is_fast)
         say(f"longest batch: {settings.micro_batch_size} rows, {source:,} + {target:,} tokens", "",
             fold("predicted peak memory in GiB with the " + (
-                "fast step (the usual one: --no-fast):" if is_fast else f"usual step ({obstacle}):")),
+                "fast step (the usual one: --no-fast):" if is_fast else f"usual step ({reason}):")),
             table(["micro-batch", "checkpointing", *(PRECISION_NAMES[name] for name in rows[0][2])],
                   [[str(size), "yes" if checkpointing else "no", *(f"{peak:.2f}" for peak in peaks.values())]
-                   for size, checkpointing, peaks in rows], text=()), "", *advice(rows, settings))
+                   for size, checkpointing, peaks in rows], text=()), "", *where_it_fits(rows, settings))
     return 0
 
 
@@ -2644,7 +2676,7 @@ def plan_memory(settings: Settings, config: transformers.T5Config, weights: dict
     return rows
 
 
-def advice(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -> list[str]:
+def where_it_fits(rows: list[tuple[int, bool, dict[str, float]]], settings: Settings) -> list[str]:
     """Lines that say which flags, besides those given, make the run fit where, and whether INT8 helps."""
     given = settings.quantization
 
@@ -2681,7 +2713,7 @@ class RangeTest(TrainerCallback):
     """Takes the place of a Run: notes the loss of every step, and ends when it diverges."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.folder, self.stop, self.is_stopping = settings, Path("."), StopSignal(), False
+        self.settings, self.folder, self.stop = settings, Path("."), StopSignal(signal.SIGINT, signal.SIGTERM)
         self.losses: list[float] = []
         self.description: dict[str, Any] = {}  # SummarizationTrainer may note something in it
         self.bar = new_bar(len(RANGE_TEST), "range test", "")
@@ -2690,8 +2722,8 @@ class RangeTest(TrainerCallback):
         if "skipped_steps" in logs:
             self.losses.append(logs.get("loss", math.nan))
             self.bar.update()
-            (self.is_stopping,) = agree(args.device, self.stop.number)
-            control.should_training_stop |= self.is_stopping or diverges(self.losses)
+            self.stop.agreed(args.device)
+            control.should_training_stop |= self.stop.is_set or diverges(self.losses)
 
     def report_skipped(self, *_: Any) -> None:
         pass
@@ -2715,23 +2747,24 @@ def lr_find(settings: Settings) -> int:
     SummarizationTrainer(test, model, tokenizer, data, len(RANGE_TEST), device, precision, schedule=factor,
                          logging_steps=1, eval_strategy="no", eval_on_start=False).train()
     test.bar.close()
-    if test.is_stopping:
+    if test.stop.is_set:
         say("interrupted: nothing is kept", file=sys.stderr)
-        return 128 + (test.stop.number or signal.SIGTERM)
-    folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
+        return 128 + test.stop.number
     rates, losses = RANGE_TEST[: len(test.losses)].tolist(), test.losses
     best = suggest_learning_rate(rates, losses)
     there = np.interp(math.log(settings.lr), np.log(rates), smoothed(losses), right=math.nan)  # nan: diverged before
-    if is_main_process():
-        plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
-        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
-                                             "learning_rates": rates, "losses": losses})
     say(f"tried {len(rates)} learning rates, from {rates[0]:.1e} (loss {losses[0]:.3f}) to {rates[-1]:.1e} "
         f"(loss {losses[-1]:.3f})",
         f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest smoothed loss",
         f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
-        f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}", f"plot:  {folder / 'lr_find.png'}",
+        f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}",
         f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
+    folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
+    if is_main_process():
+        plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
+        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
+                                             "learning_rates": rates, "losses": losses})
+    say(f"plot:  {folder / 'lr_find.png'}")
     return 0
 
 
@@ -2807,6 +2840,9 @@ def compare(settings: Settings) -> int:
     check_comparable(runs)
     for run, name in zip(runs, without_common_start([run["name"] for run in runs]), strict=True):
         run["name"] = name  # so that the tables fit a terminal
+    fast = [run["name"] for run in runs if run["best"].get("fast")]
+    if len(fast) not in (0, len(runs)):
+        say(fold(f"scored on the fast path, where rounding differs a little: only {', '.join(fast)}"))
     say(*(f"{run['name']} is not finished: {run['status']}" for run in runs if run["status"] != "finished"),
         epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
@@ -2927,16 +2963,15 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18; 29 ms). Of
-# these milliseconds a prototype needed those in brackets:
+# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18):
 #
 # - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
-#   Only attention knows where a row begins. Its kernels are written here in Triton (5.0 ms): softmax(q k^T + bias) v
-#   tile by tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
-# - Fewer, larger products (16.6 ms). What multiplies one input is one matrix: q, k and v, for example. LoRA's B are
-#   more columns of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T. In training two more kernels in Triton make
-#   [x | s x A^T] and its gradient, and read x once for all modules.
-# - The rest (4.8 ms; norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
+#   Only attention knows where a row begins. Its kernels are written here in Triton: softmax(q k^T + bias) v tile by
+#   tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
+# - Fewer, larger products. What multiplies one input is one matrix: q, k and v, for example. LoRA's B are more columns
+#   of it: [x | s x A^T] [W | B]^T = x W^T + s x A^T B^T. In training two more kernels in Triton make [x | s x A^T] and
+#   its gradient, and read x once for all modules.
+# - The rest (norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
 #   batches are filled up to one of few sizes (see `size_class`). The first batch of a size runs without, the second is
@@ -3517,10 +3552,10 @@ def pack(sources: list[Tokens], targets: list[Tokens], rows: int, longest: tuple
 FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each takes some 10 ms, and compiling 40 to 60 s
 
 
-def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
+def why_not_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
     """Why the fast path does not apply to `model`, or to a training of so many steps; or None."""
     if settings.fast is False:
-        return "it is switched off (--no-fast)"
+        return "it is switched off (--no-fast), or was not used by the run that is scored again"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
     adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
     attentions = config.num_layers + 2 * config.num_decoder_layers
@@ -3535,7 +3570,7 @@ def fast_obstacle(model: torch.nn.Module, settings: Settings, micro_steps: int |
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it does not run here, or None."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "it is made for CUDA GPUs with bf16"
@@ -3543,10 +3578,10 @@ def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> "FastT5 | None":
-    obstacle = fast_obstacle(model, settings, micro_steps) or machine_obstacle(model.device, model.dtype)
-    if obstacle and (model.device.type == "cuda" or settings.fast):
-        say(f"the usual step is used, not the fast one: {obstacle}", file=sys.stderr)
-    return None if obstacle else FastT5(model, settings)
+    reason = why_not_fast(model, settings, micro_steps) or why_not_here(model.device, model.dtype)
+    if reason and (model.device.type == "cuda" or settings.fast):
+        say(f"the usual step is used, not the fast one: {reason}", file=sys.stderr)
+    return None if reason else FastT5(model, settings)
 
 
 class FastT5:
@@ -3615,7 +3650,7 @@ class FastT5:
         self.holder = self.record(lambda: torch.zeros((), device=self.device)) if self.uses_graphs else None
         self.graphs: dict[tuple, Any] = {}
         self.is_proved = {"training": False, "generation": False}
-        self.generator = None
+        self.decoding = None
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """Views of a vector like `flat`, one in the shape of each matrix of the adapter."""
@@ -3697,18 +3732,18 @@ class FastT5:
     def training_step(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor, is_first: bool, is_last: bool
                       ) -> torch.Tensor:
         """Like that of the Trainer, for one micro-batch of `pack` in a step with so many target `tokens`."""
-        self.generator, processes = None, PartialState().num_processes
+        self.decoding, processes = None, PartialState().num_processes
         if is_first:
             self.flat.grad.zero_()
         self.key.fill_(int(torch.randint(2**31, ())))  # from torch's generator, which training_step has seeded
         self.scale.fill_(processes / tokens)
-        loss = self.run(batch)
+        loss = self.by_graph(batch)
         if is_last and processes > 1:
             torch.distributed.all_reduce(self.flat.grad)
             self.flat.grad.div_(processes)
         return loss
 
-    def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def by_graph(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """`forward_backward`, from the second batch of a size on by a graph. (On a CPU, in tests, never.)"""
         sizes = tuple(map(len, batch.values()))
         if not self.uses_graphs:
@@ -3747,28 +3782,28 @@ class FastT5:
         return pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], self.micro_batch_size,
                     self.shape.longest, self.start)
 
-    def generate(self, sources: list[Tokens], config: GenerationConfig) -> list[Tokens] | None:
+    def generate(self, sources: list[Tokens], config: GenerationConfig, stop: StopSignal) -> list[Tokens] | None:
         """Greedy summaries of a batch, each up to its end token; None where plain `generate` is to be used: for a few
         dialogues, before whose end nothing would be compiled, and where the proof (see `agrees`) has failed."""
-        is_small = self.generator is None and len(sources) < 32
+        is_small = self.decoding is None and len(sources) < 32
         if is_small or config.num_beams > 1 or self.is_proved["generation"] is None:
             return None
         self.refresh()
         room, problem = size_class(sum(map(len, sources))), "its tokens are not those of transformers' model"
         try:
-            if self.generator is None or not self.generator.fits(len(sources), room):
-                self.generator = None  # its memory first
-                self.generator = Generator(self, len(sources), room, config.max_new_tokens)
-            summaries = self.generator(sources)
-            if self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
+            if self.decoding is None or not self.decoding.fits(len(sources), room):
+                self.decoding = None  # its memory first
+                self.decoding = Decoding(self, len(sources), room, config.max_new_tokens)
+            summaries = self.decoding(sources, stop)
+            if stop.number or self.is_proved["generation"] or self.agrees(sources[:8], summaries[:8]):
                 self.is_proved["generation"] = True
                 return summaries
         except torch.OutOfMemoryError:
-            self.generator = None
+            self.decoding = None
             raise
         except Exception as error:  # of the compiler, as in begin_fast
             problem = f"{type(error).__name__}: {first_line(error)}"
-        self.generator, self.is_proved["generation"] = None, None
+        self.decoding, self.is_proved["generation"] = None, None
         say(f"plain generate() is used, not the fast one: {problem}", file=sys.stderr)
         return None
 
@@ -3812,7 +3847,7 @@ def merge_quantized(modules: list[torch.nn.Module]) -> tuple[torch.Tensor, torch
     return merged, scales
 
 
-class Generator:
+class Decoding:
     """Greedy decoding of up to `rows` dialogues at once, one CUDA graph for each token of all of them.
 
     Keys and values of the dialogues lie packed, those of a summary have `new_tokens` places. When half of the rows have
@@ -3898,12 +3933,13 @@ class Generator:
         return fewer if left else 0
 
     @torch.no_grad()
-    def __call__(self, sources: list[Tokens]) -> list[Tokens]:
+    def __call__(self, sources: list[Tokens], stop: StopSignal) -> list[Tokens]:
+        """The summaries of `sources`, which break off when the process is told to stop."""
         self.encode(sources)
         n = self.rows
         for position in range(self.new_tokens):
             if position % 8 == 0:  # looking waits for the GPU
-                n = self.halve(n)
+                n = 0 if stop.number else self.halve(n)
             if not n:
                 break
             if not self.fast.uses_graphs or n not in self.graphs:
@@ -3967,7 +4003,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
             expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
             for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: the last one counts
                 fast.flat.grad.zero_()
-                found_loss = fast.run(batch)
+                found_loss = fast.by_graph(batch)
         found = fast.split(fast.flat.grad)
         norms, errors = (torch.stack([g.norm() for g in gradients]).cpu() for gradients in (
             expected, [a - b for a, b in zip(found, expected, strict=True)]))
@@ -4032,6 +4068,7 @@ def main(settings: Settings) -> int:
     # Joins the processes of torchrun, on a CPU through gloo. Hours, because the others wait while one downloads.
     PartialState(cpu=get_device()[0].type == "cpu", timeout=timedelta(hours=12))
     check_sharding(settings)
+    refuse_used_folder(settings)
     work = {"train": train, "summarize": summarize, "evaluate": evaluate_split, "export": export, "plan": plan,
             "lr_find": lr_find, "plot": plot, "compare": compare}[settings.mode]
     try:

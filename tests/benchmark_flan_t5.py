@@ -291,7 +291,7 @@ def generation(flan, settings, model, precision, vocabulary):
     synchronise(torch)
     result["usual_seconds_for_some"], result["some"] = time.perf_counter() - start, len(some)
     theirs = [row[: row.index(1) + 1] if 1 in row else row for row in theirs]
-    ours = summarizer.fast.generate(some, summarizer.config) if result["is_fast"] else None
+    ours = summarizer.fast.generate(some, summarizer.config, summarizer.stop) if result["is_fast"] else None
     for name, rows in {"ours": ours, "generate": theirs}.items():
         figures = judged(flan, summarizer, some, rows) if rows else {}
         result |= {f"{name}_{key}": value for key, value in figures.items()}

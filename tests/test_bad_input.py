@@ -248,7 +248,10 @@ BAD = {
     "text after a quote": (dataset(lambda f: f.write("d.csv", 'dialogue,summary\n"Ada" hi,x\n')),
                            ["d.csv has 1 rows", "at least 10"]),
     "commas without quotes": (dataset(lambda f: f.write("d.csv", "dialogue,summary\n" + "Hi, Ada,greets\n" * 12)),
-                              ["d.csv", "more fields than the header", "quote fields"]),
+                              ["d.csv:2: more fields than the header", "quote fields"]),
+    "commas without quotes further down": (
+        dataset(lambda f: f.write("d.csv", 'dialogue,summary\n"Ada: hi\nFemi: hi",Hi.\n' + "a,b\n" * 12 + "a,b,c\n")),
+        ["d.csv:16: more fields"]),
     "only a header": (dataset(lambda f: f.write("d.csv", "dialogue,summary\n")), ["d.csv has 0 rows", "at least 10"]),
     "two columns of one name": (dataset(lambda f: f.write("d.csv", "summary,dialogue,dialogue\n" + "a,b,c\n" * 12)),
                                 ["d.csv", "two columns are called dialogue", "rename"]),

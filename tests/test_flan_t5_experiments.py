@@ -325,8 +325,8 @@ def test_the_plan_advises_what_the_table_says(command, tmp_path, monkeypatch, fl
 
 def test_the_advice_is_about_the_flags_that_were_given(flan):
     rows = [(8, False, {"bf16": 30, "int8": 20, "int4": 9}), (8, True, {"bf16": 12, "int8": 9, "int4": 5})]
-    advised = lambda *words: dict(line.split(": ") for line in flan.advice(rows, flan.parse_settings(list(words)))
-                                  if line.startswith("on "))
+    lines = lambda words: flan.where_it_fits(rows, flan.parse_settings(list(words)))
+    advised = lambda *words: dict(line.split(": ") for line in lines(words) if line.startswith("on "))
     assert advised()["on a GPU of 16 GiB"] == "--gradient-checkpointing"
     assert advised("--int4")["on a GPU of 12 GiB"] == "fits as it is"
     assert advised("--int8")["on a GPU of 8 GiB"] == "does not fit"
@@ -342,9 +342,9 @@ def test_whether_int8_helps_does_not_depend_on_this_gpu(flan, monkeypatch, memor
     monkeypatch.setattr(flan.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flan.torch.cuda, "get_device_properties", lambda device: properties)
     settings = flan.parse_settings([])
-    lines = flan.advice([(8, True, {"bf16": bf16, "int8": int8, "int4": int8})], settings)
+    lines = flan.where_it_fits([(8, True, {"bf16": bf16, "int8": int8, "int4": int8})], settings)
     assert lines[0].startswith("on this GPU") and any("INT8 does not help" in line for line in lines) != helps, lines
-    lines = flan.advice([(8, True, {"bf16": 300, "int8": 150, "int4": 90})], settings)  # fits nowhere
+    lines = flan.where_it_fits([(8, True, {"bf16": 300, "int8": 150, "int4": 90})], settings)  # fits nowhere
     assert not any("INT8 does not help" in line for line in lines), lines
 
 
@@ -468,6 +468,28 @@ def test_lr_find_interrupted_leaves_nothing(flan, command, data, model_folder, t
     done = command("--model", model_folder, "--dataset", data, "--lr-find", *RECIPE[2:], cwd=tmp_path)
     assert done.code == 128 + number and "interrupted" in done.err.splitlines()[-1] and len(calls) < 13, done
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("flag, advice", [("--lr-find", "choose another --output-dir"),
+                                          ("--seed=1", "--resume, or choose another --output-dir")])
+def test_a_folder_in_use_is_refused_before_any_work(flan, command, tmp_path, monkeypatch, flag, advice):
+    """A model or data would be looked for, and a sweep of rates made in vain."""
+    monkeypatch.setattr(flan, "load_for_training", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("run", "file"):
+        done = command(flag, "--output-dir", name, cwd=tmp_path)
+        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is not empty: {advice}\n")
+
+
+def test_a_suggestion_that_cannot_be_written_is_printed(flan, command, data, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(flan, "RANGE_TEST", flan.RANGE_TEST[60:64])
+    folder = tmp_path / "file/run"
+    folder.parent.touch()  # in which there can be no folder
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--output-dir", folder, cwd=tmp_path)
+    assert done.code == 2 and "cannot write to" in done.err and "\nsuggested: " in done.out, done
+    assert done.out.splitlines()[-1].startswith("train: ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -710,6 +732,19 @@ def test_compare_refuses_what_cannot_be_compared(command, trained, tmp_path, cha
     assert done.code == 2 and len(done.err.splitlines()) == 1 and not done.out, done
     assert words in done.err and "other" in done.err and trained.folder.name in done.err
     assert not (tmp_path / "comparison.png").exists()
+
+
+def test_compare_says_which_runs_were_scored_on_the_fast_path(command, trained, tmp_path):
+    runs = [shutil.copytree(trained.folder, tmp_path / name) for name in ("A", "B")]
+    for number, run in enumerate(runs):
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert {entry["fast"] for entry in metrics["epochs"]} == {False}
+        done = command("--compare", *runs, cwd=tmp_path)
+        assert done.code == 0 and ("the fast path, where rounding differs a little: only A\n" in done.out) == number
+        for entry in metrics["epochs"]:
+            entry["fast"] = True
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "fast path" not in command("--compare", *runs, cwd=tmp_path).out
 
 
 def test_compare_refuses_two_runs_of_one_name(command, trained, tmp_path):

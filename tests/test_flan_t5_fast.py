@@ -607,10 +607,11 @@ def test_generated_tokens_are_those_of_transformers(flan, plain):
     assert len({len(row) for row in expected}) > 5  # they end here and there
     fast = flan.FastT5(model, settings)
     config = flan.GenerationConfig(max_new_tokens=20, num_beams=1)
-    assert fast.generate(sources[:3], config) is None  # too few to compile for
-    found = fast.generate(sources[:40], config)
-    assert min(fast.generator.graphs) < fast.generator.rows == 64  # it went on with fewer rows as others ended
-    assert [*found, *fast.generate(sources[40:], config)] == expected
+    stop = flan.StopSignal()
+    assert fast.generate(sources[:3], config, stop) is None  # too few to compile for
+    found = fast.generate(sources[:40], config, stop)
+    assert min(fast.decoding.graphs) < fast.decoding.rows == 64  # it went on with fewer rows as others ended
+    assert [*found, *fast.generate(sources[40:], config, stop)] == expected
     assert fast.is_proved["generation"] is True
 
 
@@ -622,18 +623,42 @@ def test_generation_with_the_kernels(flan):
     expected = by_transformers(model, sources, 3)
     fast = flan.FastT5(model, settings)
     fast.refresh()
-    assert flan.Generator(fast, 3, flan.size_class(sum(map(len, sources))), 3)(sources) == expected
+    decoding = flan.Decoding(fast, 3, flan.size_class(sum(map(len, sources))), 3)
+    assert decoding(sources, flan.StopSignal()) == expected
 
 
 def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
     model, settings = make_model(flan)
     model.eval()
     fast = flan.FastT5(model, settings)
-    monkeypatch.setattr(flan.Generator, "__call__", lambda self, sources: [[7, 8, 1] for _ in sources])
+    monkeypatch.setattr(flan.Decoding, "__call__", lambda self, sources, stop: [[7, 8, 1] for _ in sources])
     sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
-    assert fast.generate(sources, config) is None
+    assert fast.generate(sources, config, flan.StopSignal()) is None
     assert "plain generate() is used, not the fast one: its tokens" in capsys.readouterr().err
-    assert fast.generate(sources, config) is None
+    assert fast.generate(sources, config, flan.StopSignal()) is None
+
+
+def test_a_signal_ends_a_batch_within_eight_tokens(flan, plain, monkeypatch, capsys):
+    """All rows are one batch, of a model that would go on for a thousand tokens; what is cut off is not compared."""
+    model, settings = make_model(flan)
+    model.eval()
+    settings = dataclasses.replace(settings, max_new_tokens=1000)
+    model.base_model.model.lm_head.weight.data[1] = 0  # the end token never has the largest logit
+    summarizer = flan.Summarizer(model, None, settings, *flan.get_device(), flan.FastT5(model, settings))
+    monkeypatch.setattr(summarizer, "tokenizer", collections.namedtuple("Tokenizer", "batch_decode")(
+        lambda rows, **_: [str(row) for row in rows]))
+    tokens, one_token = [], flan.Decoding.one_token
+
+    def told(decoding, n):
+        tokens.append(n)
+        if len(tokens) == 5:
+            summarizer.stop.receive(15, None)
+        one_token(decoding, n)
+
+    monkeypatch.setattr(flan.Decoding, "one_token", told)
+    with pytest.raises(flan.Interrupted):
+        summarizer(sources_of(flan, 40))
+    assert len(tokens) == 8 and "plain generate()" not in capsys.readouterr().err
 
 
 # ---------- The compiler ----------------------------------------------------------------------------------------------
@@ -688,8 +713,8 @@ FLAGS = ("--lr", "1e-2", "--batch-size", "4", "--micro-batch-size", "2", "--max-
 @pytest.fixture
 def on_the_cpu(flan, plain, monkeypatch):
     """The fast path without a GPU."""
-    monkeypatch.setattr(flan, "machine_obstacle", lambda *_: None)
-    monkeypatch.setattr(flan, "fast_obstacle", lambda model, settings, *_: "off" if settings.fast is False else None)
+    monkeypatch.setattr(flan, "why_not_here", lambda *_: None)
+    monkeypatch.setattr(flan, "why_not_fast", lambda model, settings, *_: "off" if settings.fast is False else None)
 
 
 def losses(flan, folder):
@@ -787,6 +812,33 @@ def test_a_calmed_model_is_itself_again(flan):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("flags", [("--fast",), ("--no-fast",), ()])
+def test_evaluate_takes_the_path_of_the_run(flan, command, data, model_folder, tmp_path, on_the_cpu, monkeypatch,
+                                            flags):
+    """Which the length of the training may have chosen. Batches of a few rows are large enough here to be fast."""
+    generate = flan.FastT5.generate
+    paths = []
+
+    def noted(fast, sources, *rest):
+        output = generate(fast, sources * 8, *rest)
+        paths.append(output is not None)
+        return output and output[: len(sources)]
+
+    monkeypatch.setattr(flan.FastT5, "generate", noted)
+    short = lambda model, settings, steps=None: "off" if settings.fast is False or (
+        settings.fast is None and steps is not None) else None
+    monkeypatch.setattr(flan, "why_not_fast", short)
+    done = command("--model", model_folder, "--dataset", data, *FLAGS, "--max-steps", 2, *flags, "--output-dir", "run",
+                   cwd=tmp_path)
+    is_fast = flags == ("--fast",)
+    (best,) = [entry for entry in flan.read_metrics(tmp_path / "run")["epochs"] if entry["best"]]
+    assert done.code == 0 and best["fast"] is is_fast and bool(paths) is is_fast and all(paths), done
+    for words, expected in (((), is_fast), (("--fast",), True), (("--no-fast",), False)):
+        paths.clear()
+        done = command("--evaluate", "--adapter", "run", *words, cwd=tmp_path)
+        assert done.code == 0 and bool(paths) is expected, (words, done)
+
+
 def test_a_range_test_can_be_fast(command, data, model_folder, tmp_path, on_the_cpu):
     done = command("--model", model_folder, "--dataset", data, *FLAGS, "--lr-find", cwd=tmp_path)
     assert done.code == 0 and "is not used" not in done.out, done
@@ -824,16 +876,16 @@ def test_why_it_does_not_apply(flan, flags, reason):
     settings = flan.parse_settings([*flags, "--model", "base"])
     model = flan.without_weights(flan.geometry(settings))
     model = model if settings.full else flan.add_lora(model, settings)
-    assert reason in flan.fast_obstacle(model, settings)
+    assert reason in flan.why_not_fast(model, settings)
 
 
 def test_where_it_does_not_run(flan, monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(flan, "triton", "here")
-    assert "CUDA" in flan.machine_obstacle(cpu, torch.bfloat16) and "bf16" in flan.machine_obstacle(gpu, torch.float32)
-    assert flan.machine_obstacle(gpu, torch.bfloat16) is None
+    assert "CUDA" in flan.why_not_here(cpu, torch.bfloat16) and "bf16" in flan.why_not_here(gpu, torch.float32)
+    assert flan.why_not_here(gpu, torch.bfloat16) is None
     monkeypatch.setattr(flan, "triton", None)
-    assert "Triton" in flan.machine_obstacle(gpu, torch.bfloat16)
+    assert "Triton" in flan.why_not_here(gpu, torch.bfloat16)
 
 
 def test_who_insists_is_told_why_not(flan, capsys):
@@ -847,9 +899,9 @@ def test_a_short_training_is_not_compiled(flan):
     model = make_model(flan)[0]  # of six layers
     cases = ([], 999, True), ([], 1000, False), (["--fast"], 9, False), ([], None, False)
     for flags, micro_steps, is_refused in cases:
-        obstacle = flan.fast_obstacle(model, flan.parse_settings(flags), micro_steps)
-        assert ("so short" in (obstacle or "")) is is_refused, (flags, micro_steps, obstacle)
+        reason = flan.why_not_fast(model, flan.parse_settings(flags), micro_steps)
+        assert ("so short" in (reason or "")) is is_refused, (flags, micro_steps, reason)
     for name, module in list(model.named_modules()):  # an adapter on the decoder alone
         if name.endswith("SelfAttention") and "encoder" in name:
             module.q = module.q.base_layer
-    assert "q, k, v and o" in flan.fast_obstacle(model, flan.parse_settings([]))
+    assert "q, k, v and o" in flan.why_not_fast(model, flan.parse_settings([]))

@@ -141,18 +141,37 @@ def test_nothing_older_than_the_last_checkpoint_is_lost(
 
 
 def test_a_checkpoint_comes_every_ten_minutes(flan, run_it, monkeypatch):
-    """Of a clock by which each step takes 250 s: no sooner, and not because of an older one that was late."""
+    """Of a clock by which steps take 599 s and 2 s in turn: not sooner, not later, and not because of an older one."""
     clock, saved, step_end, save = [0], [], flan.Run.on_step_end, flan.save_checkpoint
 
     def tick(*args, **more):
-        clock[0] += 250
+        clock[0] += 599 if args[2].global_step % 2 else 2
         return step_end(*args, **more)
 
     monkeypatch.setattr(flan.Run, "on_step_end", tick)
     monkeypatch.setattr(flan, "save_checkpoint", lambda *args: saved.append(args[-1].global_step) or save(*args))
     monkeypatch.setattr(flan, "time", SimpleNamespace(**vars(flan.time) | {"monotonic": lambda: clock[0]}))
     run_it("--epochs", "1", "--batch-size", "2", "--max-new-tokens", "2")
-    assert saved == [3, 6, 9, 12]
+    assert saved == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_batch_that_fitted_holds_for_the_rest_of_the_run(flan, command, run_it, tmp_path, monkeypatch):
+    """Also where it is resumed. Each of the scorings has 7 rows of validation and 5 of test, and memory for 3."""
+    model, sizes = flan.transformers.T5ForConditionalGeneration, []
+    generate = model.generate
+
+    def small_memory(self, *args, **inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise flan.torch.OutOfMemoryError("no room")
+        return generate(self, *args, **inputs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    run_it("--epochs", "3", "--max-steps", "6", "--max-new-tokens", "2")
+    assert sizes == [7, *[3, 3, 1, 3, 2] * 2]
+    sizes.clear()
+    done = command("--resume", "--output-dir", "run", "--max-steps", "12", cwd=tmp_path)
+    assert done.code == 0 and sizes == [3, 3, 1, 3, 2], done
 
 
 def test_what_a_run_leaves_is_whole_or_absent(flan, run_it, monkeypatch):
@@ -249,6 +268,48 @@ def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, f
             assert less.resume or flan.new_run_folder(less, "name")
 
 
+@pytest.mark.parametrize("flags, expected", [
+    (["--evaluate", "--adapter", "none", "--int4", "--max-source-length", "8"], ["a smaller model"]),
+    (["--evaluate", "--adapter", "none"], ["--int8", "--int4", "--max-source-length 256"]),
+    (["--summarize", "--adapter", "none", "--int8", "--num-beams", "4"], ["--int4", "--num-beams 1",
+                                                                          "--max-source-length 256"]),
+    (["--export", "x", "--adapter", "none"], ["the CPU (CUDA_VISIBLE_DEVICES= in front of the command)"]),
+    (["--lr-find", "--int8"], ["--micro-batch-size 4", "--gradient-checkpointing", "--int4", "--max-source-length 256",
+                               "a smaller --model"]),
+    (["--lr-find", "--int4", "--micro-batch-size", "1", "--gradient-checkpointing", "--max-source-length", "8"],
+     ["a smaller --model"]),
+])  # fmt: skip
+def test_advice_for_memory_is_never_empty_and_accepted_in_every_mode(flan, flags, expected):
+    assert flan.out_of_memory_advice(flan.parse_settings(flags)) == f"out of GPU memory: try {', '.join(expected)}"
+    for words in expected:
+        if words.startswith("--"):
+            kept = [flag for flag in flags if flag != "--int8" or words != "--int4"]  # which takes its place
+            assert flan.parse_settings([*kept, *words.split()]).mode == flan.parse_settings(flags).mode
+
+
+@pytest.mark.parametrize("processes, here, expected", [
+    (8, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"),
+    (16, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_machines 2 --machine_rank RANK --main_process_ip HOST "
+            "--num_processes 16"),
+])  # fmt: skip
+def test_the_command_to_go_on_with_shards_names_all_machines(flan, monkeypatch, processes, here, expected):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr(flan, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    assert flan.launcher() == expected
+
+
+def test_shards_are_for_training(flan, monkeypatch):
+    """A range test, which has never been run with them, is refused as the others are."""
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(flan, "PartialState", lambda: SimpleNamespace(distributed_type="DistributedType.FSDP"))
+    flan.check_sharding(flan.parse_settings(["--full"]))
+    for flags in (["--lr-find"], ["--evaluate", "--adapter", "none"], ["--int8"]):
+        with pytest.raises(flan.UserError, match="FSDP is for training"):
+            flan.check_sharding(flan.parse_settings(flags))
+
+
 def test_the_command_that_trains_with_a_rate_is_the_users_own(flan, monkeypatch):
     """Also one that only so many processes accept."""
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -295,7 +356,7 @@ def test_compare_corrects_p_for_the_number_of_pairs(flan, command, trained, tmp_
         file = shutil.copytree(trained.folder, tmp_path / name) / f"predictions/test-epoch-{best}.jsonl"
         rows = [json.loads(line) for line in file.open("rb")]
         write_jsonl(file, [row | {"rouge1": row["rouge1"] + gain} for row, gain in zip(rows, gains, strict=True)])
-    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", cwd=tmp_path)
+    done = command("--compare", trained.folder, tmp_path / "B", tmp_path / "C", "--output-dir", ".", cwd=tmp_path)
     rows = [line.split("|")[5:7] for line in done.out.splitlines() if re.search(r"\| \[[+-]", line)]
     p, corrected = zip(*([float(cell) for cell in row] for row in rows), strict=True)
     assert len({*p}) == 3 and corrected == pytest.approx(flan.holm(p), abs=3e-4), done
@@ -379,7 +440,7 @@ def test_two_machines_are_two_processes(data, model_folder, tmp_path):
 
 
 def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_path):
-    """Of a scoring that would take long: rank 0 has many batches to go when both are told to stop."""
+    """Of a scoring in which a single batch takes longer than torchrun waits before it kills: each token takes 4 s."""
     (tmp_path / "slow.py").write_text(HEAD + SLOW + MAIN)
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
     process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
@@ -403,14 +464,13 @@ MAIN = """
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 SLOW = """
-generate = flan.Summarizer.generate
-def slow(summarizer, sources):
+forward = flan.transformers.T5ForConditionalGeneration.forward
+def slow(*args, **more):
     if pathlib.Path("run/checkpoints/step-00000006").exists():
-        summarizer.batch_size = 1
         pathlib.Path("scoring").touch()
-        time.sleep(5)
-    return generate(summarizer, sources)
-flan.Summarizer.generate = slow
+        time.sleep(4)
+    return forward(*args, **more)
+flan.transformers.T5ForConditionalGeneration.forward = slow
 """
 
 

@@ -131,7 +131,7 @@ def test_summaries_keep_the_order_of_the_rows(flan, tokenizer, sources, batch_si
     """A model that repeats what it reads, in batches that may have to be halved for lack of memory."""
     seen = []
 
-    def generate(input_ids, attention_mask, generation_config):
+    def generate(input_ids, attention_mask, generation_config, stopping_criteria):
         if len(input_ids) > room:
             raise torch.OutOfMemoryError
         seen.extend(int(mask.sum()) for mask in attention_mask)

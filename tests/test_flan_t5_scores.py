@@ -129,6 +129,25 @@ def test_out_of_memory_with_one_row_is_not_hidden(flan, summarise, memory_for):
         summarise()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_signal_ends_a_batch_within_a_token(flan, model_folder, tokenizer, sources, beams):
+    """All rows are one batch, of a model that would go on for a thousand tokens."""
+    endless = flan.load_base(model_folder, *flan.get_device())
+    endless.lm_head.weight.data[1] = 0  # the end token never has the largest logit
+    settings, tokens = flan.parse_settings(["--max-new-tokens", "1000", "--num-beams", str(beams)]), []
+    summarizer = flan.Summarizer(endless, tokenizer, settings, *flan.get_device())
+
+    def told(*_):
+        tokens.append(1)
+        if len(tokens) == 5:
+            summarizer.stop.receive(15, None)
+
+    endless.lm_head.register_forward_hook(told)
+    with pytest.raises(flan.Interrupted):
+        summarizer(sources[:8])
+    assert len(tokens) <= 6 and (summarizer.stop.number, summarizer.stop.is_set) == (15, True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # ROUGE
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """flan-t5_samsum.py: training is what a plain PyTorch loop does, whatever the micro-batch, precision or processes."""
 
+import contextlib
 import itertools
 import json
 import math
 import random
 import shutil
+import subprocess
 
 import fake_hub
 import pytest
@@ -383,7 +385,7 @@ import conftest
 import test_flan_t5_fast as fast
 flan = conftest.load_script(conftest.SCRIPT)
 flan.Attention, flan.attention = fast.PlainAttention, lambda *args: (fast.reference_attention(*args), None)
-flan.machine_obstacle = flan.fast_obstacle = lambda *_: None
+flan.why_not_here = flan.why_not_fast = lambda *_: None
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 
@@ -445,6 +447,12 @@ def slow_finish(*words):
     time.sleep(2 if "STOP" in os.environ else 0)  # the other process has nothing to do here, and must wait
     finish(*words)
 flan.Run.finish = slow_finish
+generate = flan.transformers.T5ForConditionalGeneration.generate
+def small_memory(model, *args, **more):
+    if os.environ["RANK"] == os.environ.get("NO_ROOM"):
+        raise flan.torch.OutOfMemoryError("no room")
+    return generate(model, *args, **more)
+flan.transformers.T5ForConditionalGeneration.generate = small_memory
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 # What `accelerate launch --use_fsdp --fsdp_version 2` sets.
@@ -490,6 +498,20 @@ def test_sharded_over_two_processes_is_one(command, no_dropout, tmp_path, kind):
     best = json.loads((tmp_path / "two/metrics.json").read_text())
     (best,) = [entry for entry in best["epochs"] if entry["best"]]
     assert used.code == 0 and f"{best['test']['rouge1']:.2f}" in used.out.splitlines()[2], used
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_sharded_a_process_without_memory_to_score_ends_the_run(model_folder, data, tmp_path, rank):
+    """The others wait for its shards, and would go on waiting."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    words = ("--model", model_folder, "--dataset", data, "--full", "--batch-size", "2", "--output-dir", "run")
+    process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "sharded.py"], env=FSDP | {"NO_ROOM": rank})
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(60)
+    is_over = process.returncode is not None
+    process.terminate()  # and not killed, as torchrun's processes would outlive it
+    done = wait(process)
+    assert is_over and done.code != 0 and "error: out of GPU memory: try " in done.err, done
 
 
 def test_where_accelerate_ties_the_head_to_the_embedding(flan, no_dropout):

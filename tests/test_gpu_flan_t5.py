@@ -63,7 +63,7 @@ def test_gradients_compiled_recorded_and_replayed(flan, gpu, model_folder, quant
     def run(rows):
         fast.flat.grad.zero_()
         batch = {name: tensor.cuda() for name, tensor in fast.pack(as_rows(rows)).items()}
-        found_loss = fast.run(batch).clone()
+        found_loss = fast.by_graph(batch).clone()
         return found_loss, fast.flat.grad.clone()
 
     with flan.calmed(fast):  # as it is, rounding to bf16 alone changes single gradients by 15%
@@ -95,7 +95,7 @@ def test_checkpointing_in_a_graph(flan, gpu):
         for _ in range(3):
             fast.flat.grad.zero_()
             fast.key.fill_(5)
-            fast.run(batch)
+            fast.by_graph(batch)
         found.append(fast.flat.grad.clone())
     assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
 
@@ -240,9 +240,9 @@ def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     sources = sorted(sources_of(flan, 200), key=len, reverse=True)
     config = flan.GenerationConfig(max_new_tokens=60, num_beams=1, do_sample=False)
     fast = flan.FastT5(model, settings)
-    found = fast.generate(sources, config)
+    found = fast.generate(sources, config, flan.StopSignal())
     assert fast.is_proved["generation"] is True
-    assert found == fast.generate(sources, config)
+    assert found == fast.generate(sources, config, flan.StopSignal())
     batch = {name: tensor.cuda() for name, tensor in padded([(source, [1]) for source in sources]).items()}
     seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     output = model.generate(**seen, generation_config=config)[:, 1:].tolist()

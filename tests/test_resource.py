@@ -355,7 +355,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     """Told with other names and things, they have no braces left, and a summary holds only what the chat holds."""
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
-    assert len(make_tiny.chats.load()) == 23471
+    assert len(make_tiny.chats.load()) == 31159
     for chat in make_tiny.chats.load():
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -445,7 +446,7 @@ def test_a_stop_while_two_processes_score_ends_at_once(data, model_folder, tmp_p
     words = ("--model", model_folder, "--dataset", data, "--epochs", "1", *RECIPE, "--output-dir", "run")
     process = start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "slow.py"])
     while process.poll() is None and not (tmp_path / "scoring").exists():
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     done = wait(process, 25)
     assert metrics(tmp_path / "run")["status"] == "interrupted", done

@@ -467,7 +467,7 @@ def test_sharded_over_two_processes_is_one(command, no_dropout, tmp_path, kind):
     for split, count in {"train": 21, "validation": 7, "test": 5}.items():
         write_jsonl(data / f"{split}.jsonl", fake_hub.samsum_rows(split, count))
     flags = ("--model", no_dropout, "--dataset", data, "--lr", "1e-3", "--epochs", "2", "--batch-size", "8",
-             "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "24", "--lora-r", "4",
+             "--micro-batch-size", "2", "--lora-dropout", "0", "--max-new-tokens", "6", "--lora-r", "4",
              *(["--full"] if kind == "full" else []))  # fmt: skip
     (tmp_path / "sharded.py").write_text(SHARDED)
     launcher = [*torchrun(), tmp_path / "sharded.py"]
@@ -500,7 +500,7 @@ def test_sharded_over_two_processes_is_one(command, no_dropout, tmp_path, kind):
     assert used.code == 0 and f"{best['test']['rouge1']:.2f}" in used.out.splitlines()[2], used
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_sharded_a_process_without_memory_to_score_ends_the_run(model_folder, data, tmp_path, rank):
     """The others wait for its shards, and would go on waiting."""
     (tmp_path / "sharded.py").write_text(SHARDED)

@@ -56,7 +56,7 @@ gpt2.training_step = die
 """
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_sharded_run_equals_a_plain_one_and_one_process_resumes_it(command, text, tmp_path, optimizer):  # noqa: F811
     """Dies after its first checkpoint; then two processes, and one alone, go on to the same end."""
     words = ["--data", str(text), *SIZES, "--optimizer", optimizer, "--dropout", "0"]

@@ -227,8 +227,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     metrics = read_metrics(run) if run else {"configuration": {}}
     saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
     if "evaluate" in given:  # on the path on which the run was scored
-        best = next((entry for entry in metrics.get("epochs", ()) if entry["best"]), {})
-        saved["fast"] = best.get("fast", saved.get("fast"))
+        best = next((entry for entry in metrics.get("epochs", ()) if entry.get("best")), {})
+        saved["fast"] = saved.get("fast") if best.get("fast") is None else best["fast"]
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -1890,9 +1890,12 @@ def as_power_of_ten(value: float) -> str:
 def refuse_used_folder(settings: Settings) -> None:
     """UserError, before any work, if --output-dir is given for a new run and is a file or not empty."""
     folder = None if settings.resume or settings.mode not in ("train", "lr_find") else settings.output_dir
-    if folder and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(f"{folder} is not empty: {'--resume, or ' * (settings.mode == 'train')}choose another "
-                        "--output-dir")
+    try:
+        if folder and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+            raise UserError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}: "
+                            f"{'--resume, or ' * (settings.mode == 'train')}choose another --output-dir")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def new_run_folder(settings: Settings, name: str) -> Path:
@@ -1904,7 +1907,7 @@ def new_run_folder(settings: Settings, name: str) -> Path:
         try:
             for n in itertools.count(1):
                 folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
-                with contextlib.suppress(FileExistsError):
+                with contextlib.suppress(*([] if settings.output_dir else [FileExistsError])):
                     folder.mkdir(parents=True, exist_ok=settings.output_dir is not None)
                     return folder
         except OSError as error:
@@ -2426,7 +2429,8 @@ def summarize(settings: Settings) -> int:
 
 
 def evaluate_split(settings: Settings) -> int:
-    """Scores the model on --split with the function, settings, rows and, if it runs here, the path of the training."""
+    """Scores the model on --split with the function, settings, rows and, if it runs here and for so few rows, the path
+    of the training."""
     data = load_data(settings)
     model, tokenizer, summarizer = load_for_use(settings)
     rows = tokenize(datasets.DatasetDict({settings.split: data[settings.split]}), tokenizer, settings)
@@ -3555,7 +3559,7 @@ FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each take
 def why_not_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
     """Why the fast path does not apply to `model`, or to a training of so many steps; or None."""
     if settings.fast is False:
-        return "it is switched off (--no-fast), or was not used by the run that is scored again"
+        return "it is switched off (--no-fast)" if settings.mode != "evaluate" else "--no-fast, or not scored so before"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
     adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
     attentions = config.num_layers + 2 * config.num_decoder_layers

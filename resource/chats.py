@@ -25,7 +25,7 @@ TOWNS = tuple(
     Greece Poland Japan Canada Mexico Brazil Turkey Morocco Kenya Vietnam
     """.split()  # noqa: SIM905  (words, as a reader wants to see them)
 )
-SWAPPED = 0.4  # share of the tellings that are about other things
+SWAPPED = 0.4  # share of the tellings in which this is tried; a third of the chats have nouns for it
 NO_THINGS = set(
     """
     same other others first last next best right left rest most whole only wrong tomorrow today yesterday tonight

@@ -480,7 +480,15 @@ def test_a_folder_in_use_is_refused_before_any_work(flan, command, tmp_path, mon
     (tmp_path / "file").touch()
     for name in ("run", "file"):
         done = command(flag, "--output-dir", name, cwd=tmp_path)
-        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is not empty: {advice}\n")
+        what = {"run": "not empty", "file": "a file"}[name]
+        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is {what}: {advice}\n")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")  # no folder of another name is taken for it
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(flan.UserError, match="cannot write to link"):
+        flan.new_run_folder(flan.parse_settings([flag, "--output-dir", "link"]), "name")
+    with pytest.raises(flan.UserError, match="cannot write to xxx"):
+        flan.refuse_used_folder(flan.parse_settings([flag, "--output-dir", "x" * 300]))
 
 
 def test_a_suggestion_that_cannot_be_written_is_printed(flan, command, data, model_folder, tmp_path, monkeypatch):

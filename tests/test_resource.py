@@ -421,6 +421,15 @@ def test_span_corruption_loses_nothing(make_tiny):
             assert sum(map(len, spans.values())) == min(max(round(length * density), 1), length - 1)
 
 
+def test_the_verdicts_are_what_the_documents_say():
+    lines = (Path(__file__).parent / "data/everyday_verdicts.jsonl").read_text("utf-8").splitlines()
+    count = {key: sum(json.loads(line)[key] for line in lines) for key in ("names", "fact", "mild", "false", "repeats")}
+    said = (Path(__file__).parents[1] / "resource/EXPERIMENTS.md").read_text("utf-8")
+    expected = ("garbled in {names}, the main fact right in {fact} (counted mildly, in {mild}), something false in "
+                "{false}, a senseless repetition in {repeats},").format(**count)  # fmt: skip
+    assert expected in " ".join(said.split())
+
+
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
     """The README's figures, with room for other machines: ROUGE-1 74, 1 of 200 test summaries with a name or a number
@@ -439,4 +448,4 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
     print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 40")
-    assert rouge1 > 68 and invented[0] <= 10 and invented[1] <= 6
+    assert rouge1 > 70 and invented[0] <= 5 and invented[1] <= 3

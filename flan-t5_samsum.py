@@ -1451,10 +1451,10 @@ def explain(path: Path, column: str | None = None) -> None:
     if path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the module's limit of 128 KiB
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        width, line = None, 1
+        width, line = 0, 1
         try:
             for row in reader:
-                width = len(row) if width is None else width
+                width = width or len(row)
                 if len(row) > width:
                     raise UserError(f"{path}:{line}: more fields than the header names: quote fields that hold commas")
                 line = reader.line_num + 1
@@ -1903,7 +1903,7 @@ def new_run_folder(settings: Settings, name: str) -> Path:
     wanted = settings.output_dir or Path("runs") / name
 
     def make() -> Path:
-        refuse_used_folder(settings)
+        refuse_used_folder(settings)  # somebody may have filled it since the start
         try:
             for n in itertools.count(1):
                 folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
@@ -3559,7 +3559,7 @@ FAST_PAYS = 6000  # layers x micro-steps: in the usual step on an H100 each take
 def why_not_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | None = None) -> str | None:
     """Why the fast path does not apply to `model`, or to a training of so many steps; or None."""
     if settings.fast is False:
-        return "it is switched off (--no-fast)" if settings.mode != "evaluate" else "--no-fast, or not scored so before"
+        return "--no-fast" if settings.mode != "evaluate" else "the run was not scored on it, or --no-fast"
     config, lora = model.config, getattr(model, "peft_config", {}).get("default")
     adapted = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
     attentions = config.num_layers + 2 * config.num_decoder_layers

@@ -1964,7 +1964,9 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     say(f"resumed from {folder} ({plural(progress.step, 'step')} done)")
     if trainer.machine.rank:
         load_checkpoint(folder, trainer)
-    if settings.max_steps != before and settings.max_steps >= progress.step:  # fewer are refused by the caller
+    if progress.step > settings.max_steps:
+        raise UserError(f"--max-steps {settings.max_steps} is less than the {progress.step} steps that {run} has done")
+    if settings.max_steps != before:
         old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
                     (before, settings.max_steps))
         say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate "
@@ -2037,9 +2039,6 @@ def train(settings: Settings) -> int:
         settings, progress = trainer.settings, Progress()
         if settings.resume:
             progress = resume(folder, trainer)
-            if progress.step > settings.max_steps:
-                raise UserError(f"--max-steps {settings.max_steps} is less than the {progress.step} steps that "
-                                f"{folder} has done")
             if progress.step == settings.max_steps and saved.get("status") == "finished":
                 say("nothing is left to do: for more steps, --max-steps")
                 return 0

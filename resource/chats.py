@@ -15,7 +15,6 @@ import make_sample
 
 TEXT = Path(__file__).parent / "flan-t5-tiny-text"
 SLOT = re.compile(r"\{([^{}]*)\}")
-GENDERED = re.compile(r"\b(he|she|him|his|her|hers|himself|herself)\b")
 TOWNS = tuple(
     """
     Madrid Lisbon Rome Milan Prague Warsaw Budapest Athens Berlin Munich Cologne Zurich Geneva Brussels Amsterdam
@@ -59,8 +58,6 @@ def load() -> tuple[dict, ...]:
         turns = [(m[1], m[2].strip()) for line in lines if (m := re.match(r"([A-D]): (.+)", line))]
         summaries = [line[2:].strip() for line in lines if line.startswith("= ")]
         sexes = dict(pair.split("=") for pair in match[2].split())
-        # Whether a stranger's name is a woman's cannot be read in a chat: summaries that need not say so are preferred.
-        summaries = [text for text in summaries if not GENDERED.search(text)] or summaries
         if {speaker for speaker, _ in turns} == set(sexes) and summaries:
             chats.append({"topic": match[1], "sexes": sexes, "turns": turns, "summaries": summaries})
     return tuple(chats)

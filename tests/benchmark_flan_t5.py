@@ -199,8 +199,8 @@ def our_training(flan, settings, model, rows, precision, steps):
     A size of batch is new twice: its first batch runs without a graph, its second is recorded. `new_size_seconds` is
     what both cost beside their steps. A training meets most of its sizes in the first epoch.
     """
-    torch, marks, sizes, run_batch = flan.torch, {}, [], flan.FastT5.run
-    flan.FastT5.run = lambda self, batch: sizes.append(tuple(map(len, batch.values()))) or run_batch(self, batch)
+    torch, marks, sizes, run_batch = flan.torch, {}, [], flan.FastT5.by_graph
+    flan.FastT5.by_graph = lambda self, batch: sizes.append(tuple(map(len, batch.values()))) or run_batch(self, batch)
 
     class Clock(flan.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

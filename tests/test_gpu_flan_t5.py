@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from conftest import start, wait
@@ -176,12 +177,11 @@ def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_fo
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sharded_over_two_gpus_a_resumed_training_has_the_same_bits(flan, data, model_folder, tmp_path):
     """FSDP2, with dropout; each time in processes of its own, as accelerate starts them."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                str(tmp_path / "sharded.py")]  # fmt: skip
+                str(Path(__file__).with_name("as_two_machines.py")), str(tmp_path / "sharded.py")]  # fmt: skip
 
     def sharded(*words, **env):
         env = FSDP | {"CUDA_VISIBLE_DEVICES": None} | env

@@ -254,13 +254,13 @@ def test_checkpointing_saves_memory(text, tmp_path):
     assert peaks[True] < 0.7 * peaks[False]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_losses_of_one(text, tmp_path, monkeypatch):
     """In float32: in bf16, and with TF32, the sums of other micro-batches round otherwise, and drift apart."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     words = ["--data", str(text), *SIZES, "--optimizer", "adamw", "--max-steps", "60", "--dtype", "fp32"]
     run(tmp_path, *words, "--output-dir", "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(Path(__file__).with_name("as_two_machines.py"))]  # fmt: skip
     for folder, more in (("two", []), ("sharded", ["--shard-optimizer"])):
         done = subprocess.run([*launcher, str(SCRIPT), *words, *more, "--output-dir", folder], cwd=tmp_path,
                               capture_output=True, text=True)  # fmt: skip

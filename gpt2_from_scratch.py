@@ -708,13 +708,16 @@ class LossScale:
 class Guard:
     """Watches loss and gradient norm, on the device, so that no step has to wait for their values.
 
-    A step is skipped when one of them is not finite, when the loss lies 10 standard deviations (and half a nat) above
-    its running mean, or the gradient norm (beyond the clipping) at 10 times its own. A run that has skipped 10 steps in
-    a row, or whose running mean has risen by a whole nat over its lowest value, is diverging.
+    A step is skipped when one of them is not finite, or is an outlier: the loss lies 10 standard deviations (and half a
+    nat) above its running mean, or the gradient norm (beyond the clipping) at 10 times its own. After three outliers in
+    a row it is not the text that is at fault but the weights, after a step that was too long: then steps, which
+    clipping makes short, lead back, and are taken. A run that has skipped 10 steps in a row, or whose running mean has
+    risen by a whole nat over its lowest value, is diverging.
     """
 
     FIELDS = ("steps", "mean_loss", "variance", "mean_norm", "lowest", "in_a_row", "skipped")
     LEARN = 20  # steps that are watched before any counts as an outlier
+    OUTLIERS = 3  # in a row are skipped
 
     def __init__(self, device: torch.device):
         self.state = torch.tensor([0, 0, 0, 0, math.inf, 0, 0], device=device)
@@ -728,13 +731,14 @@ class Guard:
         steps, mean, variance, mean_norm, lowest, in_a_row, skipped = self.state.unbind()
         is_far = loss > mean + torch.clamp(10 * variance.sqrt(), min=0.5)
         is_steep = norm > torch.clamp(10 * mean_norm, min=CLIP)
-        skip = ~torch.isfinite(loss + norm) | ((steps >= self.LEARN) & (is_far | is_steep))
+        is_outlier = (steps >= self.LEARN) & (is_far | is_steep)
+        skip = ~torch.isfinite(loss + norm) | is_outlier & (in_a_row < self.OUTLIERS)
         bad = torch.stack([steps, mean, variance, mean_norm, lowest, in_a_row + 1, skipped + 1])
         rate = torch.clamp(1 / (steps + 1), min=0.02)  # a plain mean at first, then an exponential one
         variance = (1 - rate) * (variance + rate * (loss - mean) ** 2)
         mean, mean_norm = mean + rate * (loss - mean), mean_norm + rate * (norm - mean_norm)
         lowest = torch.where(steps >= self.LEARN, torch.minimum(lowest, mean), lowest)
-        good = torch.stack([steps + 1, mean, variance, mean_norm, lowest, torch.zeros_like(steps), skipped])
+        good = torch.stack([steps + 1, mean, variance, mean_norm, lowest, in_a_row * is_outlier, skipped])
         bad = torch.where(torch.as_tensor(overflowed, device=bad.device), self.state, bad)
         self.state.copy_(torch.where(skip, bad, good))
         return skip.float()
@@ -2251,10 +2255,12 @@ class Run:
         if self.log:
             self.log.write(step, on_board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
+            lower = f"--lr {short(settings.lr / 4)}"
+            advice = f"start anew with {lower}" if self.last_checkpoint() == "none" else (
+                f"the last good checkpoint is {self.last_checkpoint()}. Start anew with a lower --lr, or from what was "
+                f"good: --init {shlex.quote(str(self.folder))} {lower}")  # fmt: skip
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
-                            f"{plural(int(values['in_a_row']), 'step')} skipped in a row); the last good checkpoint is "
-                            f"{self.last_checkpoint()}. Start anew with a lower --lr, or from what was good: "
-                            f"--init {shlex.quote(str(self.folder))} --lr {short(settings.lr / 4)}")
+                            f"{plural(int(values['in_a_row']), 'step')} skipped in a row); {advice}")
         return values["stop"] > 0
 
     def skipped(self, step: int, values: dict[str, float]) -> dict:

@@ -263,6 +263,16 @@ def judged(values: list[tuple[float, float]]) -> list[bool]:
 CALM = [(3.0 + 0.1 * (-1) ** step, 0.8) for step in range(40)]  # deviation 0.1
 
 
+@pytest.mark.parametrize("far", [(4.3, 0.8), (3.0, 60.0), (4.3, 60.0)])
+def test_after_three_outliers_in_a_row_steps_are_taken_again(far):
+    """The weights are at fault then, and no step at all would leave them there. A good step makes outliers rare again."""
+    assert judged([*CALM, *[far] * 5, CALM[0], (12.0, 200.0)])[40:] == [True] * 3 + [False] * 2 + [False, True]
+
+
+def test_a_loss_that_is_never_finite_is_skipped_for_good():
+    assert judged([*CALM, *[(math.nan, 0.8)] * 5, (math.inf, 0.8), (3.0, math.nan)])[40:] == [True] * 7
+
+
 def test_a_loss_within_ten_deviations_is_an_ordinary_one():
     assert judged([*CALM, (3.0 + 0.95, 0.8)])[-1] is False
     assert judged([*CALM, (3.0 + 1.10, 0.8)])[-1] is True

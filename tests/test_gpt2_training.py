@@ -388,6 +388,18 @@ def test_a_slow_rise_of_the_loss_is_divergence():
     assert not any(diverging[:200]) and diverging[-1]
 
 
+def test_a_run_whose_weights_were_thrown_off_finds_back(tmp_path, text):
+    """As a step that was too long does it: gradients are then large whatever the text, and their direction is right."""
+    trainer = make_trainer(tmp_path, text, max_steps=150)
+    before = take_steps(trainer, 60)
+    with torch.no_grad():
+        trainer.model.ln_f.weight.mul_(18)
+    after = take_steps(trainer, 90, first=60)
+    assert [step["skip"] for step in after[:4]] == [1, 1, 1, 0]
+    assert not any(gpt2.Guard.is_diverging(step) for step in after)
+    assert after[-1]["loss"] < before[-1]["loss"] + 0.1 < after[0]["loss"]
+
+
 def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys):
     original, poisoned = gpt2.make_trainer, []
 
@@ -420,7 +432,9 @@ def test_a_run_with_a_poisoned_step_ends_well(command, text, monkeypatch, capsys
     assert metrics["status"] == "finished" and metrics["results"]["skipped_steps"] == 1
 
 
-def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command, text, monkeypatch, capsys):
+@pytest.mark.parametrize("every", [4, 50])
+def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command, text, monkeypatch, capsys, every):
+    """Or, if there is none yet, says only what can be done then."""
     original = gpt2.training_step
 
     def bad_after_five(trainer, step, batch, stop=False):
@@ -429,14 +443,16 @@ def test_a_run_that_keeps_diverging_stops_with_its_last_good_checkpoint(command,
         return original(trainer, step, batch, stop)
 
     monkeypatch.setattr(gpt2, "training_step", bad_after_five)
-    assert command("--data", text, *SIZES, "--max-steps", 60, "--eval-every", 4, "--output-dir", "run") == 2
+    assert command("--data", text, *SIZES, "--max-steps", 60, "--eval-every", every, "--output-dir", "run") == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: the run diverges at step 15") and "\n" not in error
-    kept = gpt2.find_checkpoints(Path("run"))
-    assert str(kept[0]) in error
-    assert error.endswith("--init run --lr 2.5e-3")
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept[0] / "model.safetensors").values())
     assert json.loads(Path("run/metrics.json").read_text())["status"] == "failed"
+    if kept := gpt2.find_checkpoints(Path("run")):
+        assert str(kept[0]) in error and error.endswith("--init run --lr 2.5e-3")
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(kept[0] / "model.safetensors").values())
+    else:
+        assert error.endswith("; start anew with --lr 2.5e-3")
+    assert bool(kept) == (every == 4)
 
 
 # A whole run, interrupted and resumed

@@ -265,7 +265,7 @@ CALM = [(3.0 + 0.1 * (-1) ** step, 0.8) for step in range(40)]  # deviation 0.1
 
 @pytest.mark.parametrize("far", [(4.3, 0.8), (3.0, 60.0), (4.3, 60.0)])
 def test_after_three_outliers_in_a_row_steps_are_taken_again(far):
-    """The weights are at fault then, and no step at all would leave them there. A good step makes outliers rare again."""
+    """The weights are at fault then, and no step at all would leave them there. A good step ends the row."""
     assert judged([*CALM, *[far] * 5, CALM[0], (12.0, 200.0)])[40:] == [True] * 3 + [False] * 2 + [False, True]
 
 

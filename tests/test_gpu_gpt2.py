@@ -87,13 +87,16 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(text, tmp_path, 
 
 
 def test_precisions_learn_alike(text, tmp_path):
-    """500 steps with each optimiser: bf16 and fp16 end within 1.5% of float32 (with TF32); rounding drifts apart."""
+    """500 steps with each optimiser: bf16 and fp16 end within 1.5% of float32 (with TF32); rounding drifts apart.
+
+    At half the rate of the other tests, where a step that was too long may part them as well.
+    """
     for optimizer in ("adamw", "muon"):
         last = {}
         for dtype in ("fp32", "bf16", "fp16"):
             folder = tmp_path / f"{optimizer}-{dtype}"
-            run(tmp_path, "--data", text, *SIZES, "--max-steps", 500, "--optimizer", optimizer, "--dtype", dtype,
-                "--output-dir", folder)  # fmt: skip
+            run(tmp_path, "--data", text, *SIZES, "--lr", "1e-3", "--max-steps", 500, "--optimizer", optimizer,
+                "--dtype", dtype, "--output-dir", folder)  # fmt: skip
             last[dtype] = statistics.fmean(losses(folder)[-20:])
         print(optimizer, last)
         assert last["bf16"] == pytest.approx(last["fp32"], rel=0.015)

@@ -425,7 +425,8 @@ def flops_per_token(config: GPTConfig) -> float:
 #
 # Text becomes two streams of tokens, train and validation, in which the documents stand one behind the other, each
 # begun with an end-of-text token. The model reads sequences of one block, cut from a stream wherever they fall: a short
-# document shares its sequence with others, and one longer than a block goes on in another sequence.
+# document shares its sequence with others, which attention sees too, as in GPT-2; one longer than a block goes on in
+# another sequence.
 #
 # A share of the text is held out for validation (--val-fraction; a twentieth, of much text less): whole documents,
 # chosen by a hash of their text. Where these would miss the share, the end of one document is held out, so that a
@@ -1114,7 +1115,7 @@ def data_sheet_rate(name: str) -> float | None:
     """FLOP/s that a card's maker promises for bf16 products; None for a card that is not in the table."""
     words = set(re.findall(r"[A-Z0-9]+", name.upper()))
     rates = (tera * 1e12 for card, tera in DATA_SHEET.items() if set(card.upper().split()) <= words)
-    return next(rates, None) if "LAPTOP" not in words else None
+    return None if {"LAPTOP", "NVL", "MIG", "D"} & words else next(rates, None)  # other chips, or parts of one
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -1300,14 +1301,16 @@ def compile_compute_copy(trainer: Trainer, compiled: bool | None) -> str:
 # Text comes from files or a stream of the Hub. Its tokens lie in the cache under a fingerprint of all that they depend
 # on: train.bin, validation.bin, facts.json and the tokenizer, which a second run only reads.
 
-COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".json", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
+COLUMN_FILES, COMPRESSED = (".jsonl", ".ndjson", ".jsonlines", ".json", ".parquet"), {".gz": "gzip", ".zst": "zstd"}
+TABLES = (".csv", ".tsv")  # would be read as one long text
+BOM = b"\xef\xbb\xbf"  # the byte-order mark that some programs write before UTF-8
 # The part of the standard library that reads like programs: no tests, no tables of characters, no other people's code.
 STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 VALIDATION_TEXT = 2 * 10**7  # characters held out without --val-fraction, at most about
 TOKENIZER_TEXT = 10**8  # characters that a tokenizer is trained on, at most; more hardly changes its merges
 SHARD = 1000  # rows of a stream: so often its position is noted, and an interrupted one goes on from there
 COUNTED = ("documents", "tokens", "characters", "bytes")  # by split
-TOKEN_FILES = "5"  # version of what is in them: to be raised when the same text would give others
+TOKEN_FILES = "6"  # version of what is in them: to be raised when the same text would give others
 FILE_CHANGED = "--data: a file changed while it was being read"
 
 
@@ -1371,6 +1374,8 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
     A text file without its byte-order mark and carriage returns, a row as it is. Raises NotText for a file that is no
     text, and UserError with the place for broken rows.
     """
+    if kind_of(file) in TABLES:
+        raise NotText("a table: .parquet and .jsonl are read")
     if kind_of(file) not in COLUMN_FILES:
         try:
             with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig") as stream:
@@ -1389,9 +1394,10 @@ def read_file(file: Path, column: str) -> Iterator[Part]:
 
 def text_of(row: object, column: str, place: str) -> str:
     """The text in a row. JSON can spell half a character, which no file could hold."""
-    if not isinstance(row, dict) or column not in row:
-        columns = f"the columns {', '.join(row)}" if isinstance(row, dict) else "no object"
-        raise UserError(f"{place} has {columns}: choose one with --text-column")
+    if not isinstance(row, dict):
+        raise UserError(f"{place} holds {type(row).__name__}, not an object with a column {column!r}")
+    if column not in row:
+        raise UserError(f"{place} has the columns {', '.join(row)}: choose one with --text-column")
     if not isinstance(row[column], str | None):
         raise UserError(f"{place}: {column!r} holds {type(row[column]).__name__}, not text")
     return (row[column] or "").encode("utf-8", "replace").decode("utf-8")
@@ -1424,14 +1430,14 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
                 yield from ((place, row) for row in batch.to_pylist())
             return
         with open_bytes(file) as lines:
-            if kind_of(file) == ".json" and lines.peek(1)[:1] == b"[":
+            if kind_of(file) == ".json" and lines.peek(1).removeprefix(BOM).lstrip()[:1] == b"[":
                 yield from ((place, row) for row in json.load(lines))
             for number, line in enumerate(lines, 1):
                 place = f"{file}, line {number}"
                 if line.strip():
                     yield place, json.loads(line.decode("utf-8-sig"))
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{place} cannot be read ({first_line(error)}); --glob can leave files out") from None
+        raise UserError(f"{place} cannot be read ({first_line(error)})") from None
 
 
 def open_hub_source(settings: Settings) -> Source:
@@ -1500,6 +1506,7 @@ class Split:
     def __init__(self, source: Source, settings: Settings):
         # Of files; measure() fills these: with text, without and why, characters, what of each document to train on.
         self.files, self.left_out, self.characters, self.cuts = [] if source.files else [None], {}, None, None
+        self.empty_rows = 0  # since they were last added to the facts
         # Of a stream: hashes below this are held out, so many more characters of them, and what they have been so far.
         self.threshold = (settings.val_fraction or 0.05) * 2**64
         self.budget = VALIDATION_TEXT if settings.val_fraction is None else math.inf
@@ -1515,7 +1522,10 @@ class Split:
             if settings.limit and known == settings.limit:
                 break
             try:
-                for begins, text in documents_of(source.read(file), settings, known):
+                parts = source.read(file)
+                if kind_of(file) in COLUMN_FILES:
+                    parts = self.counted(parts)
+                for begins, text in documents_of(parts, settings, known):
                     if begins:
                         digest = hashlib.blake2b(digest_size=8)
                         hashes.append(0)
@@ -1526,18 +1536,28 @@ class Split:
                 if len(hashes) == known:
                     raise NotText("empty")
                 self.files.append(file)
-            except NotText as error:
+            except (NotText, UserError) as error:
+                if isinstance(error, UserError):
+                    # A package.json among texts is no fault; a row that is broken, after good ones, is.
+                    if kind_of(file) != ".json" or len(source.files) == 1 or len(hashes) > known:
+                        raise
+                    error = NotText(f"JSON without a column {settings.text_column!r}")
                 self.left_out[str(file)] = str(error)
                 del hashes[known:], lengths[known:]
         if not hashes:
-            if len(source.files) == 1 and "empty" not in self.left_out.values():
-                raise UserError(f"{source.files[0]} is not UTF-8 text")
-            raise UserError(f"--data {source.name}: there is no text in it")
+            reasons = [f"{Path(file).name} is {reason}" for file, reason in list(self.left_out.items())[:3]]
+            raise UserError(f"--data {source.name}: there is no text in it ({', '.join(reasons)})")
         self.characters = sum(lengths)
         share = settings.val_fraction or min(0.05, VALIDATION_TEXT / self.characters)
         threshold, end = split_threshold(np.array(hashes), np.array(lengths), share)
         shares = (1.0 if value < threshold else end if value == threshold else 0.0 for value in hashes)
         self.cuts = array("Q", (length - round(length * share) for length, share in zip(lengths, shares, strict=True)))
+
+    def counted(self, rows: Iterable[Part]) -> Iterator[Part]:
+        """The same, while those without text are counted."""
+        for begins, text in rows:
+            self.empty_rows += begins and not text
+            yield begins, text
 
     def cut_in_stream(self, text: str) -> int:
         """How many characters of a stream's document are for training: all or none."""
@@ -1577,7 +1597,7 @@ def labelled_shards(source: Source, split: Split, settings: Settings, position: 
         return
     rows = source.read(position)
     while shard := list(itertools.islice(rows, min(SHARD, settings.limit - before) if settings.limit else SHARD)):
-        parts = list(documents_of(shard, settings, before))
+        parts = list(documents_of(split.counted(shard), settings, before))
         before += len(parts)
         yield split.label(parts)
 
@@ -1598,7 +1618,14 @@ def prepare_tokens(settings: Settings, fingerprint: str | None = None) -> TokenD
     `fingerprint`: of a resumed run, which needs its tokens and not the data.
     """
     made = on_main_process(lambda: make_tokens(settings, fingerprint))
-    return open_tokens(Path(settings.cache_dir) / f"tokens-{made}")
+    folder = Path(settings.cache_dir) / f"tokens-{made}"
+    if dist.is_initialized():
+        found = [False] * dist.get_world_size()
+        dist.all_gather_object(found, folder.is_dir(), group=PATIENT_GROUP)
+        if not all(found):
+            raise UserError(f"not all processes find {folder.name}: --cache-dir must lie on a disk that all machines "
+                            "share")
+    return open_tokens(folder)
 
 
 def make_tokens(settings: Settings, expected: str | None) -> str:
@@ -1666,7 +1693,8 @@ def write_tokens(folder: Path, source: Source, settings: Settings, tokenizer: To
                     f"in {time.perf_counter() - started:.1f} s")
     tokenizer.save(str(folder / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    facts = saved.get("facts") or {"name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0} | {
+    facts = saved.get("facts") or {
+        "name": source.name, "dtype": dtype.name, "end_of_text_in_text": 0, "empty_rows": 0} | {
         name: dict.fromkeys(SPLITS, 0) for name in COUNTED}
     facts["left_out"] = split.left_out
     write_shards(folder, source, split, settings, tokenizer, facts, saved.get("stream"))
@@ -1698,6 +1726,7 @@ def write_shards(folder: Path, source: Source, split: Split, settings: Settings,
                     facts[what][name] += int(amount)
                 facts["end_of_text_in_text"] += text.count(END_OF_TEXT)
                 bar.update(len(text))
+            facts["empty_rows"], split.empty_rows = facts["empty_rows"] + split.empty_rows, 0
             if not source.files:
                 for name, file in outputs.items():
                     file.flush()
@@ -1882,7 +1911,9 @@ def state_names(optimiser: torch.optim.Optimizer) -> tuple[str, ...]:
 
 def training_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All tensors beside the weights that the next step depends on. All processes must ask, as each may have a part."""
-    tensors = {"guard": trainer.guard.state, "loss_scale": trainer.loss_scale.state}
+    tensors = {"guard": trainer.guard.state}
+    if trainer.loss_scale.enabled:
+        tensors["loss_scale"] = trainer.loss_scale.state
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     for optimiser in trainer.optimisers:
         mine = local_part(optimiser)
@@ -1924,14 +1955,15 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
             for parameter in (p for group in local_part(optimiser).param_groups for p in group["params"]):
                 state = {key: tensors[f"{key}.{names[parameter]}"].to(parameter.device) for key in keys}
                 states.append((local_part(optimiser), parameter, state))
-        guard, loss_scale = tensors["guard"], tensors["loss_scale"]
+        guard = tensors["guard"]
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"its training state is damaged ({first_line(error)})") from None
     trainer.model.load_state_dict(saved.state_dict())
     for optimiser, parameter, state in states:
         optimiser.state[parameter] = state
     trainer.guard.state.copy_(guard)
-    trainer.loss_scale.state.copy_(loss_scale)
+    if trainer.loss_scale.enabled and "loss_scale" in tensors:  # not from, nor into, a run in another precision
+        trainer.loss_scale.state.copy_(tensors["loss_scale"])
     return progress
 
 
@@ -1941,21 +1973,34 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     A warm-up-stable-decay run that shall train longer than it did goes on from before its decay. Without any
     checkpoint a run starts again, with the weights of --init if it had some.
     """
-    settings = trainer.settings
-    before = read_json(run / "metrics.json").get("configuration", {}).get("max_steps", settings.max_steps)
+    settings, saved = trainer.settings, read_json(run / "metrics.json")
+    before = saved.get("configuration", {}).get("max_steps", settings.max_steps)
+
+    begins = math.inf  # a decay that shall be undone
+    if settings.schedule == "wsd" and settings.max_steps > before:
+        begins = before - decay_steps(before)
 
     def find() -> tuple[Path | None, Progress]:
         for unfinished in (run / "checkpoints").glob("*.incomplete"):
             say(f"{unfinished.name} is deleted: it was never finished")
             shutil.rmtree(unfinished, ignore_errors=True)
-        if settings.schedule == "wsd" and settings.max_steps > before:
-            undo_decay(run, before - decay_steps(before))
-        for folder in find_checkpoints(run):
+        decayed = [folder for folder in find_checkpoints(run) if int(folder.name.removeprefix("step-")) > begins]
+        for folder in [folder for folder in find_checkpoints(run) if folder not in decayed] + decayed:
             try:
-                return folder, load_checkpoint(folder, trainer)
+                progress = load_checkpoint(folder, trainer)
             except UserError as error:
                 say(f"{folder.name} is damaged ({error}): put aside as {folder.name}.damaged")
                 put_aside(folder, "damaged")
+                continue
+            if decayed and folder not in decayed:
+                say_wrapped(f"the decay that began at step {begins:,} is undone: its checkpoints become *.decayed")
+                for other in decayed:
+                    put_aside(other, "decayed")
+            if progress.best_step is not None and not checkpoint_folder(run, progress.best_step).is_dir():
+                own = [line["validation_loss"] for line in read_log(run)
+                       if line["step"] == progress.step and line.get("validation_loss") is not None]
+                progress.best_loss, progress.best_step = (own[-1], progress.step) if own else (None, None)
+            return folder, progress
         return None, Progress()
 
     folder, progress = on_main_process(find)
@@ -1966,6 +2011,9 @@ def resume(run: Path, trainer: Trainer) -> Progress:
             trainer.model.load_state_dict(model.state_dict())
         return progress
     say(f"resumed from {folder} ({plural(progress.step, 'step')} done)")
+    precision = str(trainer.machine.dtype).removeprefix("torch.")
+    if saved.get("precision") not in (None, precision):
+        say_wrapped(f"note: this run was in {saved['precision']}, and goes on in {precision}")
     if trainer.machine.rank:
         load_checkpoint(folder, trainer)
     if progress.step > settings.max_steps:
@@ -1973,19 +2021,10 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     if settings.max_steps != before:
         old, new = (learning_rate(max(0, progress.step - 1), replace(settings, max_steps=n)) for n in
                     (before, settings.max_steps))
-        say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}; at step {progress.step:,} the learning rate "
-                    f"would have been {new:.2e} in place of {old:.2e}")
+        rates = "" if math.isclose(old, new, rel_tol=1e-3) else (
+            f"; at step {progress.step:,} the learning rate would have been {new:.2e} in place of {old:.2e}")
+        say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}{rates}")
     return progress
-
-
-def undo_decay(run: Path, start: int) -> None:
-    """Put aside the checkpoints of a learning rate's decay that began at step `start`, if one from before is there."""
-    found = find_checkpoints(run)
-    decayed = [folder for folder in found if int(folder.name.removeprefix("step-")) > start]
-    if decayed and decayed != found:
-        say_wrapped(f"the decay that began at step {start:,} is undone: its checkpoints become *.decayed")
-        for folder in decayed:
-            put_aside(folder, "decayed")
 
 
 def put_aside(folder: Path, reason: str) -> None:
@@ -2129,18 +2168,20 @@ def describe(trainer: Trainer) -> None:
                 f"tokens ({epochs:.2f} epochs), micro-batch {machine.micro_batch_size}, learning rate "
                 f"{short(settings.lr)}{muon} ({settings.schedule}, {plural(settings.warmup_steps, 'step')} warm-up), "
                 f"seed {settings.seed}{other}")
-    note_faults(facts["left_out"], facts["end_of_text_in_text"])
+    note_faults(facts["left_out"], facts["empty_rows"], facts["end_of_text_in_text"])
     if tokens["train"] < parameters and not settings.weights:
         say_wrapped(f"note: {plural(tokens['train'], 'training token')} are few for {parameters:,} parameters: the "
                     "model will learn them by heart; a smaller model or more text would do better")
 
 
-def note_faults(left_out: dict[str, str], ends_of_text: int) -> None:
-    """Say which files gave no text and why, and how often the text holds an end-of-text token as letters."""
+def note_faults(left_out: dict[str, str], empty_rows: int, ends_of_text: int) -> None:
+    """Say what gave no text: files, and why; rows. And how often the text holds an end-of-text token as letters."""
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out.values()).items())
         names = ", ".join(Path(file).name for file in list(left_out)[:3])
         say_wrapped(f"left out: {plural(len(left_out), 'file')} ({reasons}): {names}{', ...' * (len(left_out) > 3)}")
+    if empty_rows:
+        say(f"left out: {plural(empty_rows, 'row')} without text")
     if ends_of_text:
         say_wrapped(f"note: {END_OF_TEXT} stands {plural(ends_of_text, 'time')} in the text and is text like any "
                     "other; if it is the border between documents, --split-on-eot")
@@ -2258,9 +2299,9 @@ class Run:
             lower = f"--lr {short(settings.lr / 4)}"
             advice = f"start anew with {lower}" if self.last_checkpoint() == "none" else (
                 f"the last good checkpoint is {self.last_checkpoint()}. Start anew with a lower --lr, or from what was "
-                f"good: --init {shlex.quote(str(self.folder))} {lower}")  # fmt: skip
-            raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}, "
-                            f"{plural(int(values['in_a_row']), 'step')} skipped in a row); {advice}")
+                f"good: the same command with --init {shlex.quote(str(self.folder))} {lower}")  # fmt: skip
+            cause = "10 steps skipped in a row" if values["in_a_row"] >= 10 else "it has risen by a nat"
+            raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}: {cause}); {advice}")
         return values["stop"] > 0
 
     def skipped(self, step: int, values: dict[str, float]) -> dict:
@@ -2568,9 +2609,7 @@ def export(settings: Settings) -> int:
 def evaluate_text(settings: Settings) -> int:
     """Print the loss of a model on a text, each block read by itself: the first tokens of a block know little."""
     model, tokenizer, folder = load_for_use(settings)
-    _, world, device = join_processes()
-    if world > 1:
-        raise UserError("--evaluate runs in one process")
+    _, _, device = join_processes()
     tokens, size = tokens_of_text(settings, tokenizer) if settings.evaluate else tokens_of_run(folder)
     block_size = model.config.block_size
     machine = Machine(device=device, dtype=choose_dtype(settings.dtype, device), matmul_rate=math.nan,
@@ -2596,7 +2635,7 @@ def tokens_of_text(settings: Settings, tokenizer: Tokenizer) -> tuple[np.ndarray
     for _, tokens, _, text in tokenise((("all", *part) for part in split.read(source, settings)), tokenizer):
         arrays.append(np.array(tokens, np.uint32))
         size, ends_of_text = size + len(text.encode()), ends_of_text + text.count(END_OF_TEXT)
-    note_faults(split.left_out, ends_of_text)
+    note_faults(split.left_out, split.empty_rows, ends_of_text)
     return np.concatenate(arrays), size
 
 
@@ -3329,6 +3368,8 @@ def main(arguments: argparse.Namespace) -> int:
         settings = resolve_settings(arguments)
         commands = {"sample": sample, "evaluate": evaluate_text, "export": export, "plan": plan}
         asked = [name for name in commands if getattr(settings, name) not in (None, False)]
+        if asked and asked[0] != "plan" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--{asked[0]} runs in one process")
         code = commands[asked[0]](settings) if asked else train(settings)
         if dist.is_initialized():
             dist.barrier(PATIENT_GROUP)  # torchrun kills the others once one has ended with another exit code than 0

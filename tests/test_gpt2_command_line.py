@@ -237,7 +237,7 @@ BAD = {  # name: (what it prepares and returns as arguments, what the line must 
         "int, not text",
     ),
     "JSONL of lists": (lambda: ["--data", folder_of("d", {"x.jsonl": '["a"]\n'}) + "/x.jsonl"], "line 1"),
-    "JSON that is no rows": (lambda: ["--data", folder_of("d", {"x.json": '{\n  "name": 1\n}'})], "--glob"),
+    "JSON that is no rows": (lambda: ["--data", folder_of("d", {"x.json": '{\n  "name": 1\n}'})], "x.json, line 1"),
     "JSONL not UTF-8": (lambda: ["--data", folder_of("d", {"x.jsonl": b'{"text": "\xff"}\n'}) + "/x.jsonl"], "line 1"),
     "Parquet without the column": (lambda: ["--data", parquet_of(body=["a", "b"])], "body"),
     "Parquet of numbers": (lambda: ["--data", parquet_of(text=[1, 2])], "int, not text"),
@@ -470,6 +470,13 @@ def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count("--- 1\n") == done.stdout.count("--- 3\n") == 3
     assert done.stdout.count("\nLine") >= 3 and done.stdout.count("\nMore é") >= 3
+
+
+@pytest.mark.parametrize("words", [("--sample",), ("--evaluate",), ("--export", "folder")])
+def test_what_uses_a_model_runs_in_one_process(command, monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = command(*words)
+    assert code == 2 and error == f"error: {words[0]} runs in one process\n"
 
 
 def test_streamed_text_is_the_sampled_text(trained):

@@ -309,7 +309,8 @@ def test_a_folder_gives_its_text_files_by_pattern(tmp_path):
     folder = tmp_path / "code"
     (folder / "deep").mkdir(parents=True)
     (folder / ".git").mkdir()
-    contents = {"a.py": document(1), "deep/b.py": document(2), "c.md": document(3), ".git/d.py": document(4)}
+    contents = {"a.py": document(1), "deep/b.py": document(2), "c.md": document(3), ".git/d.py": document(4),
+                ".hidden.py": document(6)}  # fmt: skip
     for name, text in contents.items():
         (folder / name).write_text(text)
     (folder / "binary.py").write_bytes(b"\x00\x01" * 100)
@@ -585,12 +586,26 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     (folder / "latin.txt").write_bytes("é".encode("latin-1") * 300_000)
     (folder / "late.txt").write_bytes(b"fine text " * 60_000 + b"\xff")  # found only behind two pieces of good text
     (folder / "nothing.txt").touch()
+    (folder / "package.json").write_text(json.dumps({"name": "x"}, indent=2))
+    (folder / "table.csv").write_text("id,text\n1,hello\n")
+    (folder / "rows.json").write_text("\ufeff " + json.dumps([{"text": document(6)}, {"text": None}]), "utf-8")
+    (folder / "rows.jsonlines").write_text('{"text": ""}\n' * 3 + json.dumps({"text": document(7)}))
     data = gpt2.prepare_tokens(data_settings(tmp_path, folder, val_fraction=0.2))
-    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(6)])
+    rejoin(texts_of(data, "train"), texts_of(data, "validation"), [document(i) for i in range(8)])
+    assert data.facts["empty_rows"] == 4
     reasons = {Path(file).name: reason for file, reason in data.facts["left_out"].items()}
     expected = {"picture.png": "binary", "nothing.txt": "empty"}
     assert expected.items() <= reasons.items() and "UTF-8" in reasons["latin.txt"] and "UTF-8" in reasons["late.txt"]
-    assert len(reasons) == 4
+    assert "JSON without a column 'text'" in reasons["package.json"] and "a table" in reasons["table.csv"]
+    assert len(reasons) == 6
+
+
+def test_a_broken_row_is_an_error_and_its_file_is_not_left_out(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text(document(0))
+    (tmp_path / "texts/b.json").write_text(json.dumps({"text": document(1)}) + "\n{")
+    with pytest.raises(gpt2.UserError, match=r"b\.json, line 2"):
+        gpt2.prepare_tokens(data_settings(tmp_path, tmp_path / "texts"))
 
 
 def test_end_of_text_in_a_text_is_a_border_only_if_asked_for(tmp_path):
@@ -675,14 +690,16 @@ class Stream:
             yield {"text": self.texts[self.next - 1]}
 
 
-@pytest.mark.parametrize("limit", [None, 45])
-def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, capsys, limit):
+@pytest.mark.parametrize(("limit", "fraction"), [(None, 0.3), (45, 0.3), (None, None)])
+def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, capsys, limit, fraction):
+    """Without a fraction the first 600 characters below the threshold are held out, and what equals them later."""
     import datasets
 
-    texts = [document(i) for i in range(70)] + [document(i) for i in range(10)]
+    texts = [document(i) for i in range(68)] + ["", ""] + [document(i) for i in range(10)]
     monkeypatch.setattr(gpt2, "SHARD", 8)
     monkeypatch.setattr(gpt2, "ask_hub", lambda *arguments: ("a commit", None))
-    how = {"data": "someone/texts", "val_fraction": 0.3, "tokenizer": "bytes", "limit": limit}
+    monkeypatch.setattr(gpt2, "VALIDATION_TEXT", 600)
+    how = {"data": "someone/texts", "val_fraction": fraction, "tokenizer": "bytes", "limit": limit}
     streams = iter([Stream(texts), Stream(texts)])
     monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: next(streams))
     straight = gpt2.prepare_tokens(data_settings(tmp_path / "straight", **how))
@@ -699,7 +716,8 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     assert broken[2].read[0] == 16 and broken[3].read[0] == 32  # the shards before were not read again
     assert np.array_equal(data.train, straight.train) and np.array_equal(data.validation, straight.validation)
     assert data.facts == straight.facts
-    documents = texts[:limit]
+    assert data.facts["empty_rows"] == (0 if limit else 2)
+    documents = [text for text in texts[:limit] if text]
     assert Counter(texts_of(data, "train") + texts_of(data, "validation")) == Counter(documents)
     assert not set(texts_of(data, "train")) & set(texts_of(data, "validation"))
 
@@ -723,6 +741,27 @@ def test_a_limit_reads_no_more_of_a_stream(tmp_path, hub):
     data = gpt2.prepare_tokens(data_settings(tmp_path, "someone/texts", val_fraction=0.5, tokenizer="bytes", limit=20))
     assert sum(data.facts["documents"].values()) == 20
     assert {len(stream.read) for stream in streams} == {30}  # of which ten are empty
+    assert data.facts["empty_rows"] == 10
+
+
+def test_another_commit_of_a_data_set_is_other_text(tmp_path, hub, monkeypatch):
+    hub([document(i) for i in range(40)])
+    settings = data_settings(tmp_path, "someone/texts", val_fraction=0.3, tokenizer="bytes")
+    first = gpt2.prepare_tokens(settings)
+    hub([document(i) for i in range(50)])
+    assert gpt2.prepare_tokens(settings).fingerprint == first.fingerprint
+    monkeypatch.setattr(gpt2, "ask_hub", lambda *arguments: ("another commit", None))
+    assert sum(gpt2.prepare_tokens(settings).facts["documents"].values()) == 50
+
+
+def test_a_subset_of_a_data_set_is_asked_for_by_its_name(tmp_path, hub, monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: asked.append((words, options)) or Stream(
+        [document(i) for i in range(40)]))  # fmt: skip
+    gpt2.prepare_tokens(data_settings(tmp_path, "someone/texts:sample-10BT", val_fraction=0.3, tokenizer="bytes"))
+    assert all("sample-10BT" in (*words, *options.values()) for words, options in asked) and asked
 
 
 def test_rows_of_the_hub_are_text_or_an_error(tmp_path, hub):

@@ -1,5 +1,6 @@
 """What moves the weights of gpt2_from_scratch.py: AdamW, Muon, schedules, fp16's loss scale, the guard's thresholds."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -224,6 +225,30 @@ def test_resuming_is_exact_in_fp16(command, text, monkeypatch):  # noqa: F811
     run_and_resume(command, monkeypatch, ["--data", text, *SIZES, "--dropout", "0.2"], 7)
     scales = [weights_of(Path("run"), step)["training.safetensors:loss_scale"].tolist() for step in (8, 12)]
     assert scales[0] == [2.0**18, 2.0] and scales[1][0] != 2.0**16
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_a_run_goes_on_in_another_precision(command, text, monkeypatch, capsys, before, after):  # noqa: F811
+    """As where a run of a T4 goes on with an A100: the scale of the loss is not for the other precision."""
+    monkeypatch.setattr(gpt2, "measure_matmul_rate", lambda device, dtype: 1e9)  # slow in fp16 on a CPU
+    words = ["--data", text, *SIZES, "--eval-every", 4]
+    for dtype, more in ((before, [*words, "--max-steps", 4]), (after, ["--resume", "--max-steps", 8])):
+        monkeypatch.setattr(gpt2, "choose_dtype", lambda wanted, device, dtype=dtype: dtype)
+        assert command(*more, "--output-dir", "run") == 0
+    names = [str(dtype).removeprefix("torch.") for dtype in (before, after)]
+    assert f"note: this run was in {names[0]}, and goes on in {names[1]}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert len(norms) == 8 and max(norms[4:]) < 2 * max(norms[:4])
+    saved = weights_of(Path("run"), 8).get("training.safetensors:loss_scale")
+    assert saved is None if after is torch.float32 else saved[0] == 2.0**16
+
+
+def test_the_scale_of_the_loss_is_never_below_one():
+    scale = gpt2.LossScale(CPU, enabled=True)
+    for _ in range(30):
+        scale.overflowed(torch.tensor(2.0), torch.tensor(math.inf))
+    assert scale.scale == 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

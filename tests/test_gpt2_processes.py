@@ -56,6 +56,15 @@ gpt2.training_step = die
 """
 
 
+def test_processes_that_do_not_share_the_cache_are_told_so(text, tmp_path):  # noqa: F811
+    """As on two machines without a disk that both see."""
+    code = "os.makedirs(f'machine {rank}')\nos.chdir(f'machine {rank}')\n"
+    done = torchrun("--data", str(text), *SIZES, cwd=tmp_path, code=code)
+    assert done.returncode != 0 and done.stderr.count("must lie on a disk that all machines share") == 1, done.stderr
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].rpartition("Traceback")[0]
+    assert not list(tmp_path.glob("machine */runs/*"))
+
+
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_sharded_run_equals_a_plain_one_and_one_process_resumes_it(command, text, tmp_path, optimizer):  # noqa: F811
     """Dies after its first checkpoint; then two processes, and one alone, go on to the same end."""

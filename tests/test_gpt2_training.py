@@ -768,10 +768,11 @@ def test_without_a_preset_init_trains_gently_for_an_epoch(uninterrupted, tmp_pat
     text = tmp_path / "long.txt"
     text.write_text("alpha beta gamma delta\n" * 10_000)
     words = ["--data", str(text), "--init", str(uninterrupted), "--cache-dir", str(tmp_path)]
-    settings = gpt2.resolve_settings(gpt2.parse_arguments([*words, "--block-size", "30"]))
+    settings = gpt2.resolve_settings(gpt2.parse_arguments([*words, "--block-size", "30", "--dropout", "0.3"]))
     data = gpt2.prepare_tokens(settings)
-    settings = gpt2.make_trainer(settings, (0, 1, CPU), data, gpt2.make_model(settings, data.tokenizer)).settings
-    assert settings.lr == 1e-4
+    trainer = gpt2.make_trainer(settings, (0, 1, CPU), data, gpt2.make_model(settings, data.tokenizer))
+    settings = trainer.settings
+    assert settings.lr == 1e-4 and trainer.model.h[0].mlp.resid_dropout.p == 0.3
     assert settings.batch_tokens == 2**15 // 30 * 30  # whole contexts
     assert settings.max_steps == round(len(data.train) / settings.batch_tokens)
 
@@ -895,6 +896,66 @@ def test_wsd_goes_on_from_before_its_decay(command, text, capsys):
     assert command(*words, "--max-steps", 30, "--output-dir", "straight") == 0
     assert_bit_identical(weights_of(Path("run"), 30), weights_of(Path("straight"), 30))
     assert losses_of(Path("run"))[-1] == losses_of(Path("straight"))[-1]
+
+
+def wsd(text, *words) -> list:
+    schedule = ["--schedule", "wsd", "--eval-every", 6, "--warmup-steps", 2, "--max-steps", 20]
+    return ["--data", text, *SIZES, *schedule, *words]
+
+
+def test_wsd_keeps_its_decay_while_nothing_from_before_it_can_be_read(command, text, capsys):
+    assert command(*wsd(text, "--output-dir", "run")) == 0
+    for folder in gpt2.find_checkpoints(Path("run")):
+        if folder.name != "step-00000020":
+            (folder / "training.safetensors").write_bytes(b"x")
+    assert command("--resume", "--output-dir", "run", "--max-steps", 24) == 0
+    out = capsys.readouterr().out
+    assert "step-00000016 is damaged" in out and "is undone" not in out
+    assert "resumed from run/checkpoints/step-00000020" in out
+
+
+def test_wsd_stopped_in_its_decay_goes_on_there(command, text, monkeypatch, capsys):
+    assert command(*wsd(text, "--output-dir", "straight")) == 0
+    original = gpt2.training_step
+
+    def send(trainer, step, batch, stop=False):
+        if step == 18:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, step, batch, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2, "training_step", send)
+        assert command(*wsd(text, "--output-dir", "run")) == 130
+    assert command("--resume", "--output-dir", "run") == 0
+    assert "is undone" not in capsys.readouterr().out
+    assert_bit_identical(weights_of(Path("run"), 20), weights_of(Path("straight"), 20))
+
+
+@pytest.mark.parametrize("step", [16, 18])
+def test_a_best_checkpoint_that_is_gone_is_not_the_best(command, text, monkeypatch, step):
+    """As where a decay is undone in which another was the best. Step 18 was not evaluated."""
+    original = gpt2.training_step
+
+    def send(trainer, number, batch, stop=False):
+        if number == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, number, batch, stop)
+
+    monkeypatch.setattr(gpt2, "training_step", send)
+    assert command("--data", text, *SIZES, "--max-steps", 40, "--eval-every", 8, "--output-dir", "run") == 130
+    if step == 16:
+        gpt2.remove_folder(Path("run/checkpoints/step-00000018"))
+    file = Path(f"run/checkpoints/step-{step:08d}/training.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_step": 8, "best_loss": 0.5}))
+    gpt2.remove_folder(Path("run/checkpoints/step-00000008"))
+    monkeypatch.setattr(gpt2, "training_step", original)
+    assert command("--resume", "--output-dir", "run") == 0
+    results = json.loads(Path("run/metrics.json").read_text())["results"]
+    assert Path(f"run/checkpoints/step-{results['best_step']:08d}").is_dir()
+    lines = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    found = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    kept = {int(folder.name[5:]) for folder in gpt2.find_checkpoints(Path("run"))} & found.keys()
+    assert results["best_validation_loss"] == found[results["best_step"]] == min(found[step] for step in kept)
 
 
 def test_best_is_always_a_checkpoint(command, text, monkeypatch):
@@ -1080,7 +1141,8 @@ def test_mfu_is_given_only_for_a_rate_that_nothing_disturbed(tmp_path, text, mon
 @pytest.mark.parametrize(("name", "tera"), [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
     ("Tesla T4", 65), ("NVIDIA A10G", None), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Tesla V100-SXM2-16GB", 125),
-    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("CPU (x86_64, 2 threads)", None),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 NVL", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090 D", None), ("CPU (x86_64, 2 threads)", None),
 ])  # fmt: skip
 def test_the_rate_of_the_data_sheet(name, tera):
     """NVIDIA's data sheets, dense bf16 (fp16 before Ampere). A card that is not named there has none."""

@@ -133,8 +133,8 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: the preset's)", number(float, 0, 10, above=True))
     optimizer: str = flag("adamw", "muon: for the matrices of the blocks, and adamw for the rest; nano and gpt2: muon",
                           choices=["adamw", "muon"])
-    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr; nano: 0.015, gpt2: 0.01)",
-                                 number(float, 0, 10, above=True))
+    muon_lr: float | None = flag(None, "peak learning rate of muon's matrices (default: --lr, if given; else nano: "
+                                       "0.015, gpt2: 0.01)", number(float, 0, 10, above=True))
     schedule: str = flag("cosine", "after warm-up: cosine down to a tenth; linear to zero; constant, then linear to "
                          "zero over the last fifth (wsd); nano, and gpt2 with muon: linear",
                          choices=["cosine", "linear", "wsd"])

@@ -695,7 +695,7 @@ def test_finished_shards_survive_an_error_in_a_stream(tmp_path, monkeypatch, cap
     """Without a fraction the first 600 characters below the threshold are held out, and what equals them later."""
     import datasets
 
-    texts = [document(i) for i in range(68)] + ["", ""] + [document(i) for i in range(10)]
+    texts = [document(i) for i in range(68)] + ["", ""] + [document(i) for i in range(68)]
     monkeypatch.setattr(gpt2, "SHARD", 8)
     monkeypatch.setattr(gpt2, "ask_hub", lambda *arguments: ("a commit", None))
     monkeypatch.setattr(gpt2, "VALIDATION_TEXT", 600)

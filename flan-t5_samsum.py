@@ -33,6 +33,7 @@ batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -181,7 +182,7 @@ def recipe_of(model: str) -> dict[str, Any]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+        self.exit(2, f"error: {message} (--help lists all flags)\n" if is_first_to_say(message) else None)
 
 
 def build_parser() -> Parser:
@@ -211,6 +212,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     continue or use (its metrics.json), so that nothing has to be typed twice and no score is taken with other settings.
     """
     parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or re.fullmatch("--[a-z-]+=", word):  # as a shell passes on a variable that is not set
+            parser.error(f"argument {word.rstrip('=') or before}: it is empty")
     given = vars(parser.parse_args(argv))
     is_use = any(name in given for name in USES)
     if "resume" in given and any(name in given for name in MODES):
@@ -218,6 +223,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if "adapter" in given and not is_use:
         parser.error("argument --adapter: only with --summarize, --evaluate or --export; to train on, "
                      "--resume --output-dir RUN")
+    if "output_dir" in given and is_use:
+        parser.error("argument --output-dir: only for what is written; the run to use is --adapter RUN")
     for name, presets in (("dataset", DATASETS), ("model", MODELS)):  # a run can be continued from another folder
         if name in given and given[name] not in presets and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
@@ -225,6 +232,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if run and is_of_gpt2(run):
         raise UserError(f"{run} was made by gpt2_from_scratch.py")
     metrics = read_metrics(run) if run else {"configuration": {}}
+    if "resume" in given and not {"processes", "optimizer", "data"} <= metrics.keys():
+        raise UserError(f"{run} was made by another version of this script: start a new run")
     saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
     if "evaluate" in given:  # on the path on which the run was scored
         best = next((entry for entry in metrics.get("epochs", ()) if entry.get("best")), {})
@@ -267,7 +276,7 @@ def base_of_adapter(folder: Path) -> str:
 def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
     """The folder of the run that --resume or a mode of use is about; None for a new run or a bare adapter."""
     if "resume" in given:
-        return given.get("output_dir") or newest_run("checkpoints/step-*")
+        return given.get("output_dir") or newest_run()
     if not is_use or given.get("adapter") == "none":
         return None
     if "adapter" not in given:
@@ -275,7 +284,8 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
         metrics = read_metrics(run)
         if metrics.get("status", "finished") != "finished":
             epoch = metrics.get("results", {}).get("best_epoch") or 0
-            print(f"note: {run} is {metrics['status']}; its best epoch so far is {epoch:g}", file=sys.stderr)
+            status = {"running": "not finished"}.get(metrics["status"], metrics["status"])
+            print(f"note: {run} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
         return run
     folder = Path(given["adapter"])
     return next((run for run in (folder, folder.parent) if (run / "metrics.json").is_file()), None)
@@ -283,10 +293,12 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
 
 def newest_run(*contents: str) -> Path:
     found = [path.parent for depth in ("*", "*/*") for path in Path("runs").glob(f"{depth}/metrics.json")]
-    runs = [run for run in found if any(any(run.glob(name)) for name in contents) and not is_of_gpt2(run)]
+    runs = [run for run in found if not is_of_gpt2(run)
+            and (not contents or any((run / name).is_dir() for name in contents))]
     if not runs:
-        raise UserError(f"no run with {' or '.join(contents)} in {Path('runs').resolve()}: "
-                        "train first, or name one (--adapter DIR, --output-dir DIR)")
+        what = f"run with {' or '.join(contents)}" if contents else "run"
+        raise UserError(f"no {what} in {Path('runs').resolve()}: train first, or name one "
+                        f"({'--adapter' if contents else '--output-dir'} DIR)")
     return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
 
 
@@ -316,10 +328,23 @@ def exit_on_user_error(work: Callable, *arguments: Any) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as if ended by SIGPIPE
     except (UserError, OSError) as error:  # OSError: a full disk, a file without permission; it says which and why
-        print(f"error: {error}", file=sys.stderr)
+        if is_first_to_say(f"{error}"):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def is_first_to_say(message: str) -> bool:
+    """Of several processes that meet the same error, one prints it: the first that asks torchrun's store for it."""
+    if "torch" not in globals():  # not imported yet: the command line is wrong, for all of a machine
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                           timeout=timedelta(seconds=5))
+        return store.add(f"said: {message}", 1) == 1
+    except Exception:  # a process alone, or whoever held the store has gone: better twice than not at all
+        return True
 
 
 if __name__ == "__main__":
@@ -337,6 +362,7 @@ import csv
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -345,7 +371,6 @@ import logging
 import math
 import pickle
 import platform
-import re
 import shlex
 import shutil
 import socket
@@ -573,6 +598,8 @@ def add_lora(model: transformers.PreTrainedModel, settings: Settings) -> PeftMod
 
     The base is frozen. The adapter is kept in fp32 whatever the dtype of the base (PEFT's default).
     """
+    if {"shared", "embed_tokens"} & set(settings.lora_targets):  # one module here, and PEFT would adapt a copy of it
+        raise UserError("--lora-targets: the embedding cannot have an adapter")
     config = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
                         target_modules=settings.lora_targets, bias="none", task_type=TaskType.SEQ_2_SEQ_LM)
     try:
@@ -1116,7 +1143,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_incomplete(folder: Path) -> None:
-    for path in [*folder.glob("*.incomplete"), *folder.glob("*/*.incomplete")]:
+    for path in list(folder.rglob("*.incomplete")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -1131,7 +1158,7 @@ def writing_to(folder: Path, kinds: tuple = (OSError, RuntimeError, SafetensorEr
         reason = getattr(error, "strerror", None) or first_line(error)
         advice = "make room, or choose another folder"
         if (folder / "metrics.json").is_file():
-            advice = f"make room, then go on with --resume --output-dir {folder}"
+            advice = f"make room, then go on with --resume --output-dir {shlex.quote(str(folder))}"
         disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(disk).free >> 20
         raise UserError(f"cannot write to {folder}: {reason} ({free:,} MiB free); {advice}") from None
@@ -1402,10 +1429,16 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
 def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
     """The rows of files of one kind, by `datasets.load_dataset`; UserError with file and line if it refuses."""
     kind, options = SUFFIXES[paths[0].suffix], {}
+    other = next((path for path in paths if SUFFIXES[path.suffix] != kind), None)
+    if other:
+        raise UserError(f"{paths[0]} and {other} are of two kinds: leave one out")
+    content = hashlib.blake2b(digest_size=8)  # `datasets` knows a file by its time, which a copy may share with another
     try:
-        files = [str(path) for path in paths if path.stat().st_size or kind == "parquet"]
+        for path in paths:
+            content.update(path.read_bytes())
+        files = [glob.escape(str(path)) for path in paths if path.stat().st_size or kind == "parquet"]
         if kind == "csv" and files:  # all fields are text, "NA" and "7" too, and none of them is the name of its row
-            names = csv_header(Path(files[0]))
+            names = csv_header(next(path for path in paths if path.stat().st_size))
             options = {"keep_default_na": False, "index_col": False, "encoding": "utf-8-sig",
                        "features": datasets.Features({name: datasets.Value("string") for name in names})}
         for path in paths:
@@ -1413,8 +1446,8 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
                 explain(path)  # pyarrow would make columns of an object, and end the process at a null
         with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder), split="train",
-                                         **options).to_list() if files else []
+            return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder / content.hexdigest()),
+                                         split="train", **options).to_list() if files else []
     except UserError:
         raise
     except Exception as error:
@@ -1433,7 +1466,7 @@ def csv_header(path: Path) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
     refuse_twice(names, f"{path}: two columns")
-    return names
+    return [name or f"Unnamed: {i}" for i, name in enumerate(names)]  # as pandas calls them
 
 
 def refuse_twice(names: list[str], what: str) -> None:
@@ -1580,6 +1613,8 @@ def forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -
 def load_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
     """Puts a trained adapter on its base, for inference: nothing is prepared, moved or cast."""
     misfit = f"the adapter {folder} does not fit {model.config.name_or_path}"
+    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError(f"the adapter {folder} has no weights")  # PEFT would look for them on the Hub
     try:
         with warnings.catch_warnings():  # it would leave what is missing at its random start
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
@@ -1785,7 +1820,7 @@ def train(settings: Settings) -> int:
                 with writing_to(folder):
                     run.finish(trainer.state.log_history, status)
     if status == "interrupted":
-        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {folder}")
+        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {shlex.quote(str(folder))}")
         return 128 + run.stop.number
     return 0
 
@@ -2131,8 +2166,9 @@ class Run(TrainerCallback):
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
                 f"all in {self.folder}", "",
-                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {self.folder}"][: results["best_step"]],
-                f"watch it:  tensorboard --logdir {self.folder.parent}")
+                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {shlex.quote(str(self.folder))}"][
+                    : results["best_step"]],
+                f"watch it:  tensorboard --logdir {shlex.quote(str(self.folder.parent))}")
             say_if_toy(self.settings, self.description["parameters"])
 
     def report_scores(self, metrics: dict[str, Any]) -> None:
@@ -2219,7 +2255,7 @@ def out_of_memory_advice(settings: Settings) -> str:
     remedies = [flag for flag, helps in flags.items() if helps]
     if is_free and settings.mode == "train" and settings.output_dir and any(settings.output_dir.glob("*")):
         remedies[-1] += "; and another --output-dir"
-    return f"out of GPU memory: try {', '.join(remedies or ['a smaller model'])}"
+    return f"out of memory: try {', '.join(remedies or ['a smaller model'])}"
 
 
 # ---------- 11. Plots -------------------------------------------------------------------------------------------------
@@ -2377,6 +2413,8 @@ def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
         yield from split_at_blank_lines(sys.stdin)
         return
     path = Path("standard input" if name == "-" else name)
+    if path.suffix in SUFFIXES and path.suffix != ".jsonl":
+        raise UserError(f"{path}: --summarize reads text and .jsonl")
     text = decode(path, sys.stdin.buffer.read() if name == "-" else None)
     if path.suffix == ".jsonl" or (path.suffix != ".txt" and text.lstrip().startswith('{"')):
         rows = read_json_lines(path, text)
@@ -2626,7 +2664,7 @@ def plan_data(settings: Settings) -> tuple[list[int], list[int], int | None]:
         return [settings.max_source_length] * size, [settings.max_target_length] * size, None
     sources, targets = (sorted(map(len, train[column]), reverse=True) for column in ("input_ids", "labels"))
     tokens, steps = sum(sources) + sum(targets), number_of_steps(settings, len(train))
-    epochs = steps * settings.batch_size / len(train)
+    epochs = steps / math.ceil(len(train) / settings.batch_size)
     say(fold(f"data: {len(train):,} training rows, {tokens:,} tokens, {np.mean(train['truncated']):.1%} of the rows "
              f"truncated to {settings.max_source_length} tokens"),
         f"steps: {steps:,} of {settings.batch_size} rows, {epochs:.1f} epochs, about {epochs * tokens:,.0f} tokens")
@@ -2868,14 +2906,19 @@ def compare(settings: Settings) -> int:
 def read_run(folder: Path) -> dict[str, Any]:
     """metrics.json of a run, with its name and, of the best epoch, the rows of both splits and the test ROUGE-1."""
     metrics = read_metrics(folder)
+    if is_of_gpt2(folder):
+        raise UserError(f"{folder} was made by gpt2_from_scratch.py")
     if not metrics.get("epochs") or not metrics.get("curve"):
         raise UserError(f"{folder} has no finished epoch yet")
     metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
     for split in ("validation", "test"):
         path = predictions_file(folder, split, metrics["best"]["epoch"])
         rows = [row for _, row in read_json_lines(path, path.read_text("utf-8"))]
-        metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
-        metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
+        try:
+            metrics["rows"][split] = [(row["id"], row["dialogue"], row["reference"]) for row in rows]
+            metrics["rouge1"] = np.array([row["rouge1"] for row in rows])
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is damaged: score the run again") from None
     return metrics
 
 
@@ -4077,7 +4120,9 @@ def main(settings: Settings) -> int:
             "lr_find": lr_find, "plot": plot, "compare": compare}[settings.mode]
     try:
         code = work(settings)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise UserError(out_of_memory_advice(settings)) from None
     if PartialState().num_processes > 1:
         PartialState().wait_for_everyone()  # torchrun kills the others once one has ended with another code than 0

@@ -176,6 +176,10 @@ BAD = {
     "an empty file": (dataset(lambda f: f.write("d.jsonl", "")), ["d.jsonl has 0 rows", "at least 10"]),
     "nine rows": (dataset(lambda f: f.jsonl(count=9)), ["d.jsonl has 9 rows", "at least 10"]),
     "an empty folder": (dataset(lambda f: (f.home / "d").mkdir() or "d"), ["train and validation and test", "none"]),
+    "two kinds of files in a split": (
+        dataset(lambda f: (f.splits(), f.write("chats/train.csv", "dialogue,summary\na,b\n"))[0]),
+        ["train.csv", "train.jsonl", "are of two kinds"],
+    ),
     "a folder with one split": (
         dataset(lambda f: without(f.home / f.splits(), "validation.jsonl", "test.jsonl")),
         ["lacks validation and test", "found train"],
@@ -302,7 +306,8 @@ BAD = {
     # Adapters
     "no such adapter": (adapter(lambda f: "nowhere"), ["nowhere holds no adapter", "adapter_config.json"]),
     "a folder without an adapter": (adapter(lambda f: f.data), ["holds no adapter", "adapter_config.json"]),
-    "an adapter without weights": (adapter(lambda f: without(f.adapter(), "adapter_model.safetensors")), ["adapter"]),
+    "an adapter without weights": (
+        adapter(lambda f: without(f.adapter(), "adapter_model.safetensors")), ["adapter", "has no weights"]),
     "an adapter cut short": (adapter(lambda f: (f.adapter(), halve(f.home / "adapter/adapter_model.safetensors"))[0]),
                              ["adapter", "does not fit"]),
     "an adapter of other geometry": (lambda f: [*adapter(lambda f: f.adapter())(f), "--model", "tiny"],
@@ -316,7 +321,11 @@ BAD = {
     "an adapter without a base": (adapter(lambda f: f.adapter(base_model_name_or_path=None)), ["--model NAME"]),
     "an adapter whose base is gone": (adapter(lambda f: f.adapter(base_model_name_or_path="/gone/model")),
                                       ["no model /gone/model", "folder"]),
+    "an adapter for the embedding": (
+        lambda f: ["--dataset", f.data, "--model", f.model_folder, "--lora-targets", "q", "shared"], ["embedding"]),
     # Dialogues to summarise
+    "a table of chats": (summarize(lambda f: f.write("chats.csv", "dialogue\nAda: hi\n")), ["text and .jsonl"]),
+    "a list of chats": (summarize(lambda f: f.write("chats.json", '[{"dialogue": "Ada: hi"}]')), ["text and .jsonl"]),
     "no such chat": (summarize(lambda f: "nothing.txt"), ["cannot read nothing.txt", "No such file"]),
     "a chat that is a folder": (summarize(lambda f: f.data), ["cannot read", "Is a directory"]),
     "an empty chat": (summarize(lambda f: f.write("chat.txt", "")), ["chat.txt holds no dialogue"]),
@@ -332,7 +341,13 @@ BAD = {
     "a chat that is empty": (summarize(lambda f: f.write("c.jsonl", '{"dialogue": " "}\n')),
                              ["c.jsonl:1: no text in dialogue"]),
     # Runs and folders
-    "nothing to resume": (lambda f: ["--resume"], ["no run with checkpoints/step-* in", "train first, or name one"]),
+    "nothing to resume": (lambda f: ["--resume"], ["no run in", "train first, or name one (--output-dir DIR)"]),
+    "a run of another version": (lambda f: ["--resume", "--output-dir", f.run('{"configuration": {}}')],
+                                 ["run was made by another version of this script"]),
+    "a run to use as one to write": (
+        lambda f: ["--evaluate", "--output-dir", f.trained.folder], ["--output-dir", "--adapter RUN"]),
+    "an empty variable": (lambda f: ["--output-dir="], ["--output-dir: it is empty"]),
+    "an empty word": (lambda f: ["--dataset", ""], ["--dataset: it is empty"]),
     "nothing to use": (lambda f: ["--summarize", "x"], ["no run with adapter or model in", "train first, or name one"]),
     "resuming nowhere": (lambda f: ["--resume", "--output-dir", "nowhere"], ["nowhere holds no run (no metrics.json)"]),
     "metrics cut short": (lambda f: ["--resume", "--output-dir", f.run('{"configuration": ')],

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -55,6 +57,27 @@ def test_all_file_types_give_the_same_rows(load, tmp_path):
     assert tables["test"] == [{"id": "q", "dialogue": 'A: "so, what?"\nB: \u2028 ok', "summary": "A, asks."}]
     for name in ("d.json", "d.csv", "d.parquet"):
         assert load(name) == tables, name
+
+
+def test_other_rows_in_a_file_of_the_same_time_are_read(load, tmp_path):
+    """As `cp -p` leaves it. `datasets` alone would give the rows from before."""
+    file = write_jsonl(tmp_path / "d.jsonl", rows(12))
+    before = file.stat()
+    assert load("d.jsonl")["train"][0]["summary"] == "A says 0."
+    write_jsonl(file, [row | {"summary": row["summary"].replace("A", "B")} for row in rows(12)])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load("d.jsonl")["train"][0]["summary"] == "B says 0."
+
+
+def test_a_name_is_no_pattern(load, tmp_path):
+    write_jsonl(tmp_path / "d1.jsonl", rows(20))
+    write_jsonl(tmp_path / "d[1].jsonl", rows(12))
+    assert sum(map(len, load("d[1].jsonl").values())) == 12
+
+
+def test_csv_with_the_index_of_pandas(load, tmp_path):
+    pandas.DataFrame(rows(12)).to_csv(tmp_path / "d.csv")
+    assert load("d.csv")["train"][0] == {"id": "r0", "dialogue": "A: 0\nB: ok", "summary": "A says 0."}
 
 
 def test_one_file_is_split_at_its_end(load, tmp_path):

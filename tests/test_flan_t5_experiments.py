@@ -778,6 +778,17 @@ def test_compare_refuses_a_run_that_died_before_its_first_epoch(command, trained
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "other has no finished epoch" in done.err, done
 
 
+def test_compare_says_what_a_run_is_not(command, trained, tmp_path):
+    other = shutil.copytree(trained.folder, tmp_path / "other")
+    for file in other.glob("predictions/*.jsonl"):
+        file.write_text('{"dialogue": "Ada: hi"}\n')
+    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    assert done.code == 2 and "is damaged: score the run again" in done.err and done.err.count("\n") == 1, done
+    (other / "metrics.json").write_text('{"configuration": {"block_size": 8}}')
+    done = command("--compare", trained.folder, other, cwd=tmp_path)
+    assert done.code == 2 and "other was made by gpt2_from_scratch.py" in done.err, done
+
+
 def test_compare_needs_runs_with_scores(command, trained, tmp_path):
     (tmp_path / "empty").mkdir()
     done = command("--compare", trained.folder, tmp_path / "empty", cwd=tmp_path)

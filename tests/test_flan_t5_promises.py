@@ -281,7 +281,7 @@ def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, f
      ["a smaller --model"]),
 ])  # fmt: skip
 def test_advice_for_memory_is_never_empty_and_accepted_in_every_mode(flan, flags, expected):
-    assert flan.out_of_memory_advice(flan.parse_settings(flags)) == f"out of GPU memory: try {', '.join(expected)}"
+    assert flan.out_of_memory_advice(flan.parse_settings(flags)) == f"out of memory: try {', '.join(expected)}"
     for words in expected:
         if words.startswith("--"):
             kept = [flag for flag in flags if flag != "--int8" or words != "--int4"]  # which takes its place

@@ -215,7 +215,7 @@ def test_resume_with_the_same_settings_said_again(command, trained, data, model_
     assert done.code == 0, done
 
 
-def test_resume_takes_the_newest_run_that_has_a_checkpoint(command, train_until, tmp_path):
+def test_resume_takes_the_newest_run_though_it_has_no_checkpoint_yet(command, train_until, tmp_path):
     run = train_until("step", 8)
     other = tmp_path / "runs" / "newer"
     shutil.copytree(run, other)
@@ -223,7 +223,23 @@ def test_resume_takes_the_newest_run_that_has_a_checkpoint(command, train_until,
         shutil.rmtree(checkpoint)
     os.utime(other / "metrics.json", (time.time() + 60,) * 2)
     done = command("--resume", cwd=tmp_path)
-    assert done.code == 0 and metrics(run)["status"] == "finished" and metrics(other)["status"] == "interrupted", done
+    assert done.code == 0 and metrics(run)["status"] == "interrupted" and metrics(other)["status"] == "finished", done
+
+
+def test_what_a_kill_left_in_a_checkpoint_is_deleted(command, train_until, tmp_path):
+    run = train_until("step", 8)
+    (checkpoint, *_) = run.glob("checkpoints/step-*")
+    (checkpoint / "trainer_state.json.incomplete").write_text("{")
+    assert command("--resume", cwd=tmp_path).code == 0
+    assert not list(run.rglob("*.incomplete"))
+
+
+def test_another_number_of_processes_is_refused(flan, train_until):
+    run = train_until("step", 8)
+    found = metrics(run)
+    flan.check_resumable(run, found, flan.parse_settings([]), found["optimizer"]["steps"])
+    with pytest.raises(flan.UserError, match=r"trained by 1 process\(es\), now there are 2: resume it with as many"):
+        flan.check_resumable(run, found | {"processes": 2}, flan.parse_settings([]), found["optimizer"]["steps"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

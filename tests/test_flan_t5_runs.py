@@ -486,5 +486,5 @@ def test_out_of_gpu_memory_names_the_flags_that_help(flan, command, data, model_
     ):
         done = command(*flags, *more, cwd=tmp_path)
         assert done.code == 2 and len(done.err.splitlines()) == 1, done
-        assert done.err.startswith("error: out of GPU memory")
+        assert done.err.startswith("error: out of memory")
         assert all(flag in done.err for flag in expected) and useless not in done.err

@@ -20,13 +20,16 @@ def settings(flan, monkeypatch):
     return parse
 
 
+HEAD = {"processes": 1, "optimizer": {}, "data": {}}  # what --resume compares
+
+
 def run_with(folder, **configuration):
     """A folder that counts as a run with an adapter; its configuration is that of `--model small`, but for this."""
     saved = {"model": "small", "dataset": "samsum", "lr": 1e-4, "epochs": 10, "batch_size": 8, "micro_batch_size": 8,
              "int8": False, "int4": False, "full": False, "gradient_checkpointing": False, "max_steps": None,
              "max_new_tokens": 64}  # fmt: skip
     (folder / "adapter").mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps({"configuration": saved | configuration}))
+    (folder / "metrics.json").write_text(json.dumps(HEAD | {"configuration": saved | configuration}))
     return folder
 
 
@@ -74,7 +77,7 @@ def test_resume_may_change_memory_but_no_result(flan, settings, tmp_path):
     assert (args.micro_batch_size, args.gradient_checkpointing, args.batch_size) == (2, True, 8)
     for words in (["--int8"], ["--lr", "1e-3"], ["--max-new-tokens", "128"], ["--seed", "1"]):
         if words[0] == "--seed":
-            (run / "metrics.json").write_text(json.dumps({"configuration": {"seed": 42}}))
+            (run / "metrics.json").write_text(json.dumps(HEAD | {"configuration": {"seed": 42}}))
         with pytest.raises(flan.UserError, match=words[0]):
             settings("--resume", "--output-dir", run, *words)
 
@@ -125,14 +128,25 @@ def test_out_of_memory_is_never_called_damage(flan, command, trained, tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr(getattr(flan, name), "from_pretrained", no_room)
             done = command(*words, "--adapter", trained.folder, cwd=tmp_path)
-        assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
+        assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of memory"), done
         assert "--micro-batch-size" not in done.err and ("--int8" in done.err) == (words[0] != "--export")
     wrapped = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate"))
     monkeypatch.setattr(flan.AutoModelForSeq2SeqLM, "from_pretrained", wrapped)  # as when it quantises
     done = command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
-    assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of GPU memory"), done
+    assert done.code == 2 and done.err.splitlines()[-1].startswith("error: out of memory"), done
     with pytest.raises(flan.torch.OutOfMemoryError), flan.writing_to(tmp_path):
         no_room()
+
+
+def test_no_memory_on_a_cpu_is_one_line_and_other_errors_are_none(flan, command, trained, tmp_path, monkeypatch):
+    chat = write_jsonl(tmp_path / "chats.jsonl", [{"dialogue": "Ada: Hi!"}])
+    for error in (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()):
+        monkeypatch.setattr(flan, "summarize", lambda settings, error=error: (_ for _ in ()).throw(error))
+        done = command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
+        assert done.code == 2 and done.err.count("\n") == 1 and "memory" in done.err, done
+    monkeypatch.setattr(flan, "summarize", lambda settings: (_ for _ in ()).throw(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        command("--summarize", chat, "--adapter", trained.folder, cwd=tmp_path)
 
 
 def test_help_says_what_the_tiny_model_takes(flan):
@@ -162,5 +176,6 @@ def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, cap
                             ("running", {"best_epoch": None}), ("running", {})):  # killed
         (run / "metrics.json").write_text(json.dumps(metrics | {"status": status, "results": results}))
         settings("--summarize")
-        is_told = f"is {status}; its best epoch so far is 0" in capsys.readouterr().err
+        word = "not finished" if status == "running" else status
+        is_told = f"is {word}; its best epoch so far is 0" in capsys.readouterr().err
         assert is_told is (status != "finished")

@@ -377,6 +377,46 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*.0"))) == 1
 
 
+# The second process has a loss that is infinite in its second step, with gradients like any other.
+ONE_BAD_LOSS = """
+import importlib.util, os, sys
+script = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+token_mean_loss, calls = flan.token_mean_loss, iter(range(99))
+def bad(*words, **more):
+    is_bad = next(calls) == 1 and os.environ["RANK"] == "1"
+    return token_mean_loss(*words, **more) + (float("inf") if is_bad else 0)
+flan.token_mean_loss = bad
+step_end = flan.Run.on_step_end
+def noted(run, args, state, control, model=None, **more):
+    total = sum(p.double().abs().sum().item() for p in model.parameters() if p.requires_grad)
+    print(total, file=open("weights " + os.environ["RANK"], "a"))
+    return step_end(run, args, state, control, model=model, **more)
+flan.Run.on_step_end = noted
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+
+
+def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(model_folder, data, tmp_path):
+    (tmp_path / "bad.py").write_text(ONE_BAD_LOSS)
+    words = ("--model", model_folder, "--dataset", data, "--batch-size", 4, "--micro-batch-size", 2, "--max-steps", 4,
+             "--lr", "1e-2", "--max-new-tokens", 2, "--output-dir", "run")  # fmt: skip
+    done = wait(start(*words, cwd=tmp_path, launcher=[*torchrun(), tmp_path / "bad.py"]), 240)
+    assert done.code == 0, done
+    first, second = ((tmp_path / f"weights {rank}").read_text().split() for rank in (0, 1))
+    assert first == second and first[1] == first[0] and len(set(first)) == 3
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["results"]["skipped_steps"] == 1
+
+
+def test_an_error_that_all_processes_meet_is_printed_once(model_folder, tmp_path):
+    """One of the command line, and one that is found later."""
+    for words in (("--lr", "fast"), ("--model", model_folder, "--dataset", "nothing.csv")):
+        done = wait(start(*words, cwd=tmp_path, launcher=torchrun()), 120)
+        assert done.code != 0 and done.err.count("nothing.csv: " if "--model" in words else "--lr") == 1, done
+
+
 # The script with the fast path of test_flan_t5_fast.py, without a GPU.
 FAST = """
 import os, sys
@@ -511,7 +551,7 @@ def test_sharded_a_process_without_memory_to_score_ends_the_run(model_folder, da
     is_over = process.returncode is not None
     process.terminate()  # and not killed, as torchrun's processes would outlive it
     done = wait(process)
-    assert is_over and done.code != 0 and "error: out of GPU memory: try " in done.err, done
+    assert is_over and done.code != 0 and "error: out of memory: try " in done.err, done
 
 
 def test_where_accelerate_ties_the_head_to_the_embedding(flan, no_dropout):

@@ -441,7 +441,7 @@ COLUMNS = {  # known names of the two columns, in lower case; anything else must
     "target": ("summary", "highlights", "abstract"),
 }
 SPLITS = ("train", "validation", "test")
-# From below: `read_splits`, `cache_folder` and `fingerprint` (section 8); `say`, which prints (9).
+# From below: `read_splits`, `explain`, `cache_folder` and `fingerprint` (section 8); `say`, which prints (9).
 
 
 def load_data(settings: Settings) -> datasets.DatasetDict:
@@ -544,7 +544,8 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, settings: Settings) -> 
 # The large `wo` of the feed-forward layers, embeddings, norms and head are never quantised. --export writes bf16.
 # T5's own dropout (0.1; of the tiny model 0) is on in training, as is LoRA's.
 #
-# From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8).
+# From below: `find_on_disk`, `load_tokenizer_and_config`, `read_weights` and `forget_input` (section 8); `is_sharded`
+# and `first_line` (9).
 
 
 def get_device() -> tuple[torch.device, torch.dtype]:
@@ -754,7 +755,8 @@ class Collator(DataCollatorForSeq2Seq):
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
-# From below: `score` (section 6), `save_checkpoint` and `save_result` (7), `agree` (9), `Run` (10), the fast step (14).
+# From below: `score` (section 6); what saves and loads (7); `agree` and `peak_memory_gib` (9); `Run` (10); the fast step
+# and `FlatAdamW`, which is AdamW on one long vector (14).
 
 
 def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
@@ -963,7 +965,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
 # ---------- 6. Scores: generation, and ROUGE with its bootstrap interval ----------------------------------------------
 
 ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-# From below: `agree` asks all processes (section 9), `FastT5.generate` (14).
+# From below: `agree` asks all processes, `StopSignal` whether to stop, `new_bar` shows how far it is (section 9);
+# `FastT5.generate` (14).
 
 
 class Summarizer:

@@ -755,8 +755,8 @@ class Collator(DataCollatorForSeq2Seq):
 
 # ---------- 5. Training: Seq2SeqTrainer, with an exact loss, scores after each epoch and whole checkpoints ------------
 
-# From below: `score` (section 6); what saves and loads (7); `agree` and `peak_memory_gib` (9); `Run` (10); the fast step
-# and `FlatAdamW`, which is AdamW on one long vector (14).
+# From below: `score` (section 6); what saves and loads (7); `agree` and `peak_memory_gib` (9); `Run` (10); the fast
+# step and `FlatAdamW`, which is AdamW on one long vector (14).
 
 
 def training_arguments(settings: Settings, folder: Path, steps: int, device: torch.device, precision: torch.dtype,
@@ -1808,6 +1808,9 @@ def train(settings: Settings) -> int:
             check_resumable(folder, description, settings, steps)
             with writing_to(folder):
                 checkpoint = from_main_process(lambda: find_checkpoint(folder))
+            if checkpoint and step_of(checkpoint) == steps and read_metrics(folder)["status"] == "finished":
+                say(f"{folder} is finished, and nothing is left to do: for more epochs, start a new run")
+                return 0
         show_description(description, settings, steps, folder)
         run = Run(settings, folder, description)
         trainer = SummarizationTrainer(run, model, tokenizer, data, steps, device, precision)

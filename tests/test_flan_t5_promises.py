@@ -256,7 +256,8 @@ def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, f
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if "run" in flags:
-        flan.write_json(tmp_path / "run/metrics.json", {"configuration": flan.parse_settings([]).configuration})
+        flan.write_json(tmp_path / "run/metrics.json", {"configuration": flan.parse_settings([]).configuration,
+                                                        "processes": 1, "optimizer": {}, "data": {}})
     settings = flan.parse_settings(flags)
     advice, _, folder = flan.out_of_memory_advice(settings).split("try ")[1].partition("; and another ")
     assert advice.count(",") > 1 or settings.resume

@@ -55,6 +55,7 @@ def test_a_run_that_ended_in_mid_epoch_takes_no_further_step(command, data, mode
     after = metrics(tmp_path / "a")
     assert after["status"] == "finished" and after["epochs"] == before["epochs"] and after["curve"] == before["curve"]
     assert [step_of(path) for path in sorted((tmp_path / "a/checkpoints").iterdir())][-1] == 4
+    assert done.out.endswith("\na is finished, and nothing is left to do: for more epochs, start a new run\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1808,7 +1808,7 @@ def train(settings: Settings) -> int:
             check_resumable(folder, description, settings, steps)
             with writing_to(folder):
                 checkpoint = from_main_process(lambda: find_checkpoint(folder))
-            if checkpoint and step_of(checkpoint) == steps and read_metrics(folder)["status"] == "finished":
+            if checkpoint and step_of(checkpoint) == steps and read_metrics(folder).get("status") == "finished":
                 say(f"{folder} is finished, and nothing is left to do: for more epochs, start a new run")
                 return 0
         show_description(description, settings, steps, folder)

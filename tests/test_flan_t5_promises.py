@@ -44,6 +44,9 @@ def test_max_steps_only_shortens_a_run(run_it, command, data, model_folder, tmp_
     flags = ("--epochs", "1", "--max-steps", "100", "--batch-size", "4")
     done = command("--plan", "--model", model_folder, "--dataset", data, *flags, cwd=tmp_path)
     assert "\nsteps: 6 of 4 rows, 1.0 epochs" in done.out, done
+    flags = ("--epochs", "1", "--batch-size", "16")
+    done = command("--plan", "--model", model_folder, "--dataset", data, *flags, cwd=tmp_path)
+    assert "\nsteps: 2 of 16 rows, 1.0 epochs" in done.out, done  # the second has eight
 
 
 def test_max_steps_may_be_raised_on_resume_and_the_rate_follows(run_it, command, trained, tmp_path):

@@ -284,7 +284,7 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
         metrics = read_metrics(run)
         if metrics.get("status", "finished") != "finished":
             epoch = metrics.get("results", {}).get("best_epoch") or 0
-            status = {"running": "not finished"}.get(metrics["status"], metrics["status"])
+            status = metrics["status"].replace("running", "not finished")  # it may have been killed
             print(f"note: {run} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
         return run
     folder = Path(given["adapter"])
@@ -328,7 +328,7 @@ def exit_on_user_error(work: Callable, *arguments: Any) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as if ended by SIGPIPE
     except (UserError, OSError) as error:  # OSError: a full disk, a file without permission; it says which and why
-        if is_first_to_say(f"{error}"):
+        if is_first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1435,21 +1435,21 @@ def read_files(paths: list[Path], cache_dir: Path | None) -> list[Row]:
     other = next((path for path in paths if SUFFIXES[path.suffix] != kind), None)
     if other:
         raise UserError(f"{paths[0]} and {other} are of two kinds: leave one out")
-    content = hashlib.blake2b(digest_size=8)  # `datasets` knows a file by its time, which a copy may share with another
+    digest = hashlib.blake2b(digest_size=8)  # `datasets` knows a file by its time, which a copy may share with another
     try:
         for path in paths:
-            content.update(path.read_bytes())
+            content = path.read_bytes()
+            digest.update(content)
+            if path.suffix == ".json" and not re.match(rb"(\xef\xbb\xbf)?\s*(\[|$)", content[:1000]):
+                explain(path)  # pyarrow would make columns of an object, and end the process at a null
         files = [glob.escape(str(path)) for path in paths if path.stat().st_size or kind == "parquet"]
         if kind == "csv" and files:  # all fields are text, "NA" and "7" too, and none of them is the name of its row
             names = csv_header(next(path for path in paths if path.stat().st_size))
             options = {"keep_default_na": False, "index_col": False, "encoding": "utf-8-sig",
                        "features": datasets.Features({name: datasets.Value("string") for name in names})}
-        for path in paths:
-            if path.suffix == ".json" and not re.match(rb"(\xef\xbb\xbf)?\s*(\[|$)", path.read_bytes()[:1000]):
-                explain(path)  # pyarrow would make columns of an object, and end the process at a null
         with warnings.catch_warnings(), cache_folder(cache_dir, "datasets") as folder:
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder / content.hexdigest()),
+            return datasets.load_dataset(kind, data_files={"train": files}, cache_dir=str(folder / digest.hexdigest()),
                                          split="train", **options).to_list() if files else []
     except UserError:
         raise

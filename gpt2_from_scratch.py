@@ -1976,34 +1976,10 @@ def resume(run: Path, trainer: Trainer) -> Progress:
     settings, saved = trainer.settings, read_json(run / "metrics.json")
     before = saved.get("configuration", {}).get("max_steps", settings.max_steps)
 
-    begins = math.inf  # a decay that shall be undone
+    last = math.inf  # step that shall be gone on from, if possible: where a decay began that is undone
     if settings.schedule == "wsd" and settings.max_steps > before:
-        begins = before - decay_steps(before)
-
-    def find() -> tuple[Path | None, Progress]:
-        for unfinished in (run / "checkpoints").glob("*.incomplete"):
-            say(f"{unfinished.name} is deleted: it was never finished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-        decayed = [folder for folder in find_checkpoints(run) if int(folder.name.removeprefix("step-")) > begins]
-        for folder in [folder for folder in find_checkpoints(run) if folder not in decayed] + decayed:
-            try:
-                progress = load_checkpoint(folder, trainer)
-            except UserError as error:
-                say(f"{folder.name} is damaged ({error}): put aside as {folder.name}.damaged")
-                put_aside(folder, "damaged")
-                continue
-            if decayed and folder not in decayed:
-                say_wrapped(f"the decay that began at step {begins:,} is undone: its checkpoints become *.decayed")
-                for other in decayed:
-                    put_aside(other, "decayed")
-            if progress.best_step is not None and not checkpoint_folder(run, progress.best_step).is_dir():
-                own = [line["validation_loss"] for line in read_log(run)
-                       if line["step"] == progress.step and line.get("validation_loss") is not None]
-                progress.best_loss, progress.best_step = (own[-1], progress.step) if own else (None, None)
-            return folder, progress
-        return None, Progress()
-
-    folder, progress = on_main_process(find)
+        last = before - decay_steps(before)
+    folder, progress = on_main_process(lambda: load_newest(run, trainer, last))
     if folder is None:
         say(f"no good checkpoint in {run}: starting at step 0")
         if settings.weights:
@@ -2025,6 +2001,36 @@ def resume(run: Path, trainer: Trainer) -> Progress:
             f"; at step {progress.step:,} the learning rate would have been {new:.2e} in place of {old:.2e}")
         say_wrapped(f"--max-steps: {before:,} -> {settings.max_steps:,}{rates}")
     return progress
+
+
+def load_newest(run: Path, trainer: Trainer, last: float) -> tuple[Path | None, Progress]:
+    """Fill a trainer from the newest checkpoint up to step `last`, or else from a later one, and return which it was.
+
+    Those after it become *.decayed, those that are damaged *.damaged. The best one may be among them: then it is this
+    one, if it was evaluated, or none.
+    """
+    for unfinished in (run / "checkpoints").glob("*.incomplete"):
+        say(f"{unfinished.name} is deleted: it was never finished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+    found = find_checkpoints(run)
+    decayed = [folder for folder in found if int(folder.name.removeprefix("step-")) > last]
+    for folder in sorted(found, key=decayed.__contains__):  # otherwise newest first, as they are
+        try:
+            progress = load_checkpoint(folder, trainer)
+        except UserError as error:
+            say(f"{folder.name} is damaged ({error}): put aside as {folder.name}.damaged")
+            put_aside(folder, "damaged")
+            continue
+        if decayed and folder not in decayed:
+            say_wrapped(f"the decay that began at step {last:,} is undone: its checkpoints become *.decayed")
+            for other in decayed:
+                put_aside(other, "decayed")
+        if progress.best_step is not None and not checkpoint_folder(run, progress.best_step).is_dir():
+            own = [line["validation_loss"] for line in read_log(run)
+                   if line["step"] == progress.step and line.get("validation_loss") is not None]
+            progress.best_loss, progress.best_step = (own[-1], progress.step) if own else (None, None)
+        return folder, progress
+    return None, Progress()
 
 
 def put_aside(folder: Path, reason: str) -> None:
@@ -2296,10 +2302,10 @@ class Run:
         if self.log:
             self.log.write(step, on_board=is_report or step % 10 == 0, **line)
         if Guard.is_diverging(values):
-            lower = f"--lr {short(settings.lr / 4)}"
-            advice = f"start anew with {lower}" if self.last_checkpoint() == "none" else (
-                f"the last good checkpoint is {self.last_checkpoint()}. Start anew with a lower --lr, or from what was "
-                f"good: the same command with --init {shlex.quote(str(self.folder))} {lower}")  # fmt: skip
+            last, lower = self.last_checkpoint(), f"--lr {short(settings.lr / 4)}"
+            advice = f"start anew with {lower}" if last == "none" else (
+                f"the last good checkpoint is {last}. Start anew with a lower --lr, or from what was good: the same "
+                f"command with --init {shlex.quote(str(self.folder))} {lower}")  # fmt: skip
             cause = "10 steps skipped in a row" if values["in_a_row"] >= 10 else "it has risen by a nat"
             raise UserError(f"the run diverges at step {step} (mean loss {values['mean_loss']:.3f}: {cause}); {advice}")
         return values["stop"] > 0

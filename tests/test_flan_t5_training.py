@@ -379,11 +379,10 @@ def test_two_processes_are_one(flan, command, process, no_dropout, tmp_path):
 
 # The second process has a loss that is infinite in its second step, with gradients like any other.
 ONE_BAD_LOSS = """
-import importlib.util, os, sys
-script = sys.argv.pop(1)
-spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
-flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(flan)
+import os, sys
+sys.path.insert(0, os.path.join(os.path.dirname(sys.argv.pop(1)), "tests"))
+import conftest
+flan = conftest.load_script(conftest.SCRIPT)
 token_mean_loss, calls = flan.token_mean_loss, iter(range(99))
 def bad(*words, **more):
     is_bad = next(calls) == 1 and os.environ["RANK"] == "1"

@@ -898,6 +898,18 @@ def test_wsd_goes_on_from_before_its_decay(command, text, capsys):
     assert losses_of(Path("run"))[-1] == losses_of(Path("straight"))[-1]
 
 
+def interrupt_at(monkeypatch, step: int) -> None:
+    """A signal, before this step (counted from 0) is taken."""
+    original = gpt2.training_step
+
+    def send(trainer, number, batch, stop=False):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, number, batch, stop)
+
+    monkeypatch.setattr(gpt2, "training_step", send)
+
+
 def wsd(text, *words) -> list:
     schedule = ["--schedule", "wsd", "--eval-every", 6, "--warmup-steps", 2, "--max-steps", 20]
     return ["--data", text, *SIZES, *schedule, *words]
@@ -916,15 +928,8 @@ def test_wsd_keeps_its_decay_while_nothing_from_before_it_can_be_read(command, t
 
 def test_wsd_stopped_in_its_decay_goes_on_there(command, text, monkeypatch, capsys):
     assert command(*wsd(text, "--output-dir", "straight")) == 0
-    original = gpt2.training_step
-
-    def send(trainer, step, batch, stop=False):
-        if step == 18:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(trainer, step, batch, stop)
-
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2, "training_step", send)
+        interrupt_at(patch, 18)
         assert command(*wsd(text, "--output-dir", "run")) == 130
     assert command("--resume", "--output-dir", "run") == 0
     assert "is undone" not in capsys.readouterr().out
@@ -934,21 +939,14 @@ def test_wsd_stopped_in_its_decay_goes_on_there(command, text, monkeypatch, caps
 @pytest.mark.parametrize("step", [16, 18])
 def test_a_best_checkpoint_that_is_gone_is_not_the_best(command, text, monkeypatch, step):
     """As where a decay is undone in which another was the best. Step 18 was not evaluated."""
-    original = gpt2.training_step
-
-    def send(trainer, number, batch, stop=False):
-        if number == 17:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(trainer, number, batch, stop)
-
-    monkeypatch.setattr(gpt2, "training_step", send)
-    assert command("--data", text, *SIZES, "--max-steps", 40, "--eval-every", 8, "--output-dir", "run") == 130
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 17)
+        assert command("--data", text, *SIZES, "--max-steps", 40, "--eval-every", 8, "--output-dir", "run") == 130
     if step == 16:
         gpt2.remove_folder(Path("run/checkpoints/step-00000018"))
     file = Path(f"run/checkpoints/step-{step:08d}/training.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"best_step": 8, "best_loss": 0.5}))
     gpt2.remove_folder(Path("run/checkpoints/step-00000008"))
-    monkeypatch.setattr(gpt2, "training_step", original)
     assert command("--resume", "--output-dir", "run") == 0
     results = json.loads(Path("run/metrics.json").read_text())["results"]
     assert Path(f"run/checkpoints/step-{results['best_step']:08d}").is_dir()
@@ -960,14 +958,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_the_best(command, text, monkeypat
 
 def test_best_is_always_a_checkpoint(command, text, monkeypatch):
     """Stopped before the second evaluation: the loss at step 0, of which there is no checkpoint, is not the best."""
-    original = gpt2.training_step
-
-    def send(trainer, step, batch, stop=False):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(trainer, step, batch, stop)
-
-    monkeypatch.setattr(gpt2, "training_step", send)
+    interrupt_at(monkeypatch, 2)
     assert command("--data", text, *SIZES, "--max-steps", 12, "--eval-every", 6, "--output-dir", "run") == 130
     results = json.loads(Path("run/metrics.json").read_text())["results"]
     assert results["best_step"] is None and results["best_validation_loss"] is None

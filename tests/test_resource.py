@@ -432,7 +432,7 @@ def test_the_verdicts_are_what_the_documents_say():
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 76, 1 of 200 test summaries with a name or a number
+    """The README's figures, with room for other machines: ROUGE-1 76, 2 of 200 test summaries with a name or a number
     that the chat does not hold; of 40 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done

@@ -2614,16 +2614,17 @@ def fast_activation_bytes(config: transformers.T5Config, rank: int, source: int,
 def fast_extra_bytes(config: transformers.T5Config, rank: int, precision: str) -> int:
     """What else the fast step needs: LoRA's columns beside the frozen matrices, and working memory.
 
-    The second is a tenth of a GiB by measurement (seven configurations on an H200 are then met within 2%), and for a
-    moment the largest matrix as it is dequantised, of NF4 twice: as bitsandbytes returns it, and with LoRA's columns.
+    The second is a tenth of a GiB by measurement, and for a moment the largest matrix as it is dequantised: that of the
+    feed-forward layers, or q, k and v twice, as bitsandbytes returns NF4 and with LoRA's columns.
     """
     inner, width = config.num_heads * config.d_kv, config.d_model
     columns = lambda modules: 64 * math.ceil(modules * rank / 64)
     self_attention = 3 * inner * columns(3) + width * columns(1)
     cross_attention = (inner + width) * columns(1) + 2 * inner * columns(2)
     layers = config.num_layers * self_attention + config.num_decoder_layers * (self_attention + cross_attention)
-    largest = 2 * config.d_ff * width
-    return 2 * layers + GIB // 10 + 2 * largest * {"int8": 1, "int4": 2}.get(precision, 0)
+    feed_forward, qkv = 2 * config.d_ff * width, 3 * inner * (width + columns(3))
+    largest = {"bf16": 0, "int8": feed_forward, "int4": max(feed_forward, 2 * qkv)}[precision]
+    return 2 * layers + GIB // 10 + 2 * largest
 
 
 def plan(settings: Settings) -> int:
@@ -2688,13 +2689,12 @@ def fast_bytes(config: transformers.T5Config, rank: int, precision: str, weights
                target: int, checkpointing: bool) -> int:
     """The most that a training with the fast step takes: in a step, or before the first one.
 
-    A trained number costs 18 bytes: itself, its gradient and AdamW's two moments in fp32, and itself in bf16.
-    Activations count twice: those that CUDA graphs have recorded stay reserved while the first batch of another size
-    runs without one.
+    Activations count once, as CUDA graphs share them. A trained number costs 18 bytes: itself, its gradient and AdamW's
+    two moments in fp32, and itself in bf16.
     """
     extra = fast_extra_bytes(config, rank, precision)
     activations = fast_activation_bytes(config, rank, source, target, checkpointing)
-    step = weights + 18 * trained + extra + 2 * activations
+    step = weights + 18 * trained + extra + activations
     # While q, k and v of all layers become one tensor, they are there twice: quantised ones are merged layer by layer.
     twice = config.num_layers * 2 * 3 * config.d_model * config.num_heads * config.d_kv * (precision == "bf16")
     merging = weights + 10 * trained + twice
@@ -3016,7 +3016,7 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 276 rows/s in place of 18):
+# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 296 rows/s in place of 18):
 #
 # - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
 #   Only attention knows where a row begins. Its kernels are written here in Triton: softmax(q k^T + bias) v tile by
@@ -3027,13 +3027,14 @@ def holm(values: list[float]) -> list[float]:
 # - The rest (norms, GELU, dropout, loss) is fused by torch.compile, once for batches of any size (40 s, or less
 #   from its cache on disk). Dropout's masks are a hash of seed and position: computed again in backward, not kept.
 # - A CUDA graph records the thousands of kernels of a step, and replays them with one call. It holds for one size, so
-#   batches are filled up to one of few sizes (see `size_class`). The first batch of a size runs without, the second is
-#   recorded. No two graphs run at once: all use the same pool of memory.
+#   batches are filled up to one of few sizes (see `size_class`), each recorded when it first comes. No two graphs run
+#   at once: all use the same pool of memory.
 # - All adapters lie in one vector, as do their gradients: clipping and AdamW are a few kernels, not hundreds.
 #
 # Before its first step it is compared with section 5 on two rows. Where it does not apply or agree, section 5 goes on.
 
 F = torch.nn.functional
+# Of a kernel's parameters only constants have a type hint: Triton compiles for the types that it finds there.
 jit, constexpr = (lambda kernel: kernel, Any) if triton is None else (triton.jit, tl.constexpr)
 
 
@@ -3326,12 +3327,14 @@ def dequantized(matrix: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, w
                 ) -> torch.Tensor:
     """[W | tail] of a quantised W, for a moment. As the compiler sees two different calls, it does not keep the first
     one's result for backward, which would cost the memory that INT8 and NF4 save."""
+    nf4 = lambda: torch.ops.bitsandbytes.dequantize_4bit(matrix, scale, 64, "nf4", [len(tail), width], tail.dtype)
+    if matrix.dtype != torch.int8 and not tail.shape[1]:
+        return nf4()
     result = tail.new_empty(len(tail), width + tail.shape[1])
     if matrix.dtype == torch.int8:
         torch.mul(matrix, scale[:, None], out=result[:, :width])
     else:
-        result[:, :width] = torch.ops.bitsandbytes.dequantize_4bit(matrix, scale, 64, "nf4", [len(tail), width],
-                                                                   tail.dtype)
+        result[:, :width] = nf4()
     result[:, width:] = tail
     return result
 
@@ -3797,21 +3800,27 @@ class FastT5:
         return loss
 
     def by_graph(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`forward_backward`, from the second batch of a size on by a graph. (On a CPU, in tests, never.)"""
+        """`forward_backward` by a graph, recorded when a size of batch is met. (On a CPU, in tests, without.)
+
+        A batch for which code must be compiled, as the first, runs without: that cannot be done in a recording.
+        """
         sizes = tuple(map(len, batch.values()))
         if not self.uses_graphs:
             return self.forward_backward(batch)
         if sizes not in self.graphs:
-            self.graphs[sizes] = None
-            # On the stream that will be recorded: autograd's nodes of the leaves remember the one they were made on.
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = self.forward_backward(batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
-        if self.graphs[sizes] is None:
             static = {name: tensor.clone() for name, tensor in batch.items()}
-            self.graphs[sizes] = static, *self.record(lambda: self.forward_backward(static))
+            try:
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    self.graphs[sizes] = static, *self.record(lambda: self.forward_backward(static))
+            except RuntimeError as error:
+                if "fail_on_recompile" not in str(error):
+                    raise
+                # On the stream of recordings: autograd's nodes of the leaves remember the one they were made on.
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    loss = self.forward_backward(batch)
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return loss
         static, graph, loss = self.graphs[sizes]
         for name, tensor in batch.items():
             static[name].copy_(tensor, non_blocking=True)
@@ -4054,7 +4063,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         with calmed(fast):
             loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)  # accelerate's autocast
             expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
-            for _ in range(3 if fast.uses_graphs else 1):  # as it stands, recorded, replayed: the last one counts
+            for _ in range(2 if fast.uses_graphs else 1):  # as it stands, then by a graph: the last one counts
                 fast.flat.grad.zero_()
                 found_loss = fast.by_graph(batch)
         found = fast.split(fast.flat.grad)

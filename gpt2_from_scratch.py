@@ -1192,6 +1192,8 @@ def make_trainer(settings: Settings, processes: tuple[int, int, torch.device], d
     if settings.micro_batch_size == "auto":
         trainer.machine = replace(machine, micro_batch_size=largest_micro_batch(trainer))
     trainer.machine = replace(trainer.machine, mode=compile_compute_copy(trainer, compiled))
+    if settings.micro_batch_size == "auto" and trainer.machine.mode == "compiled":
+        trainer.machine = replace(trainer.machine, micro_batch_size=larger_when_compiled(trainer))
     if StepGraph.can_run(trainer):
         trainer.step_graph = StepGraph(trainer)
     return trainer
@@ -1225,35 +1227,67 @@ def forward_backward(trainer: Trainer, sequences: int) -> None:
     trainer.model.zero_grad(set_to_none=True)
 
 
-def largest_micro_batch(trainer: Trainer) -> int:
-    """The largest divisor of a process's sequences that fits a GPU, from 2^16 tokens down; elsewhere of up to 2^13."""
-    machine, block_size = trainer.machine, trainer.order.block_size
-    share, is_cuda = trainer.sequences_per_step // machine.world, machine.device.type == "cuda"
-    limit = 2**16 if is_cuda else 2**13
-    sizes = [size for size in range(share, 0, -1) if share % size == 0 and size * block_size <= limit] or [1]
-    if not is_cuda:
-        return sizes[0]
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    moments = 2 / (machine.world if trainer.settings.shard_optimizer else 1)
-    limit = 0.95 * torch.cuda.get_device_properties(machine.device).total_memory / 2**30  # the rest is lost in gaps
-    for size in sizes:
-        torch.cuda.reset_peak_memory_stats()
-        reserve = None
-        try:
-            # Room for what a training has besides: the optimiser's moments, and, where passes add up, their gradients.
-            reserve = torch.empty(int((moments + (size < share)) * parameters), device=machine.device)
-            forward_backward(trainer, size)
-            if peak_memory(machine.device) < limit:
-                break
-        except torch.OutOfMemoryError:
-            trainer.model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    else:
-        raise torch.OutOfMemoryError("not even one sequence fits")
-    del reserve
-    torch.cuda.empty_cache()
+def micro_batch_sizes(trainer: Trainer) -> list[int]:
+    """Divisors of a process's sequences, the largest first; of up to 2^16 tokens on a GPU, 2^13 elsewhere."""
+    share, limit = trainer.sequences_per_step // trainer.machine.world, 2**13
+    if trainer.machine.device.type == "cuda":
+        limit = 2**16
+    return [n for n in range(share, 0, -1) if share % n == 0 and n * trainer.order.block_size <= limit] or [1]
+
+
+def bytes_beside_a_pass(trainer: Trainer, size: int) -> int:
+    """The optimiser's moments, and, where a step takes several passes, the gradients that these add up."""
+    world = trainer.machine.world
+    moments = 2 / (world if trainer.settings.shard_optimizer else 1)
+    copies = moments + (size < trainer.sequences_per_step // world)
+    return 4 * int(copies * sum(p.numel() for p in trainer.model.parameters()))
+
+
+def memory_limit(device: torch.device) -> float:
+    """In GiB, of a GPU; what is above it is lost in gaps."""
+    return 0.95 * torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
+def fits(trainer: Trainer, size: int) -> bool:
+    """Whether a GPU has the memory for passes of so many sequences."""
+    device, reserve = trainer.machine.device, None
     torch.cuda.reset_peak_memory_stats()
-    return int(agree(machine, size, dist.ReduceOp.MIN))
+    try:
+        reserve = torch.empty(bytes_beside_a_pass(trainer, size), dtype=torch.uint8, device=device)
+        forward_backward(trainer, size)
+        return peak_memory(device) < memory_limit(device)
+    except torch.OutOfMemoryError:
+        trainer.model.zero_grad(set_to_none=True)
+        return False
+    finally:
+        del reserve
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def largest_micro_batch(trainer: Trainer) -> int:
+    """The largest of micro_batch_sizes() that fits."""
+    sizes = micro_batch_sizes(trainer)
+    if trainer.machine.device.type != "cuda":
+        return sizes[0]
+    size = next((size for size in sizes if fits(trainer, size)), None)
+    if size is None:
+        raise torch.OutOfMemoryError("not even one sequence fits")
+    return int(agree(trainer.machine, size, dist.ReduceOp.MIN))
+
+
+def larger_when_compiled(trainer: Trainer) -> int:
+    """The micro-batch of a compiled step, which takes less memory: the largest that fits by what it takes now."""
+    machine = trainer.machine
+    now, before = machine.micro_batch_size, torch.cuda.memory_allocated()
+    each = (torch.cuda.max_memory_allocated() - before) / now  # since largest_micro_batch(): of a compiled pass
+    size = next((size for size in micro_batch_sizes(trainer) if size > now and before + size * each
+                 + bytes_beside_a_pass(trainer, size) < memory_limit(machine.device) * 2**30), now)  # fmt: skip
+    size = int(agree(machine, size, dist.ReduceOp.MIN))
+    if size > now:
+        size = size if agree(machine, fits(trainer, size), dist.ReduceOp.MIN) else now
+        forward_backward(trainer, size)  # for peak_memory()
+    return size
 
 
 def agree(machine: Machine, value: float, choose: dist.ReduceOp) -> float:

@@ -196,8 +196,8 @@ def usual_training(flan, settings, model, rows, precision, steps, warm_up=2):
 def our_training(flan, settings, model, rows, precision, steps):
     """The script's Trainer over the same `steps` batches three times.
 
-    A size of batch is new twice: its first batch runs without a graph, its second is recorded. `new_size_seconds` is
-    what both cost beside their steps. A training meets most of its sizes in the first epoch.
+    `new_size_seconds` is what recording a size of batch costs beside the step, on average. A training meets most of its
+    sizes in the first epoch. `first_peak_gib` is that until the first step is over, with the comparison before it.
     """
     torch, marks, sizes, run_batch = flan.torch, {}, [], flan.FastT5.by_graph
     flan.FastT5.by_graph = lambda self, batch: sizes.append(tuple(map(len, batch.values()))) or run_batch(self, batch)
@@ -208,6 +208,7 @@ def our_training(flan, settings, model, rows, precision, steps):
                 synchronise(torch)
                 marks[state.global_step] = time.perf_counter()
             if state.global_step == 1:  # the comparison before it is not a step's memory
+                marks["peak"] = flan.peak_memory_gib(model.device)
                 trainer.restart_clock()
 
     tokenizer = flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"])
@@ -232,12 +233,14 @@ def our_training(flan, settings, model, rows, precision, steps):
             trainer.fast.graphs[size][1].replay()
         synchronise(torch)
         alone = steps * settings.batch_size / (time.perf_counter() - begin_alone)
+    longest = [max(size[i] for size in sizes) for i in (0, 2)] if sizes else None  # source and target, see `pack`
     pass_seconds, graphs = marks[3 * steps] - marks[2 * steps], len(trainer.fast.graphs) if trainer.fast else 0
     return {
         "graphs_alone_rows_per_second": alone, "rows_per_second": steps * settings.batch_size / pass_seconds,
         "new_size_seconds": (marks[2 * steps] - marks[1] - 2 * pass_seconds) / graphs if graphs else None,
         "first_two_passes_seconds": marks[2 * steps] - begin, "first_step_seconds": marks[1] - begin,
-        "from_start_of_process_seconds": marks[1] - START, "peak_gib": peak, "reserved_gib": reserved,
+        "from_start_of_process_seconds": marks[1] - START, "first_peak_gib": marks["peak"], "peak_gib": peak,
+        "reserved_gib": reserved, "longest_tokens": longest,
         "is_fast": trainer.fast is not None, "graphs": graphs,
     }
 

@@ -221,18 +221,18 @@ def test_a_trained_number_costs_16_bytes(flan):
     assert many - few == 18e6  # compiled, it is there in bf16 too
 
 
-# Peaks of training on an H200 (PyTorch 2.11, 2026-11-29, rounded), by tests/benchmark_flan_t5.py, with the tokens of
-# its longest micro-batch. Those with three decimals or more are of the day before, to which the tenth of a GiB was
-# fitted; all else is counted. XXL's NF4 had its scales twice, which is mended: they are taken off. All were measured
-# before LoRA's kernels, which also keep what comes out of the norms: that is taken off what is predicted.
+# Peaks of training on an H200 (PyTorch 2.11, 2026-11-29), by tests/benchmark_flan_t5.py, with the tokens of its longest
+# micro-batch. That of XXL in INT8 is of the day before. That of XXL in NF4 had its largest matrix twice for a moment,
+# which is mended: the difference is taken off.
 @pytest.mark.parametrize(("size", "precision", "checkpointing", "source", "target", "measured"), [
-    ("base", "bf16", False, 3840, 448, 1.7), ("base", "bf16", False, 3584, 384, 1.638),
-    ("xl", "bf16", False, 3584, 384, 10.7), ("xl", "bf16", False, 18432, 2816, 31.94),
-    ("xl", "int8", False, 3328, 384, 8.4), ("xl", "int4", False, 3328, 384, 7.5),
-    ("xxl", "int8", True, 320, 128, 13.704), ("xxl", "int4", True, 320, 128, 10.79 - 0.516)])
+    ("base", "bf16", False, 3840, 448, 1.80), ("xl", "bf16", False, 3584, 384, 10.80),
+    ("xl", "bf16", False, 18432, 2816, 33.71), ("xl", "int8", False, 3328, 384, 8.43),
+    ("xl", "int4", False, 3328, 384, 7.56), ("xxl", "int8", True, 320, 128, 13.70),
+    ("xxl", "int4", True, 1536, 256, 10.58 - 0.12)])
 def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     flan, size, precision, checkpointing, source, target, measured
 ):
+    """Or up to 4% more."""
     flags = [] if precision == "bf16" else [f"--{precision}"]
     settings = flan.parse_settings(["--model", size, *flags])
     config = flan.geometry(settings)
@@ -241,14 +241,12 @@ def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     trained = flan.add_lora(model, settings).get_nb_trainable_parameters()[0]
     step = weights + 18 * trained + flan.fast_extra_bytes(config, 16, precision)
     step += flan.fast_activation_bytes(config, 16, source, target, checkpointing)
-    if not checkpointing:
-        step -= 2 * config.d_model * (config.num_layers * source + 2 * config.num_decoder_layers * target)
-    assert step / 2**30 == pytest.approx(measured, rel=0.02, abs=0.055 if measured == round(measured, 1) else 0)
+    assert 0.99 * measured < step / 2**30 < 1.04 * measured
 
 
 def test_what_the_plan_of_the_compiled_step_counts(flan):
-    """The longest rows of a micro-batch, in whole size classes; activations twice; or what comes before the first step:
-    q, k and v of all layers as one tensor beside themselves, or the comparison with the usual step."""
+    """The longest rows of a micro-batch, in whole size classes; or what comes before the first step: q, k and v of all
+    layers as one tensor beside themselves, or the comparison with the usual step."""
     sources, targets = [400, 300, 200, 100, 60, 50, 40, 30], [90, 80, 9, 8, 7, 6, 5, 4]
     assert flan.longest_batch(sources, targets, 2, True) == (704, 192)  # 700 and 170
     assert flan.longest_batch(sources, targets, 8, True) == (1280, 256)  # 1180 and 209
@@ -259,7 +257,7 @@ def test_what_the_plan_of_the_compiled_step_counts(flan):
     count = lambda precision, *rest: flan.fast_bytes(config, 16, precision, 10**9, 10**6, *rest)
     activations = flan.fast_activation_bytes(config, 16, 4096, 1024)
     extra = flan.fast_extra_bytes(config, 16, "bf16")
-    assert count("bf16", 4096, 1024, False) == 10**9 + 18 * 10**6 + extra + 2 * activations
+    assert count("bf16", 4096, 1024, False) == 10**9 + 18 * 10**6 + extra + activations
     few = count("bf16", 64, 64, True)
     assert few == 10**9 + 10 * 10**6 + 2 * 24 * 3 * inner * width
     extra = flan.fast_extra_bytes(config, 16, "int8")

@@ -1174,25 +1174,44 @@ def test_a_training_draws_one_sample_and_says_nothing_of_what_is_not_set(command
     assert set(drawn) == {1} and "None" not in capsys.readouterr().out
 
 
-def test_room_is_kept_for_gradients_where_passes_add_up(monkeypatch):
-    """Beside one pass: two moments for each parameter, and its gradient where a step has several passes."""
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A trainer on a GPU of 16,000 bytes that is a pretence: 8 sequences a step, of which passes of up to 2 fit."""
     trainer = types.SimpleNamespace(
-        machine=types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), world=1), sequences_per_step=8,
-        order=types.SimpleNamespace(block_size=16), model=torch.nn.Linear(10, 10, bias=False),
-        settings=types.SimpleNamespace(shard_optimizer=False))  # fmt: skip
-    kept, tried = [], []
+        machine=types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), world=1, micro_batch_size=1),
+        sequences_per_step=8, order=types.SimpleNamespace(block_size=16), model=torch.nn.Linear(10, 10, bias=False),
+        settings=types.SimpleNamespace(shard_optimizer=False), largest=2, tried=[], kept=[])  # fmt: skip
 
     def forward_backward(trainer, size):
-        tried.append(size)
-        if size > 2:
+        trainer.tried.append(size)
+        if size > trainer.largest:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpt2, "forward_backward", forward_backward)
     monkeypatch.setattr(gpt2, "peak_memory", lambda device: 0)
     monkeypatch.setattr(gpt2, "agree", lambda machine, value, choose: value)
-    monkeypatch.setattr(torch, "empty", lambda size, device: kept.append(size))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=2**30))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: trainer.kept.append(size))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=16_000))
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    assert gpt2.largest_micro_batch(trainer) == 2
-    assert (tried, kept) == ([8, 4, 2], [200, 300, 300])
+    return trainer
+
+
+def test_room_is_kept_for_gradients_where_passes_add_up(pretended_gpu):
+    """Beside one pass: two moments for each parameter, and its gradient where a step has several passes."""
+    assert gpt2.largest_micro_batch(pretended_gpu) == 2
+    assert (pretended_gpu.tried, pretended_gpu.kept) == ([8, 4, 2], [800, 1200, 1200])  # bytes
+
+
+@pytest.mark.parametrize(("used", "largest", "wanted"), [
+    (3_500, 8, 4),  # 3,100 for each sequence: four of them, 400 and 1,200 are less than 95% of 16,000 bytes
+    (2_100, 8, 8),  # eight, 400 and 800, as one pass needs no room for gradients
+    (2_200, 8, 4), (3_900, 8, 2), (8_000, 8, 1),
+    (3_500, 2, 1)])  # passes of four do not fit after all
+def test_a_compiled_step_may_take_a_larger_micro_batch(pretended_gpu, monkeypatch, used, largest, wanted):
+    """By what a compiled pass of one sequence took: `used` bytes, with 400 of weights."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used)
+    pretended_gpu.largest = largest
+    assert gpt2.larger_when_compiled(pretended_gpu) == wanted
+    assert (pretended_gpu.tried or [1])[-1] == wanted  # so that peak_memory() is that of the micro-batch

@@ -30,19 +30,18 @@ import gpt2_from_scratch as gpt2
 VOCABULARY = 50257
 SEQUENCES = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16}
 TIMEOUTS = {"gpt2": 240, "gpt2-medium": 150, "gpt2-large": 180, "cold": 150, "decode": 180, "shakespeare": 100,
-            "cpu": 240}  # seconds
+            "cpu": 240, "small-card": 150}  # seconds
 TINY = {"layers": 2, "heads": 2, "width": 64, "block_size": 64}
 
 
 def make_trainer(arguments: argparse.Namespace, model: str, sequences: int, *flags: str, vocabulary: int = VOCABULARY,
-                 **sizes: int) -> gpt2.Trainer:
+                 **sizes: int | str) -> gpt2.Trainer:
     """The script's own trainer on random tokens, with `flags` of its command line."""
     torch.use_deterministic_algorithms(False)
     words = ["--model", model, "--tokenizer", "gpt2", "--optimizer", "adamw", "--max-steps", "1000000000", *flags]
     settings = gpt2.resolve_settings(gpt2.parse_arguments(words))
-    settings = replace(settings, **(sizes | (TINY if arguments.tiny else {})))
-    settings = replace(settings, batch_tokens=sequences * settings.block_size, micro_batch_size=sequences,
-                       warmup_steps=100, eval_every=1000)  # fmt: skip
+    settings = replace(settings, **({"micro_batch_size": sequences} | sizes | (TINY if arguments.tiny else {})))
+    settings = replace(settings, batch_tokens=sequences * settings.block_size, warmup_steps=100, eval_every=1000)
     tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6).astype(np.uint16)
     names = ("block_size", "layers", "heads", "width")
     network = gpt2.GPT(gpt2.GPTConfig(vocabulary, **{name: getattr(settings, name) for name in names}))
@@ -142,6 +141,23 @@ def first_step(arguments: argparse.Namespace) -> None:
     our_step(trainer)(0).tolist()
 
 
+def small_card(arguments: argparse.Namespace) -> None:
+    """124M with the micro-batch that `auto` finds, on a GPU of 8 and of 12 GiB: this one, with its memory limited."""
+    if not torch.cuda.is_available():
+        report("small-card", needs="a GPU")
+        return
+    real, total = torch.cuda.get_device_properties(0), torch.cuda.get_device_properties(0).total_memory
+    properties = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    for gib in (8, 12):
+        limited = argparse.Namespace(**properties | {"total_memory": gib * 2**30})
+        torch.cuda.get_device_properties = lambda *_, limited=limited: limited
+        torch.cuda.set_per_process_memory_fraction((gib - 0.6) * 2**30 / total)  # CUDA itself takes the rest
+        trainer = make_trainer(arguments, "gpt2", 64, micro_batch_size="auto")
+        name = f"gpt2 in {gib} GiB, micro-batch {trainer.machine.micro_batch_size}"
+        measure(name, trainer, our_step(trainer), arguments)
+        trainer.step_graph = None  # see throughput()
+
+
 def shakespeare(arguments: argparse.Namespace) -> None:
     """nanoGPT's character model, 64 x 256 tokens: Python launches slower than the GPU computes."""
     sizes = {"layers": 6, "heads": 6, "width": 384, "block_size": 256}
@@ -224,7 +240,7 @@ def compare_on_cpu(name: str, model: gpt2.GPT, prompt: list[int], new: int, argu
 
 
 PARTS = {name: lambda arguments, name=name: throughput(arguments, name) for name in SEQUENCES} | {
-    "cold": cold_start, "decode": decode, "shakespeare": shakespeare, "cpu": on_cpu,
+    "cold": cold_start, "decode": decode, "shakespeare": shakespeare, "cpu": on_cpu, "small-card": small_card,
     "first-step": first_step}  # fmt: skip
 
 

@@ -1714,16 +1714,21 @@ def from_main_process(work: Callable[[], Any]) -> Any:
     return broadcast_object_list([work() if is_main_process() else None])[0]
 
 
-def launcher() -> str:
-    """The words that start this script with as many processes."""
+def this_script() -> str:
+    """The words that start it, where the user stands."""
+    return f"python {shlex.quote(sys.argv[0])}"
+
+
+def this_script_again() -> str:
+    """The words that start it with as many processes."""
     processes, here = PartialState().num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    several, launcher = here < processes, f"torchrun --nproc-per-node={here}"
     if is_sharded():
-        several = f"--num_machines {processes // here} --machine_rank RANK --main_process_ip HOST " * (here < processes)
-        return f"accelerate launch --use_fsdp --fsdp_version 2 {several}--num_processes {processes}"
-    if processes == 1:
-        return "python"
-    nodes = f"--nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d " if here < processes else ""
-    return f"torchrun {nodes}--nproc-per-node={here}"
+        nodes = f"--num_machines {processes // here} --machine_rank RANK --main_process_ip HOST " * several
+        launcher = f"accelerate launch --use_fsdp --fsdp_version 2 {nodes}--num_processes {processes}"
+    elif several:
+        launcher += f" --nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d"
+    return this_script() if processes == 1 else this_script().replace("python", launcher, 1)
 
 
 def say(*lines: str, file: Any = None) -> None:
@@ -1826,7 +1831,7 @@ def train(settings: Settings) -> int:
                 with writing_to(folder):
                     run.finish(trainer.state.log_history, status)
     if status == "interrupted":
-        say(f"interrupted; go on with: {launcher()} flan-t5_samsum.py --resume --output-dir {shlex.quote(str(folder))}")
+        say(f"interrupted; go on with: {this_script_again()} --resume --output-dir {shlex.quote(str(folder))}")
         return 128 + run.stop.number
     return 0
 
@@ -2172,7 +2177,7 @@ class Run(TrainerCallback):
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
                 f"all in {self.folder}", "",
-                *[f"use it:    python flan-t5_samsum.py --summarize --adapter {shlex.quote(str(self.folder))}"][
+                *[f"use it:    {this_script()} --summarize --adapter {shlex.quote(str(self.folder))}"][
                     : results["best_step"]],
                 f"watch it:  tensorboard --logdir {shlex.quote(str(self.folder.parent))}")
             say_if_toy(self.settings, self.description["parameters"])
@@ -2203,7 +2208,7 @@ def in_words(example: dict[str, str]) -> str:
 
 def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
     if settings.model == "tiny":
-        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: python flan-t5_samsum.py --model base",
+        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} --model base",
             file=file)
 
 
@@ -2806,7 +2811,7 @@ def lr_find(settings: Settings) -> int:
         f"suggested: {as_power_of_ten(best)}, a tenth of that with the smallest smoothed loss",
         f"without it: {as_power_of_ten(settings.lr)}, {settings.lr / best:.2g} times that, smoothed loss "
         f"{there:.3f}; the smallest is {np.nanmin(smoothed(losses)):.3f}",
-        f"train: {launcher()} flan-t5_samsum.py {shlex.join(with_rate(sys.argv[1:], best))}")
+        f"train: {this_script_again()} {shlex.join(with_rate(sys.argv[1:], best))}")
     folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
     if is_main_process():
         plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)

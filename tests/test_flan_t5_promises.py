@@ -292,16 +292,22 @@ def test_advice_for_memory_is_never_empty_and_accepted_in_every_mode(flan, flags
             assert flan.parse_settings([*kept, *words.split()]).mode == flan.parse_settings(flags).mode
 
 
-@pytest.mark.parametrize("processes, here, expected", [
-    (8, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"),
-    (16, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_machines 2 --machine_rank RANK --main_process_ip HOST "
-            "--num_processes 16"),
+@pytest.mark.parametrize("is_sharded, processes, here, expected", [
+    (False, 1, 1, "python"), (False, 4, 4, "torchrun --nproc-per-node=4"),
+    (False, 16, 8, "torchrun --nproc-per-node=8 --nnodes=2 --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d"),
+    (True, 8, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"),
+    (True, 16, 8, "accelerate launch --use_fsdp --fsdp_version 2 --num_machines 2 --machine_rank RANK "
+                  "--main_process_ip HOST --num_processes 16"),
 ])  # fmt: skip
-def test_the_command_to_go_on_with_shards_names_all_machines(flan, monkeypatch, processes, here, expected):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def test_the_command_to_go_on_names_all_machines_and_the_script_as_it_was_called(
+    flan, monkeypatch, is_sharded, processes, here, expected
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(is_sharded).lower())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     monkeypatch.setattr(flan, "PartialState", lambda: SimpleNamespace(num_processes=processes))
-    assert flan.launcher() == expected
+    monkeypatch.setattr(flan.sys, "argv", ["my scripts/flan-t5_samsum.py", "--lr", "1e-3"])
+    assert flan.this_script_again() == f"{expected} 'my scripts/flan-t5_samsum.py'"
+    assert flan.this_script() == "python 'my scripts/flan-t5_samsum.py'"
 
 
 def test_shards_are_for_training(flan, monkeypatch):

@@ -2815,8 +2815,9 @@ def lr_find(settings: Settings) -> int:
     folder = new_run_folder(settings, f"{base_name(settings)}-{Path(settings.dataset).stem}-lr-find")
     if is_main_process():
         plot_range_test(rates, losses, best, settings.lr, folder / "lr_find.png", folder.name)
-        write_json(folder / "lr_find.json", {"configuration": settings.configuration, "suggestion": best,
-                                             "learning_rates": rates, "losses": losses})
+        write_json(folder / "lr_find.json", {
+            "configuration": settings.configuration, "suggestion": best, "learning_rates": rates,
+            "losses": [loss if math.isfinite(loss) else None for loss in losses]})
     say(f"plot:  {folder / 'lr_find.png'}")
     return 0
 

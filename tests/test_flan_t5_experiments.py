@@ -498,6 +498,16 @@ def test_a_suggestion_that_cannot_be_written_is_printed(flan, command, data, mod
     assert done.out.splitlines()[-1].startswith("train: ")
 
 
+def test_a_sweep_that_diverges_leaves_a_file_that_every_reader_of_json_takes(
+    flan, command, data, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(flan, "RANGE_TEST", np.r_[np.geomspace(1e-4, 1e-2, 8), 1e20, 1e20])
+    done = command("--model", model_folder, "--dataset", data, "--lr-find", "--output-dir", "find", cwd=tmp_path)
+    assert done.code == 0, done
+    found = json.loads((tmp_path / "find/lr_find.json").read_text(), parse_constant=pytest.fail)
+    assert found["losses"][-1] is None and min(found["losses"][:8]) > 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # --plot
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1509,6 +1509,10 @@ def explain(path: Path, column: str | None = None) -> None:
                             f"found {found}")
         if column and not isinstance(row.get(column), str | None):
             raise UserError(f"{path}:{place}: {column} is {type(row[column]).__name__}, not text")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}:{place}: half a character (a surrogate without its other half)") from None
 
 
 def decode(path: Path, content: bytes | None = None) -> str:

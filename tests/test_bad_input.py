@@ -194,6 +194,9 @@ BAD = {
     # Rows of the wrong kind
     "a broken line": (dataset(lambda f: f.jsonl('{"dialogue": "x"', ROW)), ["d.jsonl:13: not valid JSON"]),
     "a line cut short": (dataset(lambda f: f.jsonl('{"dialogue": "x')), ["d.jsonl:13: not valid JSON"]),
+    "half a character": (
+        dataset(lambda f: f.jsonl('{"dialogue": "x \\ud83d", "summary": "y"}')), ["d.jsonl:13: half a character"],
+    ),
     "a broken line of 1 MB": (dataset(lambda f: f.jsonl('{"dialogue": "' + MEGABYTE)), ["d.jsonl:13: not valid JSON"]),
     "an object instead of lines": (
         dataset(lambda f: f.write("d.jsonl", json.dumps({"train": [ROW] * 20}, indent=1))),

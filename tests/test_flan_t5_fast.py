@@ -437,6 +437,37 @@ def test_gradient_under_dropout_is_the_slope_of_the_loss(flan, plain):
     assert (losses[0] - losses[1]) / 0.04 == pytest.approx(slope, rel=0.02)
 
 
+def test_a_batch_for_which_code_is_compiled_runs_without_a_graph(flan, plain, monkeypatch):
+    """The others are recorded when their size first comes. Graphs are a pretence here, that the compiler refuses to
+    compile while one is recorded is not; on a GPU, see tests/test_gpu_flan_t5.py."""
+    model, settings = make_model(flan)
+    fast, plainly = (flan.FastT5(model, settings) for _ in range(2))
+    fast.embed = torch.compile(flan.embed, backend="eager", dynamic=None)
+    fast.uses_graphs, fast.stream = True, types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: fast.stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def record(work):  # nothing is computed while a graph is recorded, all of it when it is replayed
+        before = fast.flat.grad.clone()
+        loss = work()
+        fast.flat.grad.copy_(before)
+        return types.SimpleNamespace(replay=lambda: loss.copy_(work())), loss
+
+    monkeypatch.setattr(fast, "record", record)
+    graphs = []
+    for rows in (ROWS, ROWS, [(source * 2, target) for source, target in ROWS[2:]], ROWS):
+        found = []
+        for path in (fast, plainly):
+            path.flat.grad = torch.zeros_like(path.flat)
+            found.append((float(path.by_graph(path.pack(as_rows(rows)))), path.flat.grad))
+        assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+        graphs.append(len(fast.graphs))
+    assert graphs == [0, 1, 2, 2]
+    monkeypatch.setattr(fast, "record", lambda work: torch.zeros(2) @ torch.zeros(3))  # another error
+    with pytest.raises(RuntimeError, match="size"):
+        fast.by_graph(fast.pack(as_rows(ROWS[:1])))
+
+
 def test_checkpointing_changes_no_gradient(flan, plain):
     found = []
     for flags in ({}, {"gradient_checkpointing": True}):

@@ -3026,9 +3026,10 @@ def holm(values: list[float]) -> list[float]:
 
 # Run as it stands in section 5, a step of XL spends nine tenths of its time waiting for the host, which starts some ten
 # thousand small pieces of work (kernels) on the GPU one by one. What follows computes the same function with the same
-# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 296 rows/s in place of 18):
+# parameters, and keeps the GPU busy (XL on an H200, batch 8 of SAMSum's lengths: 296 rows/s; PEFT in a plain loop: 14):
 #
-# - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (padding costs 1.26 x).
+# - Packing. The tokens of a batch stand one after another, [tokens, d_model], unpadded (section 5's padding to
+#   multiples of 64 makes them 1.4 times as many).
 #   Only attention knows where a row begins. Its kernels are written here in Triton: softmax(q k^T + bias) v tile by
 #   tile, without a matrix of all scores, and with a bias that depends on the distance of two tokens alone.
 # - Fewer, larger products. What multiplies one input is one matrix: q, k and v, for example. LoRA's B are more columns
@@ -3041,7 +3042,7 @@ def holm(values: list[float]) -> list[float]:
 #   at once: all use the same pool of memory.
 # - All adapters lie in one vector, as do their gradients: clipping and AdamW are a few kernels, not hundreds.
 #
-# Before its first step it is compared with section 5 on two rows. Where it does not apply or agree, section 5 goes on.
+# Before its first step it is compared with section 5 on two rows. Where it does not apply or agree, section 5 does it.
 
 F = torch.nn.functional
 # Of a kernel's parameters only constants have a type hint: Triton compiles for the types that it finds there.
@@ -3653,7 +3654,13 @@ def make_fast(model: torch.nn.Module, settings: Settings, micro_steps: int | Non
 class FastT5:
     """The PeftModel `model`, for packed rows. All weights are shared with it, so that it goes on working as it is.
 
-    PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients.
+    PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients. Before
+    each micro-batch `flat` is rounded to the bf16 vector `working`, of which the products read A, and B is copied from
+    there to its columns beside W.
+
+    A CUDA graph repeats its kernels on the same addresses. So whatever changes from step to step has a place of its own
+    that is filled before a replay: the batch (`static` in `by_graph`), the seed of dropout (`key`), the `scale` of the
+    loss. And whatever it computes is found in the same place after it: the gradient in `flat.grad`, the loss.
     """
 
     def __init__(self, model: PeftModel, settings: Settings) -> None:
@@ -3839,7 +3846,7 @@ class FastT5:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         """A CUDA graph of the kernels that `work` starts, and what it returns: memory that each replay fills anew."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Only this thread must keep still: the one that pins batches need not.
         recording = functools.partial(torch.cuda.graph, stream=self.stream, capture_error_mode="thread_local")
         try:
@@ -3849,6 +3856,8 @@ class FastT5:
             with recording(torch.cuda.CUDAGraph()):
                 torch.zeros((), device=self.device)
             raise
+        finally:
+            torch.cuda.set_stream(before)  # a recording whose end fails leaves its own behind
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return pack([row["input_ids"] for row in rows], [row["labels"] for row in rows], self.micro_batch_size,
@@ -4060,6 +4069,9 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
     if fast.uses_graphs:
         say("compiling the fast step: about a minute, less when its cache on disk is warm")
     rows = {name: tensor[:2, :COMPARED].contiguous() for name, tensor in inputs.items()}
+    if not (rows["labels"] >= 0).any():  # of a last batch a process may have empty rows only: then any others
+        ids = torch.arange(COMPARED, device=fast.device).repeat(2, 1)
+        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     lists = [{"input_ids": ids[seen.bool()].tolist(), "labels": labels[labels >= 0].tolist() or [-100]}
              for ids, seen, labels in zip(rows["input_ids"], rows["attention_mask"], rows["labels"], strict=True)]
     original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()

@@ -116,7 +116,7 @@ def test_dropout_changes_from_step_to_step_in_a_graph(flan, gpu):
 
 
 def test_a_replayed_step_never_waits_for_the_gpu(flan, gpu):
-    """With clipping and AdamW; the first two of a size, which run as they stand and are recorded, may."""
+    """With clipping and AdamW; the first two, one that is compiled and one that is recorded, may."""
     model, settings = make_model(flan, 0.1, **gpu)
     fast = flan.FastT5(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -202,9 +202,10 @@ def test_sharded_over_two_gpus_a_resumed_training_has_the_same_bits(flan, data, 
 def test_a_recording_that_fails_leaves_a_process_that_goes_on(flan, gpu, model_folder):
     """The usual step takes over then, with dropout from torch's generator."""
     model, settings = make_model(flan, 0.2, model_folder=model_folder, **gpu)
-    fast, numbers = flan.FastT5(model, settings), torch.arange(3.0, device="cuda")
+    fast, numbers, stream = flan.FastT5(model, settings), torch.arange(3.0, device="cuda"), torch.cuda.current_stream()
     with pytest.raises(Exception, match="captur"):
         fast.record(numbers.tolist)  # it waits for the GPU
+    assert torch.cuda.current_stream() == stream
     assert 0 < int(torch.nn.functional.dropout(torch.ones(99, device="cuda")).count_nonzero()) < 99
     graph, doubled = fast.record(lambda: numbers * 2)
     numbers.add_(1)

@@ -37,7 +37,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +171,7 @@ DEFAULTS = {item.name: item.metadata["default"] for item in fields(Settings)}
 PRECISIONS, MODES = ([item.name for item in fields(Settings) if item.metadata.get("excludes") == kind]
                      for kind in ("precision", "mode"))
 USES = ("summarize", "evaluate", "export")  # the modes that use a result
-# They change memory, speed and the end of a run; the result else only by rounding and by other masks of dropout.
+# They change memory and speed, and by rounding and other masks of dropout the result; max_steps the rate as well.
 FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps", "fast")
 
 
@@ -234,6 +234,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     metrics = read_metrics(run) if run else {"configuration": {}}
     if "resume" in given and not {"processes", "optimizer", "data"} <= metrics.keys():
         raise UserError(f"{run} was made by another version of this script: start a new run")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if "resume" in given and metrics["processes"] != processes:
+        raise UserError(f"{run} was trained by {metrics['processes']} process(es), now there are {processes}: resume "
+                        "it with as many")
     saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
     if "evaluate" in given:  # on the path on which the run was scored
         best = next((entry for entry in metrics.get("epochs", ()) if entry.get("best")), {})
@@ -245,6 +249,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
                         "leave it out, or start a new run")
     if any(name in given for name in PRECISIONS):  # one that is given replaces that of the run
         saved |= dict.fromkeys(PRECISIONS, False)
+    if run and metrics.get("cache_dir"):  # what the run has downloaded is there
+        given.setdefault("cache_dir", Path(metrics["cache_dir"]))
     if run and "resume" in given:
         given["output_dir"] = run
     elif run:
@@ -252,7 +258,6 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif given.get("adapter", "none") != "none" and "model" not in given:
         given["model"] = base_of_adapter(Path(given["adapter"]))
     values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
     if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:
         raise UserError(f"--batch-size {values['batch_size']} is not a multiple of --micro-batch-size "
@@ -282,9 +287,9 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
     if "adapter" not in given:
         run = newest_run("adapter", "model")
         metrics = read_metrics(run)
-        if metrics.get("status", "finished") != "finished":
+        status = metrics.get("status", "not finished").replace("running", "not finished")  # it may have been killed
+        if status != "finished":
             epoch = metrics.get("results", {}).get("best_epoch") or 0
-            status = metrics["status"].replace("running", "not finished")  # it may have been killed
             print(f"note: {run} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
         return run
     folder = Path(given["adapter"])
@@ -693,7 +698,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
 
     The rows are shuffled, cut into chunks of 50 batches (about four chunks if rows are few, so that others meet in each
     epoch), sorted by length within each chunk and shuffled again batch by batch: little padding, much randomness. The
-    order is a function of seed and epoch alone (the Trainer's own sampler draws from the global generator), so a
+    order is a function of the settings and the epoch (the Trainer's own sampler draws from the global generator), so a
     resumed run sees the same batches, of which the Trainer skips those that its step says were taken.
 
     Several processes take consecutive micro-batches at the same time and wait for the slowest: the rows of all batches
@@ -1092,7 +1097,7 @@ def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[
 
 # ---------- 7. Files and checkpoints: whole or absent, whatever happens while they are written ------------------------
 
-SAVE_SECONDS = 600  # nothing of a training that is older is lost, whatever happens
+SAVE_SECONDS = 600  # nothing of a training that is older is lost, unless a disk damages the newest checkpoint
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
@@ -1247,7 +1252,7 @@ def find_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that can be read, or None; what cannot be read is put aside, and named."""
     for checkpoint in reversed(checkpoints(run)):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             with safe_open(checkpoint / "weights.safetensors", "pt"):
                 pass
             torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -1509,10 +1514,6 @@ def explain(path: Path, column: str | None = None) -> None:
                             f"found {found}")
         if column and not isinstance(row.get(column), str | None):
             raise UserError(f"{path}:{place}: {column} is {type(row[column]).__name__}, not text")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path}:{place}: half a character (a surrogate without its other half)") from None
 
 
 def decode(path: Path, content: bytes | None = None) -> str:
@@ -1537,7 +1538,11 @@ def parse_json(path: Path, line_number: int, text: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=to_row if path.suffix == ".jsonl" else None)
+        content = json.loads(text, object_pairs_hook=to_row if path.suffix == ".jsonl" else None)
+        json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError:
+        raise UserError(f"{path}:{line_number}: half a character (a surrogate without its other half)") from None
     except ValueError as error:
         line_number += getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}:{line_number}: not valid JSON ({getattr(error, 'msg', error)})") from None
@@ -1814,11 +1819,14 @@ def train(settings: Settings) -> int:
     with lock(folder):
         checkpoint = None
         if settings.resume:
-            check_resumable(folder, description, settings, steps)
             with writing_to(folder):
                 checkpoint = from_main_process(lambda: find_checkpoint(folder))
+            check_resumable(folder, description, settings, steps, checkpoint)
             if checkpoint and step_of(checkpoint) == steps and read_metrics(folder).get("status") == "finished":
-                say(f"{folder} is finished, and nothing is left to do: for more epochs, start a new run")
+                more = "for more epochs, start a new run"
+                if steps < number_of_steps(replace(settings, max_steps=None), len(data["train"])):
+                    more = "for more of its epochs, raise --max-steps"
+                say(f"{folder} is finished, and nothing is left to do: {more}")
                 return 0
         show_description(description, settings, steps, folder)
         run = Run(settings, folder, description)
@@ -1854,6 +1862,7 @@ def describe_run(settings: Settings, model: torch.nn.Module, data: datasets.Data
                       "steps": number_of_steps(settings, len(data["train"]))},
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name)
                                                              for name in packages},
+        "cache_dir": settings.cache_dir and str(settings.cache_dir.resolve()),
         "device": device_name(device), "processes": PartialState().num_processes,
         "precision": str(precision).removeprefix("torch."), "fast_step": False,  # `begin_fast` may find that it is
         "parameters": total, "trainable_parameters": trainable,
@@ -1942,8 +1951,9 @@ def refuse_used_folder(settings: Settings) -> None:
     folder = None if settings.resume or settings.mode not in ("train", "lr_find") else settings.output_dir
     try:
         if folder and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-            raise UserError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}: "
-                            f"{'--resume, or ' * (settings.mode == 'train')}choose another --output-dir")
+            resume = "--resume, or " * (settings.mode == "train" and folder.is_dir())
+            raise UserError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}: {resume}choose another "
+                            "--output-dir")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -1966,18 +1976,16 @@ def new_run_folder(settings: Settings, name: str) -> Path:
     return from_main_process(make)
 
 
-def check_resumable(run: Path, description: dict[str, Any], settings: Settings, steps: int) -> None:
-    """UserError unless processes and data are those that the run began with. Says what another --max-steps does."""
+def check_resumable(run: Path, description: dict[str, Any], settings: Settings, steps: int,
+                    checkpoint: Path | None) -> None:
+    """UserError unless the data is that which the run began with. Says what another --max-steps does."""
     began = read_metrics(run)
-    if began["processes"] != description["processes"]:
-        raise UserError(f"{run} was trained by {began['processes']} process(es), now there are "
-                        f"{description['processes']}: resume it with as many")
     if began.get("data") != description["data"]:
         raise UserError(f"the rows of {settings.dataset} or their tokens are not those that {run} began with: "
                         "bring them back, or start a new run")
-    before, found = began["optimizer"]["steps"], checkpoints(run)
-    if before != steps and found:
-        step = step_of(found[-1])
+    before = began["optimizer"]["steps"]
+    if before != steps and checkpoint:
+        step = step_of(checkpoint)
         if steps < step:
             raise UserError(f"--max-steps {steps}: {run} has already taken {step}")
         rates = [as_power_of_ten(float(f"{settings.lr * learning_rate_factor(step, n):.3g}")) for n in (before, steps)]
@@ -1986,7 +1994,7 @@ def check_resumable(run: Path, description: dict[str, Any], settings: Settings, 
 
 class Run(TrainerCallback):
     """The one owner of a run's folder, state and report: metrics.json, metrics.jsonl, TensorBoard, plots, predictions,
-    the progress bar and the table. Everything is made from the Trainer's log, which the checkpoints carry."""
+    the progress bar and the table. All but examples is made from the Trainer's log, which the checkpoints carry."""
 
     def __init__(self, settings: Settings, folder: Path, description: dict[str, Any]) -> None:
         self.settings, self.folder, self.description = settings, folder, description
@@ -1998,7 +2006,7 @@ class Run(TrainerCallback):
         self.drawn = (0, 0)  # how many losses and evaluations the plots show
 
     def begin(self, checkpoint: Path | None) -> None:
-        """From now on the folder counts as a run. What an earlier try wrote after `checkpoint` is taken back."""
+        """From now on the folder counts as a run. What an earlier try logged after `checkpoint` is taken back."""
         if not is_main_process():
             return
         remove_incomplete(self.folder)
@@ -2431,7 +2439,7 @@ def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
     if path.suffix in SUFFIXES and path.suffix != ".jsonl":
         raise UserError(f"{path}: --summarize reads text and .jsonl")
     text = decode(path, sys.stdin.buffer.read() if name == "-" else None)
-    if path.suffix == ".jsonl" or (path.suffix != ".txt" and text.lstrip().startswith('{"')):
+    if path.suffix == ".jsonl" or (name == "-" and text.lstrip().startswith('{"')):
         rows = read_json_lines(path, text)
         present = list(dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row))
         column = find_column(present, "source", column)
@@ -2502,6 +2510,8 @@ def export(settings: Settings) -> int:
     if not folder.name:  # the folder comes by renaming, which would take the current one away
         raise UserError(f"--export {folder}: choose a folder with a name")
     model, tokenizer, _ = load_for_use(settings)
+    if not is_main_process():
+        return 0
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the embeddings are no longer tied: they never were
@@ -2901,7 +2911,8 @@ def compare(settings: Settings) -> int:
     fast = [run["name"] for run in runs if run["best"].get("fast")]
     if len(fast) not in (0, len(runs)):
         say(fold(f"scored on the fast path, where rounding differs a little: only {', '.join(fast)}"))
-    say(*(f"{run['name']} is not finished: {run['status']}" for run in runs if run["status"] != "finished"),
+    unfinished = {run["name"]: run.get("status", "unknown") for run in runs if run.get("status") != "finished"}
+    say(*(f"{name} is not finished: {status}" for name, status in unfinished.items()),
         epoch_table(runs), "", run_table(runs), *different_settings(runs))
     pairs = [(a, b, *paired_bootstrap(a["rouge1"], b["rouge1"])) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     if pairs:
@@ -2924,9 +2935,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     metrics = read_metrics(folder)
     if is_of_gpt2(folder):
         raise UserError(f"{folder} was made by gpt2_from_scratch.py")
-    if not metrics.get("epochs") or not metrics.get("curve"):
+    best = next((entry for entry in metrics.get("epochs") or () if entry.get("best")), None)
+    if not best or not metrics.get("curve"):
         raise UserError(f"{folder} has no finished epoch yet")
-    metrics |= {"name": folder.resolve().name, "best": next(e for e in metrics["epochs"] if e["best"]), "rows": {}}
+    metrics |= {"name": folder.resolve().name, "best": best, "rows": {}}
     for split in ("validation", "test"):
         path = predictions_file(folder, split, metrics["best"]["epoch"])
         rows = [row for _, row in read_json_lines(path, path.read_text("utf-8"))]

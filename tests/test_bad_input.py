@@ -553,6 +553,7 @@ def test_flan_trains_on_unusual_rows(command, files):
     ("chat.txt", EMOJI, 1),
     ("chat.txt", MEGABYTE, 1),
     ("chat.jsonl", "\ufeff" + json.dumps(ROW) + "\r\n\r\n" + json.dumps(ROW | {"dialogue": EMOJI}), 2),
+    ("chat.log", '{"a": hi', 1), ("CHAT.TXT", '{"dialogue": hi', 1),  # text, whatever it begins with
 ])  # fmt: skip
 def test_flan_summarises_unusual_chats(command, files, name, content, count):
     done = command("--summarize", files.write(name, content), "--adapter", files.trained.folder, "--max-new-tokens",

@@ -561,14 +561,16 @@ def test_bombs_that_are_not_needed_are_not_opened(command, trained, mark, tmp_pa
     assert_same_run(run, trained.folder)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "nonsense"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "weights.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize(("name", "damage"), [
+    *[(name, damage) for name in ("optimizer.pt", "weights.safetensors", "trainer_state.json")
+      for damage in ("cut short", "nonsense")], ("trainer_state.json", "another's")])  # fmt: skip
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(command, trained, tmp_path, name, damage):
     home = shutil.copytree(trained.home, tmp_path / "home")
     run = home / "runs" / NAME
     file = run / "checkpoints/step-00000018" / name
     content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"nonsense" * 99)
+    damaged = {"cut short": content[: len(content) // 2], "nonsense": b"nonsense" * 99, "another's": b"{}"}
+    file.write_bytes(damaged[damage])
     done = command("--resume", cwd=home)
     assert done.code == 0, done
     (line,) = [line for line in done.out.splitlines() if "damaged" in line]

@@ -49,12 +49,20 @@ def test_max_steps_only_shortens_a_run(run_it, command, data, model_folder, tmp_
     assert "\nsteps: 2 of 16 rows, 1.0 epochs" in done.out, done  # the second has eight
 
 
-def test_max_steps_may_be_raised_on_resume_and_the_rate_follows(run_it, command, trained, tmp_path):
+def test_max_steps_may_be_raised_on_resume_and_the_rate_follows(flan, run_it, command, trained, tmp_path, monkeypatch):
+    taken, step = [], flan.FlatAdamW.step
+
+    def noted(self, *rest):
+        taken.append(self.param_groups[0]["lr"])
+        return step(self, *rest)
+
+    monkeypatch.setattr(flan.FlatAdamW, "step", noted)
     run, _ = run_it("--epochs", "3", "--max-steps", "6")
     done = command("--resume", "--output-dir", run, "--max-steps", "18", cwd=tmp_path)
     assert done.code == 0, done
     (line,) = [line for line in done.out.splitlines() if "in place of 6" in line]
     assert "18 steps in place of 6: the learning rate at step 6 is 7.06e-3, not 0e0" in line  # 12 / 17 of the peak
+    assert taken[6] == pytest.approx(7.06e-3, rel=1e-3)  # and not only said
     found, whole = metrics(run), metrics(trained.folder)
     assert [e["learning_rate"] for e in found["curve"]][6:] == [e["learning_rate"] for e in whole["curve"]][6:]
     done = command("--resume", "--output-dir", run, "--max-steps", "3", cwd=tmp_path)
@@ -80,12 +88,12 @@ def test_status_is_running_while_it_runs(flan, run_it, tmp_path, monkeypatch):
 
 
 def test_dropout_depends_on_seed_step_and_rank(flan, run_it, monkeypatch):
-    """What the generator gives at the first micro-batch of each step of a run, as rank 0 and as rank 1."""
+    """And on the micro-batch: what the generator is at both of each step of a run, as rank 0 and as rank 1."""
     shared, ours, plain, seen = flan.PartialState._shared_state, flan.SummarizationTrainer, flan.Seq2SeqTrainer, []
     step, forward = ours.training_step, plain.training_step
 
     def look(self, *args, **kwargs):
-        seen.append(str(flan.torch.get_rng_state()[:64].tolist()))  # of Philox or Mersenne, either begins with the seed
+        seen.append(str(flan.torch.get_rng_state().tolist()))
         return forward(self, *args, **kwargs)
 
     def states(rank, *flags):
@@ -102,11 +110,11 @@ def test_dropout_depends_on_seed_step_and_rank(flan, run_it, monkeypatch):
             patch.setattr(plain, "training_step", look)
             run, _ = run_it("--epochs", "1", "--max-new-tokens", "2", "--limit", "12", *flags)
         shutil.rmtree(run)
-        return seen[::2]  # two micro-batches a step
+        return list(seen)
 
     first, second, again, other = states(0), states(1), states(0), states(0, "--seed", "7")
-    assert len(first) == 3 and first == again
-    assert len({*first, *second, *other}) == 9
+    assert len(first) == 6 and first == again
+    assert len({*first, *second, *other}) == 18
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,6 +165,74 @@ def test_a_checkpoint_comes_every_ten_minutes(flan, run_it, monkeypatch):
     monkeypatch.setattr(flan, "time", SimpleNamespace(**vars(flan.time) | {"monotonic": lambda: clock[0]}))
     run_it("--epochs", "1", "--batch-size", "2", "--max-new-tokens", "2")
     assert saved == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_processes_save_together(flan, monkeypatch, agreed):
+    """Whether a checkpoint is due is what they agree on: a clock of one alone would make it wait for the others."""
+    run = flan.Run(flan.parse_settings([]), None, {})
+    monkeypatch.setattr(run.stop, "agreed", lambda device, is_due: (agreed,))
+    run.saved_at -= (1 - agreed) * 2 * flan.SAVE_SECONDS  # by the own clock it is the other way round
+    control = SimpleNamespace(should_training_stop=False, should_save=False, should_log=False)
+    args = SimpleNamespace(world_size=2, logging_steps=1, device=None)
+    run.on_step_end(args, SimpleNamespace(global_step=1), control)
+    assert control.should_save is agreed and not control.should_training_stop
+
+
+def test_the_best_epoch_is_the_first_of_equals_on_validation(flan):
+    scores = lambda value: dict.fromkeys(flan.ROUGE_TYPES, value)
+    log = [{"epoch": epoch, "step": 6 * epoch, "validation": scores(validation), "test": scores(test), "seconds": 1}
+           for epoch, (validation, test) in enumerate([(10, 90), (30, 20), (30, 60), (20, 70)])]
+    found = flan.Run(flan.parse_settings([]), None, {}).epochs(log)
+    assert [entry["best"] for entry in found] == [False, True, False, False]
+
+
+def test_a_resumed_run_asks_for_the_data_that_it_began_with(command, data, run_it, tmp_path, flan):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    run, _ = run_it("--dataset", copy, "--epochs", "2", "--max-steps", "6", "--max-new-tokens", "2")
+    (file,) = copy.glob("train.*")
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("e", "o", 1), encoding="utf-8")
+    done = command("--resume", "--output-dir", run, "--max-steps", "12", cwd=tmp_path)
+    assert done.code == 2 and "are not those that" in done.err and "bring them back" in done.err, done
+    file.write_text(text, encoding="utf-8")
+    done = command("--resume", "--output-dir", run, cwd=tmp_path)
+    assert done.code == 0 and "nothing is left to do: for more of its epochs, raise --max-steps\n" in done.out, done
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(command, run_it, tmp_path):
+    """As TensorBoard itself reads it: what was logged after the checkpoint, and is logged again, is purged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = run_it("--epochs", "2", "--max-new-tokens", "2")
+    (run / "checkpoints/step-00000012/optimizer.pt").write_bytes(b"damaged")
+    assert command("--resume", "--output-dir", run, cwd=tmp_path).code == 0
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    for tag, steps in (("train/loss", [*range(1, 13)]), ("validation/rouge1", [0, 6, 12])):
+        assert [event.step for event in events.Scalars(tag)] == steps
+
+
+def test_what_may_be_changed_on_resume_is_asked_of_the_checkpoint_that_is_taken(command, run_it, tmp_path):
+    """Not of a newer one that is damaged."""
+    run, _ = run_it("--epochs", "3", "--max-steps", "9", "--max-new-tokens", "2")
+    (run / "checkpoints/step-00000009/optimizer.pt").write_bytes(b"damaged")
+    done = command("--resume", "--output-dir", run, "--max-steps", "7", cwd=tmp_path)
+    assert done.code == 0 and "7 steps in place of 9: the learning rate at step 6 is" in done.out, done
+
+
+def test_resume_with_other_processes_is_refused_as_that(flan, command, run_it, tmp_path, monkeypatch):
+    run, _ = run_it("--max-steps", "1", "--max-new-tokens", "2", "--micro-batch-size", "4")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(flan.UserError, match=r"was trained by 1 process\(es\), now there are 2: resume it"):
+        flan.parse_settings(["--resume", "--output-dir", str(run)])
+
+
+def test_a_run_remembers_where_its_downloads_are(flan, run_it, tmp_path, monkeypatch):
+    run, _ = run_it("--max-steps", "1", "--max-new-tokens", "2", "--cache-dir", "here")
+    monkeypatch.chdir(run)
+    for words in (("--resume", "--output-dir", run), ("--evaluate", "--adapter", run)):
+        assert flan.parse_settings([*map(str, words)]).cache_dir == tmp_path / "here"
+    assert flan.parse_settings(["--evaluate", "--adapter", str(run), "--cache-dir", "x"]).cache_dir == flan.Path("x")
 
 
 def test_the_batch_that_fitted_holds_for_the_rest_of_the_run(flan, command, run_it, tmp_path, monkeypatch):
@@ -260,7 +336,7 @@ def test_advice_for_memory_is_accepted(flan, monkeypatch, tmp_path, processes, f
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if "run" in flags:
         flan.write_json(tmp_path / "run/metrics.json", {"configuration": flan.parse_settings([]).configuration,
-                                                        "processes": 1, "optimizer": {}, "data": {}})
+                                                        "processes": processes, "optimizer": {}, "data": {}})
     settings = flan.parse_settings(flags)
     advice, _, folder = flan.out_of_memory_advice(settings).split("try ")[1].partition("; and another ")
     assert advice.count(",") > 1 or settings.resume
@@ -505,7 +581,7 @@ def test_a_range_test_by_two_processes(two_processes):
     found = json.loads((home / "runs/flan-t5-small-chats-lr-find/lr_find.json").read_text())
     assert len(found["losses"]) == 6 and all(map(math.isfinite, found["losses"]))
     (line,) = [line for line in done.out.splitlines() if line.startswith("train:")]
-    assert line.split()[1:4] == ["torchrun", "--nproc-per-node=2", "flan-t5_samsum.py"]
+    assert line.split()[1:3] == ["torchrun", "--nproc-per-node=2"] and line.split()[3].endswith("/long.py")
     assert float(line.split()[-1]) == pytest.approx(found["suggestion"])
 
 

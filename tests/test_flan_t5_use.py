@@ -121,6 +121,13 @@ def test_merging_into_an_empty_folder(command, trained, tmp_path, recwarn):
     assert not [warning for warning in recwarn if warning.category is UserWarning]
 
 
+def test_of_several_processes_one_exports(flan, command, trained, tmp_path, monkeypatch):
+    """Two would delete and rename each other's folder."""
+    monkeypatch.setattr(flan, "is_main_process", lambda: False)
+    done = command("--export", "merged", "--adapter", trained.folder, cwd=tmp_path)
+    assert done.code == 0 and not [*tmp_path.iterdir()], done
+
+
 def test_the_current_folder_holds_a_run_but_no_merged_model(command, trained, data, model_folder, tmp_path):
     """A merged model comes by renaming, which would leave the user in a folder that is gone."""
     done = command("--export", ".", "--adapter", trained.folder, cwd=tmp_path)

@@ -168,8 +168,8 @@ class Settings:
 
 
 DEFAULTS = {item.name: item.metadata["default"] for item in fields(Settings)}
-PRECISIONS, MODES = ([item.name for item in fields(Settings) if item.metadata.get("excludes") == kind]
-                     for kind in ("precision", "mode"))
+WEIGHT_FLAGS, MODES = ([item.name for item in fields(Settings) if item.metadata.get("excludes") == kind]
+                       for kind in ("precision", "mode"))
 USES = ("summarize", "evaluate", "export")  # the modes that use a result
 # They change memory and speed, and by rounding and other masks of dropout the result; max_steps the rate as well.
 FREE_ON_RESUME = ("micro_batch_size", "gradient_checkpointing", "max_steps", "fast")
@@ -240,15 +240,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
                         "it with as many")
     saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
     if "evaluate" in given:  # on the path on which the run was scored
-        best = next((entry for entry in metrics.get("epochs", ()) if entry.get("best")), {})
+        best = next((epoch for epoch in metrics.get("epochs", ()) if epoch.get("best")), {})
         saved["fast"] = saved.get("fast") if best.get("fast") is None else best["fast"]
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
                         "leave it out, or start a new run")
-    if any(name in given for name in PRECISIONS):  # one that is given replaces that of the run
-        saved |= dict.fromkeys(PRECISIONS, False)
+    if any(name in given for name in WEIGHT_FLAGS):  # one that is given replaces that of the run
+        saved |= dict.fromkeys(WEIGHT_FLAGS, False)
     if run and metrics.get("cache_dir"):  # what the run has downloaded is there
         given.setdefault("cache_dir", Path(metrics["cache_dir"]))
     if run and "resume" in given:
@@ -740,7 +740,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler, TrainerCallback):
 
     def deal(self, rows: list[int]) -> list[int]:
         """A batch that is sorted by length, like cards: to two processes the rows 0, 2, 4 ... and 1, 3, 5 ..."""
-        hands = np.reshape(rows, (-1, self.micro_batch_size, self.processes))
+        hands = np.reshape(rows, (-1, self.micro_batch_size, self.processes))  # [micro-steps, micro-batch, processes]
         return hands.swapaxes(1, 2).flatten().tolist()
 
 
@@ -786,6 +786,15 @@ class NoStepLeft(Exception):
     """Raised in place of a step beyond the last one."""
 
 
+@dataclass
+class StepRecord:
+    """What is kept of a step until it is logged, on the device, so that nothing waits for it before."""
+
+    step: int
+    loss: torch.Tensor  # this process's share, the sum over its micro-batches so far
+    norm: torch.Tensor | None = None  # of the gradient, before it is clipped
+
+
 class SummarizationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer, which runs the loop: batches, accumulation, autocast, processes. Where it differs:
 
@@ -819,7 +828,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.data_collator.pack = self.fast and self.fast.pack
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is complete; T5 has no use for the number of tokens
-        self.recent: list[list] = []  # of each step since the last log: [step, loss, gradient norm], on the device
+        self.recent: list[StepRecord] = []  # since the last log
         self.skipped_in_a_row, self.saved_step = 0, 0
         self.restart_clock()
 
@@ -842,18 +851,16 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.tokens += inputs.pop("tokens")
         if step >= self.state.max_steps:
             raise NoStepLeft  # resumed after the last step; the Trainer would ask only behind one more
-        is_first = not self.recent or self.recent[-1][0] != step  # micro-batch of a step
+        is_first = not self.recent or self.recent[-1].step != step  # micro-batch of a step
         if self.fast and not self.fast.is_proved["training"]:
             begin_fast(self, inputs)
-            self.data_collator.is_padding = self.fast is None
-            self.data_collator.pack = self.fast and self.fast.pack
         if is_first:
             model.zero_grad = self.optimizer.zero_grad  # the model's own looks for gradients in all its modules
             # The Trainer seeds all ranks alike, which would give them equal masks of dropout, and once: a resumed run
             # would have to bring back the generators' states.
             seeds = np.random.SeedSequence([self.settings.seed, step, PartialState().process_index])
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            self.recent.append([step, torch.zeros((), device=self.args.device), None])
+            self.recent.append(StepRecord(step, torch.zeros((), device=self.args.device)))
         if self.fast:
             loss = self.fast.training_step(packed, num_items_in_batch, is_first, self.accelerator.sync_gradients)
         else:
@@ -863,7 +870,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
                 loss = super().training_step(model, {**inputs, "use_cache": False}, num_items_in_batch)
             finally:
                 torch.use_deterministic_algorithms(False)
-        self.recent[-1][1] += loss
+        self.recent[-1].loss += loss
         return torch.zeros_like(loss)  # the Trainer's own sum could not be used again after a loss that is not finite
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -875,8 +882,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
         `found_inf` is what GradScaler uses for this: the GPU decides, and nothing waits for it.
         """
         norm = super()._clip_grad_norm(self.fast or model)
-        self.recent[-1][2] = norm = whole(norm)
-        skip = (~(self.recent[-1][1] + norm).isfinite()).float()
+        self.recent[-1].norm = norm = whole(norm)  # of the gradient of all processes
+        skip = (~(self.recent[-1].loss + norm).isfinite()).float()
         if self.args.world_size > 1:  # the norm is that of all ranks, the loss is not
             torch.distributed.all_reduce(skip, op=torch.distributed.ReduceOp.MAX)
         self.optimizer.optimizer.found_inf = skip
@@ -891,8 +898,8 @@ class SummarizationTrainer(Seq2SeqTrainer):
             super().log(logs, start_time)
             return
         # A rank's share of the loss is scaled so that the mean over ranks is the mean over all tokens.
-        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _ in self.recent]), "mean").tolist()
-        steps = [(step, loss, float(norm)) for (step, _, norm), loss in zip(self.recent, losses, strict=True)]
+        losses = self.accelerator.reduce(torch.stack([record.loss for record in self.recent]), "mean").tolist()
+        steps = [(record.step, loss, float(record.norm)) for record, loss in zip(self.recent, losses, strict=True)]
         self.recent.clear()
         good = [(loss, norm) for _, loss, norm in steps if math.isfinite(loss + norm)]
         seconds = time.perf_counter() - self.since
@@ -930,17 +937,16 @@ class SummarizationTrainer(Seq2SeqTrainer):
             return {}
         if step:
             self._save_checkpoint()
-        fitted = [entry["batch_size"] for entry in self.state.log_history if "batch_size" in entry]  # before a resume
+        fitted = [line["batch_size"] for line in self.state.log_history if "batch_size" in line]  # before a resume
         self.summarizer.batch_size = min([self.summarizer.batch_size, *fitted])
-        start, entry, examples, self.summarizer.is_fast = time.perf_counter(), {}, {}, False
+        start, scores, examples, self.summarizer.is_fast = time.perf_counter(), {}, {}, False
         self.model.eval()
         with merged_adapter(self.model):
             for split in ("validation", "test"):
-                entry[split], examples[split] = score(self.summarizer, self.data[split])
+                scores[split], examples[split] = score(self.summarizer, self.data[split])
         self.model.train()
-        entry |= {"seconds": round(time.perf_counter() - start, 2), "batch_size": self.summarizer.batch_size,
-                  "fast": self.summarizer.is_fast}
-        self.log(entry)
+        self.log(scores | {"seconds": round(time.perf_counter() - start, 2), "fast": self.summarizer.is_fast,
+                           "batch_size": self.summarizer.batch_size})
         if self.run.epochs(self.state.log_history)[-1]["best"]:
             save_result(self.run.folder, self.model, self.processing_class, self.settings)
         self.run.on_scored(self.state, examples)
@@ -2095,9 +2101,9 @@ class Run(TrainerCallback):
         """Called after an evaluation: predictions, report and table; the checkpoint learns that it has been scored."""
         if not is_main_process():
             return
-        entry = self.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
+        epoch = self.epochs(state.log_history)[-1] | {"best": False}  # known only when the run is over
         for split, rows in examples.items():
-            write_jsonl(predictions_file(self.folder, split, entry["epoch"]), rows)
+            write_jsonl(predictions_file(self.folder, split, epoch["epoch"]), rows)
         self.write(state.log_history, "running")
         gc.collect()  # the objects of a plot hold one another; left alone they would pile up, megabytes an epoch
         checkpoint = self.folder / "checkpoints" / f"step-{state.global_step:08d}" / "trainer_state.json"
@@ -2108,41 +2114,41 @@ class Run(TrainerCallback):
             f"**prediction:** {row['prediction']}" for row in examples["validation"][:5])
         self.board.add_text("validation/examples", text, state.global_step)
         self.board.flush()
-        lines = score_table([entry]).splitlines()
+        lines = score_table([epoch]).splitlines()
         self.show("\n".join(lines[2:] if self.header_shown else lines))
         self.header_shown = True
 
     def epochs(self, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One dictionary per evaluation: epoch, step, mean training loss since the last one, scores of both splits."""
         result, losses, counts, last = [], [], [], 0  # a logged loss is the mean of the steps since the one before
-        for entry in log:
-            if "loss" in entry or "skipped_steps" in entry:  # without a loss if all steps were skipped
-                losses.append(entry.get("loss", 0.0))
-                counts.append(entry["step"] - last - entry.get("skipped_steps", 0))
-                last = entry["step"]
-            elif "validation" in entry:
-                result.append({"epoch": epoch_number(entry.get("epoch")), "step": entry["step"],
+        for line in log:
+            if "loss" in line or "skipped_steps" in line:  # without a loss if all steps were skipped
+                losses.append(line.get("loss", 0.0))
+                counts.append(line["step"] - last - line.get("skipped_steps", 0))
+                last = line["step"]
+            elif "validation" in line:
+                result.append({"epoch": epoch_number(line.get("epoch")), "step": line["step"],
                                "train_loss": float(np.average(losses, weights=counts)) if any(counts) else None,
-                               "validation": entry["validation"], "test": entry["test"], "seconds": entry["seconds"],
-                               "fast": entry.get("fast")})
+                               "validation": line["validation"], "test": line["test"], "seconds": line["seconds"],
+                               "fast": line.get("fast")})
                 losses, counts = [], []
         best = max(result, key=lambda e: e["validation"]["rouge1"], default=None)  # the first of equals
-        return [entry | {"best": entry is best} for entry in result]
+        return [epoch | {"best": epoch is best} for epoch in result]
 
     def results(self, log: list[dict[str, Any]]) -> dict[str, Any]:
         """What has come out so far, for metrics.json."""
-        curve, epochs = [entry for entry in log if "loss" in entry], self.epochs(log)
-        seconds = sum(entry["seconds"] for entry in curve)
+        curve, epochs = [line for line in log if "loss" in line], self.epochs(log)
+        seconds = sum(line["seconds"] for line in curve)
         mean = lambda name: round(sum(e[name] * e["seconds"] for e in curve) / seconds, 2) if seconds else None
-        best = next((entry for entry in epochs if entry["best"]), None)
+        best = next((epoch for epoch in epochs if epoch["best"]), None)
         return {
             "steps": curve[-1]["step"] if curve else 0, "epochs": round(curve[-1]["epoch"], 4) if curve else 0,
-            "skipped_steps": sum(entry.get("skipped_steps", 0) for entry in log),
+            "skipped_steps": sum(line.get("skipped_steps", 0) for line in log),
             "training_seconds": round(seconds, 3),
-            "evaluation_seconds": round(sum(entry["seconds"] for entry in epochs), 1),
+            "evaluation_seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
             "samples_per_second": mean("samples_per_second"), "tokens_per_second": mean("tokens_per_second"),
             "mfu": self.mfu(mean("samples_per_second") or 0) or None,
-            "peak_memory_gib": max((entry["peak_memory_gib"] for entry in curve), default=None),
+            "peak_memory_gib": max((line["peak_memory_gib"] for line in curve), default=None),
             "best_epoch": best and best["epoch"], "best_step": best and best["step"],
             **{f"{split}_{kind}": best and best[split][kind] for split in ("validation", "test")
                for kind in ROUGE_TYPES},
@@ -2150,7 +2156,7 @@ class Run(TrainerCallback):
 
     def write(self, log: list[dict[str, Any]], status: str) -> dict[str, Any]:
         """Writes metrics.json and the plots; returns what it holds."""
-        curve, epochs = [entry for entry in log if "loss" in entry], self.epochs(log)
+        curve, epochs = [line for line in log if "loss" in line], self.epochs(log)
         metrics = {"status": status, **self.description, "results": self.results(log),
                    "examples": self.before_and_after(epochs), "epochs": epochs, "curve": curve}
         write_json(self.folder / "metrics.json", metrics)
@@ -2238,10 +2244,10 @@ def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
 def score_table(epochs: list[dict[str, Any]]) -> str:
     """Two rows per epoch. All cells have a width of their own, so that rows fit under those that came before."""
     rows = []
-    for entry in epochs:
-        epoch = f"{entry['epoch']:.{0 if isinstance(entry['epoch'], int) else 2}f}" + " (best)" * entry["best"]
-        loss = "" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
-        rows += [[epoch, loss, split, *score_cells(entry[split])] for split in ("validation", "test")]
+    for epoch in epochs:
+        name = f"{epoch['epoch']:.{0 if isinstance(epoch['epoch'], int) else 2}f}" + " (best)" * epoch["best"]
+        loss = "" if epoch["train_loss"] is None else f"{epoch['train_loss']:.4f}"
+        rows += [[name, loss, split, *score_cells(epoch[split])] for split in ("validation", "test")]
     return table([f"{'epoch':11}", f"{'loss':6}", f"{'split':10}", *score_names()], rows, text=(2,))
 
 
@@ -2303,7 +2309,7 @@ def new_plot(path: Path, columns: int = 1, **labels: Any) -> Iterator[Any]:
 
 def smallest_loss(curve: list[dict[str, Any]], name: str) -> int:
     """Index of the smallest finite training loss of the run `name`; UserError if none is finite."""
-    finite = [i for i, entry in enumerate(curve) if math.isfinite(entry["loss"])]
+    finite = [i for i, line in enumerate(curve) if math.isfinite(line["loss"])]
     if not finite:
         raise UserError(f"{name}: no logged training loss is finite, so there is nothing to plot")
     return min(finite, key=lambda i: curve[i]["loss"])
@@ -2322,7 +2328,7 @@ def common_limits(curves: list[list[dict[str, Any]]], **axes: str) -> dict[str, 
     """{"ylim": (low, high)} for ylim="loss": one scale for several plots, if there are several; 5% more at each end."""
     limits = {}
     for axis, name in axes.items() if len(curves) > 1 else ():
-        values = [entry[name] for curve in curves for entry in curve if math.isfinite(entry[name])]
+        values = [line[name] for curve in curves for line in curve if math.isfinite(line[name])]
         margin = 0.05 * (max(values) - min(values))
         limits[axis] = (min(values) - margin, max(values) + margin)
     return limits
@@ -2752,7 +2758,7 @@ def where_it_fits(rows: list[tuple[int, bool, dict[str, float]]], settings: Sett
         for precision in [given] if given else rows[0][2]:
             for micro_batch, checkpointing, peaks in rows:
                 if peaks[precision] + GPU_RESERVE <= memory and checkpointing >= settings.gradient_checkpointing:
-                    return [*[f"--{precision}"] * (precision in PRECISIONS and not given),
+                    return [*[f"--{precision}"] * (precision in WEIGHT_FLAGS and not given),
                             *[f"--micro-batch-size {micro_batch}"] * (micro_batch < rows[0][0]),
                             *["--gradient-checkpointing"] * (checkpointing and not settings.gradient_checkpointing)]
         return None
@@ -2865,7 +2871,7 @@ def plot(settings: Settings) -> int:
         place = settings.output_dir / name if settings.output_dir else folder
         plot_loss(curve, place / "training_loss.png", name, **wide)
         plot_smallest(curve, low, place / "smallest_training_loss.png", name, **near)
-        point, last = curve[low], [entry["loss"] for entry in curve[-100:]]
+        point, last = curve[low], [line["loss"] for line in curve[-100:]]
         say(f"{name}: smallest training loss {point['loss']:.4f} at step {point['step']}"
             + (f", learning rate {point['learning_rate']:.2e}" if point["learning_rate"] is not None else ""),
             f"  mean of the last {len(last)} logged losses: {np.mean(last):.4f}")
@@ -2935,7 +2941,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     metrics = read_metrics(folder)
     if is_of_gpt2(folder):
         raise UserError(f"{folder} was made by gpt2_from_scratch.py")
-    best = next((entry for entry in metrics.get("epochs") or () if entry.get("best")), None)
+    best = next((epoch for epoch in metrics.get("epochs") or () if epoch.get("best")), None)
     if not best or not metrics.get("curve"):
         raise UserError(f"{folder} has no finished epoch yet")
     metrics |= {"name": folder.resolve().name, "best": best, "rows": {}}
@@ -4075,7 +4081,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
     Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on
     few tokens (`fast_bytes` counts what that takes), and with a `calmed` model. Then rounding to bf16 changes the
     gradient of a matrix by a few percent of its norm (with INT8 by more: bitsandbytes rounds activations as well); one
-    that is lost, as a version of the compiler did, by 100%.
+    that is lost, as a version of the compiler did, by 100%. From then on the collator packs rows only, or not at all.
     """
     fast, start = trainer.fast, time.perf_counter()
     if fast.uses_graphs:
@@ -4120,9 +4126,10 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         fast.thresholds.copy_(thresholds)
         fast.model.train()
     if any(agree(fast.device, not is_same)):
-        trainer.fast = None
+        trainer.fast = trainer.data_collator.pack = None
         say(f"the fast step is not used: {reason if not is_same else 'it differs in another process'}")
         return
+    trainer.data_collator.is_padding = False
     trainer.optimizer.optimizer.flatten(fast)
     fast.is_proved["training"] = trainer.run.description["fast_step"] = True
     if fast.uses_graphs:

@@ -960,7 +960,7 @@ def begin(flan, model, settings, batch):
     """What a training does before its first step, for one that is not there; the FastT5, or None if it is not used."""
     optimizer = types.SimpleNamespace(optimizer=types.SimpleNamespace(flatten=lambda fast: None))
     trainer = types.SimpleNamespace(fast=flan.FastT5(model, settings), settings=settings, optimizer=optimizer,
-                                    run=types.SimpleNamespace(description={}))
+                                    data_collator=types.SimpleNamespace(), run=types.SimpleNamespace(description={}))
     flan.begin_fast(trainer, batch)
     return trainer.fast
 

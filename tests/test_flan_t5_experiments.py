@@ -478,8 +478,8 @@ def test_a_folder_in_use_is_refused_before_any_work(flan, command, tmp_path, mon
     (tmp_path / "file").touch()
     for name in ("run", "file"):
         done = command(flag, "--output-dir", name, cwd=tmp_path)
-        what = {"run": "not empty", "file": "a file"}[name]
-        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is {what}: {advice}\n")
+        expected = {"run": f"not empty: {advice}", "file": "a file: choose another --output-dir"}[name]
+        assert (done.code, done.out, done.err) == (2, "", f"error: {name} is {expected}\n")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")  # no folder of another name is taken for it
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)

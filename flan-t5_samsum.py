@@ -228,16 +228,16 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     for name, presets in (("dataset", DATASETS), ("model", MODELS)):  # a run can be continued from another folder
         if name in given and given[name] not in presets and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
-    run = find_run(given, is_use)
-    if run and is_of_gpt2(run):
-        raise UserError(f"{run} was made by gpt2_from_scratch.py")
-    metrics = read_metrics(run) if run else {"configuration": {}}
+    folder = find_run(given, is_use)
+    if folder and is_of_gpt2(folder):
+        raise UserError(f"{folder} was made by gpt2_from_scratch.py")
+    metrics = read_metrics(folder) if folder else {"configuration": {}}
     if "resume" in given and not {"processes", "optimizer", "data"} <= metrics.keys():
-        raise UserError(f"{run} was made by another version of this script: start a new run")
+        raise UserError(f"{folder} was made by another version of this script: start a new run")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if "resume" in given and metrics["processes"] != processes:
-        raise UserError(f"{run} was trained by {metrics['processes']} process(es), now there are {processes}: resume "
-                        "it with as many")
+        raise UserError(f"{folder} was trained by {metrics['processes']} process(es), now there are {processes}: "
+                        "resume it with as many")
     saved = {name: value for name, value in metrics["configuration"].items() if name in DEFAULTS}
     if "evaluate" in given:  # on the path on which the run was scored
         best = next((epoch for epoch in metrics.get("epochs", ()) if epoch.get("best")), {})
@@ -245,16 +245,16 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     changed = [name for name in given if name in saved and given[name] != saved[name] and name not in FREE_ON_RESUME]
     if "resume" in given and changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        raise UserError(f"--resume continues {run} with its own settings, and {flags} differs from them: "
+        raise UserError(f"--resume continues {folder} with its own settings, and {flags} differs from them: "
                         "leave it out, or start a new run")
     if any(name in given for name in WEIGHT_FLAGS):  # one that is given replaces that of the run
         saved |= dict.fromkeys(WEIGHT_FLAGS, False)
-    if run and metrics.get("cache_dir"):  # what the run has downloaded is there
+    if folder and metrics.get("cache_dir"):  # what the run has downloaded is there
         given.setdefault("cache_dir", Path(metrics["cache_dir"]))
-    if run and "resume" in given:
-        given["output_dir"] = run
-    elif run:
-        given.setdefault("adapter", str(run))
+    if folder and "resume" in given:
+        given["output_dir"] = folder
+    elif folder:
+        given.setdefault("adapter", str(folder))
     elif given.get("adapter", "none") != "none" and "model" not in given:
         given["model"] = base_of_adapter(Path(given["adapter"]))
     values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
@@ -285,44 +285,44 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
     if not is_use or given.get("adapter") == "none":
         return None
     if "adapter" not in given:
-        run = newest_run("adapter", "model")
-        metrics = read_metrics(run)
+        folder = newest_run("adapter", "model")
+        metrics = read_metrics(folder)
         status = metrics.get("status", "not finished").replace("running", "not finished")  # it may have been killed
         if status != "finished":
             epoch = metrics.get("results", {}).get("best_epoch") or 0
-            print(f"note: {run} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
-        return run
-    folder = Path(given["adapter"])
-    return next((run for run in (folder, folder.parent) if (run / "metrics.json").is_file()), None)
+            print(f"note: {folder} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
+        return folder
+    adapter = Path(given["adapter"])
+    return next((folder for folder in (adapter, adapter.parent) if (folder / "metrics.json").is_file()), None)
 
 
 def newest_run(*contents: str) -> Path:
     found = [path.parent for depth in ("*", "*/*") for path in Path("runs").glob(f"{depth}/metrics.json")]
-    runs = [run for run in found if not is_of_gpt2(run)
-            and (not contents or any((run / name).is_dir() for name in contents))]
+    runs = [folder for folder in found if not is_of_gpt2(folder)
+            and (not contents or any((folder / name).is_dir() for name in contents))]
     if not runs:
         what = f"run with {' or '.join(contents)}" if contents else "run"
         raise UserError(f"no {what} in {Path('runs').resolve()}: train first, or name one "
                         f"({'--adapter' if contents else '--output-dir'} DIR)")
-    return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
+    return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
 
 
-def is_of_gpt2(run: Path) -> bool:
+def is_of_gpt2(folder: Path) -> bool:
     """runs/ may hold those of the other script, too."""
     try:
-        return "block_size" in json.loads((run / "metrics.json").read_text(encoding="utf-8"))["configuration"]
+        return "block_size" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["configuration"]
     except (OSError, ValueError, KeyError, TypeError):
         return False  # damaged: read_metrics says so
 
 
-def read_metrics(run: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         return metrics | {"configuration": dict(metrics["configuration"])}
     except OSError:
-        raise UserError(f"{run} holds no run (no metrics.json)") from None
+        raise UserError(f"{folder} holds no run (no metrics.json)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'metrics.json'} is damaged ({error!r})") from None
+        raise UserError(f"{folder / 'metrics.json'} is damaged ({error!r})") from None
 
 
 def exit_on_user_error(work: Callable, *arguments: Any) -> Any:
@@ -1245,18 +1245,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
     optimizer.param_groups[0]["lr"] = rate
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, the oldest first."""
-    return sorted(path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def find_checkpoint(run: Path) -> Path | None:
+def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run that can be read, or None; what cannot be read is put aside, and named."""
-    for checkpoint in reversed(checkpoints(run)):
+    for checkpoint in reversed(checkpoints(folder)):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             with safe_open(checkpoint / "weights.safetensors", "pt"):
@@ -1272,7 +1272,7 @@ def find_checkpoint(run: Path) -> Path | None:
         else:
             say(f"going on from {checkpoint}")
             return checkpoint
-    say(f"{run} has no checkpoint: it starts with the first step")
+    say(f"{folder} has no checkpoint: it starts with the first step")
     return None
 
 
@@ -1280,19 +1280,19 @@ def result_name(settings: Settings) -> str:
     return "model" if settings.full else "adapter"
 
 
-def save_result(run: Path, model: torch.nn.Module, tokenizer: Any, settings: Settings) -> None:
+def save_result(folder: Path, model: torch.nn.Module, tokenizer: Any, settings: Settings) -> None:
     """Writes the adapter in PEFT's format (or, after --full, the model) and the tokenizer; all of it or nothing."""
     weights = trained_weights(model)
     if not is_main_process():
         return
-    with writing_to(run), new_folder(run / result_name(settings)) as folder:
+    with writing_to(folder), new_folder(folder / result_name(settings)) as written:
         if not isinstance(model, PeftModel):
-            return save_model(model, tokenizer, folder, settings, weights)
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            return save_model(model, tokenizer, written, settings, weights)
+        model.save_pretrained(written, state_dict=weights, save_embedding_layers=False)
         # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub.
-        change_json(folder / "adapter_config.json", base_model_name_or_path=MODELS.get(settings.model, settings.model))
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        tokenizer.save_pretrained(folder)
+        change_json(written / "adapter_config.json", base_model_name_or_path=MODELS.get(settings.model, settings.model))
+        (written / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        tokenizer.save_pretrained(written)
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: Settings,
@@ -1310,18 +1310,18 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: S
 
 
 @contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Two trainings must not write to one folder. The lock of a process that is gone is none."""
     if fcntl is None or not is_main_process():
         yield
         return
-    with writing_to(run):
-        file = open(run / "lock", "a")  # noqa: SIM115
+    with writing_to(folder):
+        file = open(folder / "lock", "a")  # noqa: SIM115
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{run} is being trained by another process: wait for it, or choose another run "
+            raise UserError(f"{folder} is being trained by another process: wait for it, or choose another run "
                             "(--output-dir DIR)") from None
         yield
 
@@ -1982,18 +1982,18 @@ def new_run_folder(settings: Settings, name: str) -> Path:
     return from_main_process(make)
 
 
-def check_resumable(run: Path, description: dict[str, Any], settings: Settings, steps: int,
+def check_resumable(folder: Path, description: dict[str, Any], settings: Settings, steps: int,
                     checkpoint: Path | None) -> None:
     """UserError unless the data is that which the run began with. Says what another --max-steps does."""
-    began = read_metrics(run)
+    began = read_metrics(folder)
     if began.get("data") != description["data"]:
-        raise UserError(f"the rows of {settings.dataset} or their tokens are not those that {run} began with: "
+        raise UserError(f"the rows of {settings.dataset} or their tokens are not those that {folder} began with: "
                         "bring them back, or start a new run")
     before = began["optimizer"]["steps"]
     if before != steps and checkpoint:
         step = step_of(checkpoint)
         if steps < step:
-            raise UserError(f"--max-steps {steps}: {run} has already taken {step}")
+            raise UserError(f"--max-steps {steps}: {folder} has already taken {step}")
         rates = [as_power_of_ten(float(f"{settings.lr * learning_rate_factor(step, n):.3g}")) for n in (before, steps)]
         say(f"{steps} steps in place of {before}: the learning rate at step {step} is {rates[1]}, not {rates[0]}")
 
@@ -2237,8 +2237,8 @@ def epoch_number(epoch: float | None) -> float | int:
     return int(epoch) if epoch == int(epoch) else epoch
 
 
-def predictions_file(run: Path, split: str, epoch: float | int) -> Path:
-    return run / "predictions" / f"{split}-epoch-{epoch:.9g}.jsonl"
+def predictions_file(folder: Path, split: str, epoch: float | int) -> Path:
+    return folder / "predictions" / f"{split}-epoch-{epoch:.9g}.jsonl"
 
 
 def score_table(epochs: list[dict[str, Any]]) -> str:

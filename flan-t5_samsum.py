@@ -1729,9 +1729,9 @@ def from_main_process(work: Callable[[], Any]) -> Any:
     return broadcast_object_list([work() if is_main_process() else None])[0]
 
 
-def this_script() -> str:
+def this_script(launcher: str = "python") -> str:
     """The words that start it, where the user stands."""
-    return f"python {shlex.quote(sys.argv[0])}"
+    return f"{launcher} {shlex.quote(sys.argv[0])}"
 
 
 def this_script_again() -> str:
@@ -1743,7 +1743,7 @@ def this_script_again() -> str:
         launcher = f"accelerate launch --use_fsdp --fsdp_version 2 {nodes}--num_processes {processes}"
     elif several:
         launcher += f" --nnodes={processes // here} --rdzv-endpoint=HOST:PORT --rdzv-backend=c10d"
-    return this_script() if processes == 1 else this_script().replace("python", launcher, 1)
+    return this_script() if processes == 1 else this_script(launcher)
 
 
 def say(*lines: str, file: Any = None) -> None:

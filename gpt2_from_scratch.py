@@ -1229,9 +1229,8 @@ def forward_backward(trainer: Trainer, sequences: int) -> None:
 
 def micro_batch_sizes(trainer: Trainer) -> list[int]:
     """Divisors of a process's sequences, the largest first; of up to 2^16 tokens on a GPU, 2^13 elsewhere."""
-    share, limit = trainer.sequences_per_step // trainer.machine.world, 2**13
-    if trainer.machine.device.type == "cuda":
-        limit = 2**16
+    share = trainer.sequences_per_step // trainer.machine.world
+    limit = 2**16 if trainer.machine.device.type == "cuda" else 2**13
     return [n for n in range(share, 0, -1) if share % n == 0 and n * trainer.order.block_size <= limit] or [1]
 
 

@@ -7,9 +7,11 @@ import json
 import shutil
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import pytest
+from benchmark_flan_t5 import judged
 from conftest import start, wait
 from test_flan_t5_fast import (
     LORA_SHAPES,
@@ -224,20 +226,12 @@ def test_a_pool_whose_graphs_are_gone_takes_others(flan, gpu, model_folder):
         del graph, found
 
 
-def log_likelihood(model, sources, rows):
-    """Mean log-likelihood of the tokens of `rows`, and how far below the likeliest ones it is."""
-    batch = {name: tensor.cuda() for name, tensor in padded(list(zip(sources, rows, strict=True))).items()}
-    with torch.no_grad():
-        logs = model(**batch).logits.float().log_softmax(-1)
-    chosen = logs.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
-    is_token = batch["labels"] >= 0
-    return float(chosen[is_token].mean()), float((logs.amax(-1) - chosen)[is_token].mean())
-
-
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     """Of the tiny model, in a batch that is halved as rows end. Rounding to bf16 decides where two tokens are about as
-    likely, so float32 is the judge: it holds the fast tokens for as likely as those of plain generate() in bf16."""
+    likely, and without fine-tuning that is one token in ten of this model. So float32 is the judge: after the same
+    beginning it prefers another token about as often where the fast tokens are as where those of plain generate() in
+    bf16 are. (On a CPU in 10 to 13% of both; where cross-attention gives a tenth less, in 21 to 23%.)"""
     folder = flan.Path(flan.MODELS["tiny"])
     model, settings = make_model(flan, 0.0, quantization, folder, **gpu)
     judge, _ = make_model(flan, 0.0, quantization, folder, device="cuda", dtype=torch.float32)
@@ -251,7 +245,8 @@ def test_generated_tokens_are_those_of_generate(flan, gpu, quantization):
     seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     output = model.generate(**seen, generation_config=config)[:, 1:].tolist()
     plain = [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in output]
-    (ours, our_gap), (theirs, their_gap) = (log_likelihood(judge, sources, rows) for rows in (found, plain))
-    print(f"{sum(a == b for a, b in zip(found, plain, strict=True))} of {len(found)} rows are the same; log-likelihood "
-          f"{ours:.4f} and {theirs:.4f}, below the likeliest {our_gap:.4f} and {their_gap:.4f}")
-    assert ours > theirs - 0.03 and our_gap < 1.2 * their_gap + 0.002
+    by_float32 = types.SimpleNamespace(model=judge, device=judge.device, precision=torch.float32)
+    ours, theirs = (judged(flan, by_float32, sources, rows)["other_tokens"] for rows in (found, plain))
+    same = sum(map(list.__eq__, found, plain))
+    print(f"{same} of {len(found)} rows are the same; float32 prefers other tokens in {ours:.3f}, {theirs:.3f}")
+    assert ours < 1.5 * theirs + 0.01

@@ -1076,9 +1076,15 @@ def one_sentence_a_line(text: str) -> str:
 
 def bootstrap_interval(scores: list[float], samples: int = 1000, seed: int = 0) -> list[float]:
     """95% percentile bootstrap interval (Efron and Tibshirani 1993) of the mean of `scores` [rows]: [low, high]."""
-    scores, rng = np.asarray(scores), np.random.default_rng(seed)
-    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(samples)]
-    return np.percentile(means, [2.5, 97.5]).tolist()
+    return np.percentile(resampled_means(np.asarray(scores), samples, seed), [2.5, 97.5]).tolist()
+
+
+def resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """The means of so many samples, each of as many `values` [rows], drawn with replacement: [samples]."""
+    rng, rows = np.random.default_rng(seed), len(values)
+    at_once = max(1, 10**6 // rows)  # samples: memory for a million rows
+    return np.concatenate([values[rng.integers(0, rows, (min(at_once, samples - done), rows))].mean(1)
+                           for done in range(0, samples, at_once)])
 
 
 def score(summarizer: Summarizer, rows: datasets.Dataset) -> tuple[Scores, list[dict[str, Any]]]:
@@ -3023,9 +3029,8 @@ def paired_bootstrap(a: Any, b: Any, samples: int = 10_000, seed: int = 0) -> tu
     difference. p is the share of samples in which a mean difference of zero would, by drawing alone, look at least as
     large as the one seen (Efron and Tibshirani 1993, section 16.4; two-sided, never exactly 0).
     """
-    differences, rng = np.asarray(b) - np.asarray(a), np.random.default_rng(seed)
-    seen, rows = differences.mean(), len(differences)
-    means = np.array([differences[rng.integers(0, rows, rows)].mean() for _ in range(samples)])
+    differences = np.asarray(b) - np.asarray(a)
+    seen, means = differences.mean(), resampled_means(differences, samples, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     as_large = np.abs(means - seen) >= abs(seen) - 1e-9
     return float(seen), float(low), float(high), float((1 + as_large.sum()) / (1 + samples))

@@ -4,10 +4,12 @@
     python -S forked.py ADDRESS SCRIPT WORDS...    as `python SCRIPT WORDS...` (or `-c CODE`), in this folder, with this
                                                    environment, input, output, signals and exit code
 
-Nothing of Hugging Face that reads the environment when it is imported is imported by the server. A second process, as
-light as an interpreter can be, stands for the forked one: signals are passed on, and if it is killed, so is the other.
+Hugging Face's libraries read the environment when they are imported. So there are two servers, one of them without
+them: it serves who has another environment, in what they read, than the servers. A second process, as light as an
+interpreter can be, stands for the forked one: signals are passed on, and if it is killed, so is the other.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -17,19 +19,36 @@ import sys
 
 HEAVY = """
 numpy pandas pyarrow pyarrow.dataset pyarrow.parquet matplotlib.figure nltk rouge_score.rouge_scorer yaml
-aiohttp requests xxhash dill safetensors.torch tokenizers tqdm.auto torch torch._dynamo torch.distributed.checkpoint
-torch.distributed.fsdp torch.distributed.optim torch.distributed.tensor torch.utils.checkpoint torch.utils.tensorboard
+aiohttp requests xxhash dill safetensors.torch tokenizers tqdm.auto torch torch._dynamo torch._inductor.compile_fx
+torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.optim torch.distributed.tensor
+torch.utils.checkpoint torch.utils.tensorboard
 """
+HUGGING_FACE = """
+bitsandbytes datasets evaluate huggingface_hub accelerate transformers transformers.trainer_seq2seq
+transformers.models.t5.modeling_t5 transformers.models.auto.modeling_auto peft peft.tuners.lora.bnb
+"""
+READ_BY_THEM = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "HOME", "XDG_", "PYTHON", "CUDA_VISIBLE_DEVICES")
+
+
+def load(names: str) -> None:
+    import importlib
+
+    for name in names.split():
+        with contextlib.suppress(ImportError):  # where a package is missing, the scripts say so
+            importlib.import_module(name)
 
 
 def serve(address: str) -> None:
-    import contextlib
     import gc
-    import importlib
+    import logging
 
-    for name in HEAVY.split():
-        with contextlib.suppress(ImportError):  # where a package is missing, the scripts say so
-            importlib.import_module(name)
+    load(HEAVY)
+    if os.fork() == 0:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the script does
+        load(HUGGING_FACE)
+        with open(address + "-environment", "w") as file:
+            json.dump(dict(os.environ), file)
+        address += "-hugging-face"
     gc.freeze()  # else collecting in a fork copies all these pages
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -84,6 +103,10 @@ def run(order: dict, descriptors: list) -> None:
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
     sys.argv = order["words"]
+    if "NO_PLOTS" in os.environ:  # as in the fixture quick_plots
+        from matplotlib.figure import Figure
+
+        Figure.savefig = lambda self, file, **_: file.write(b"not drawn")
     if sys.argv[0] == "-c":
         sys.path[0] = ""
         exec(sys.argv.pop(1), {"__name__": "__main__"})
@@ -99,10 +122,21 @@ def receive(connection: socket.socket, count: int) -> bytes:
     return data
 
 
+def server_for(address: str, environment: dict[str, str]) -> str:
+    """The address of the one with Hugging Face's libraries, if it is there already and would read what we would."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(address + "-environment") as file:
+            its = json.load(file)
+        read = [{key: value for key, value in of.items() if key.startswith(READ_BY_THEM)} for of in (its, environment)]
+        if read[0] == read[1] and os.path.exists(address + "-hugging-face"):
+            return address + "-hugging-face"
+    return address
+
+
 def ask(address: str, words: list[str]) -> None:
     """Have the script run, and end as it does."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
+    connection.connect(server_for(address, dict(os.environ)))
     order = json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom to pass them on to
     socket.send_fds(connection, [len(order).to_bytes(8, "big")], [0, 1, 2])

@@ -861,8 +861,8 @@ def test_quantised_weights_pass_the_comparison(command, data, model_folder, tmp_
 def test_the_tiny_model_passes_the_comparison_in_bf16(flan, command, tmp_path, on_the_cpu, monkeypatch):
     """Its attention is so sharp that rounding alone changes gradients by more than their norm."""
     monkeypatch.setattr(flan, "get_device", lambda: (torch.device("cpu"), torch.bfloat16))
-    done = command("--limit", 16, "--max-steps", 2, "--max-new-tokens", 2, "--output-dir", tmp_path / "run", "--fast",
-                   cwd=tmp_path)
+    done = command("--limit", 4, "--batch-size", 2, "--max-steps", 2, "--max-new-tokens", 2, "--fast", "--output-dir",
+                   tmp_path / "run", cwd=tmp_path)
     assert done.code == 0 and "is not used" not in done.out and flan.read_metrics(tmp_path / "run")["fast_step"], done
 
 

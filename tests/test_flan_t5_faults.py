@@ -71,13 +71,17 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX s
 # Importing takes seconds, so one process imports everything and does nothing but fork: each order, a line of JSON with
 # a folder, the words of the command line and code to run before, is answered with a process id and then an exit code.
 SERVER = """
-import importlib.util, json, os, sys
+import gc, importlib.util, json, os, sys
 script = sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+import forked
 spec = importlib.util.spec_from_file_location("flan_t5_samsum", script)
 flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flan)
 flan.torch.set_num_threads(1)
 flan.get_device = lambda: (flan.torch.device("cpu"), flan.torch.float32)
+forked.load(forked.HUGGING_FACE)  # what transformers would import when it is needed
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -97,8 +101,9 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def server():
-    server = subprocess.Popen([sys.executable, "-c", SERVER, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              bufsize=0, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    words = [sys.executable, "-c", SERVER, SCRIPT, Path(__file__).parent]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                              env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     yield server
     server.stdin.close()
     server.wait(60)
@@ -161,18 +166,21 @@ def kill_somewhere(process, run, rng, seconds, is_saving):
         process.ended(rng.uniform(0, seconds))
     else:
         number, saving = rng.randrange(5), False
-        while not process.ended(0.001) and (number >= 0 or not saving):
+        while not process.ended(0.002) and (number >= 0 or not saving):
             now = half_written(run)
             number, saving = number - (now and not saving), now
         process.ended(rng.uniform(0, 0.03))
     process.kill()
 
 
+SLOW_DISK = "sync = os.fsync; os.fsync = lambda file: flan.time.sleep(0.02) or sync(file)"  # a save can be seen
+
+
 def kill_and_go_on(launch, trained, tmp_path, kills):
     """Every other run is killed once more while it goes on. Returns how many kills left a folder half-written."""
     (tmp_path / "timed").mkdir()
     begin = time.monotonic()
-    assert launch(tmp_path / "timed").exit_code() == 0
+    assert launch(tmp_path / "timed", SLOW_DISK).exit_code() == 0
     rng, while_saving, killed, attempt = random.Random(0), 0, 0, 0
     seconds = time.monotonic() - begin
     while killed < kills:
@@ -181,7 +189,7 @@ def kill_and_go_on(launch, trained, tmp_path, kills):
         run = home / "runs" / NAME
         home.mkdir()
         for _ in range(1 + attempt % 2):
-            process = launch(home)
+            process = launch(home, SLOW_DISK)
             kill_somewhere(process, run, rng, seconds, killed % 2)
             if process.exit_code() == -signal.SIGKILL:
                 killed += 1

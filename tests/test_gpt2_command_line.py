@@ -30,7 +30,7 @@ TEXT = "".join(
 )
 SIZES = [
     "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32", "--batch-tokens", "256", "--max-steps",
-    "4", "--vocab-size", "300",
+    "4", "--vocab-size", "300", "--max-new-tokens", "6",
 ]  # fmt: skip
 
 

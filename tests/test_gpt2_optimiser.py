@@ -16,7 +16,7 @@ import gpt2_from_scratch as gpt2
 
 SIZES = ["--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32",
          "--batch-tokens", "256", "--lr", "1e-2", "--max-steps", "12", "--eval-every", "4", "--optimizer", "adamw",
-         "--schedule", "cosine"]  # fmt: skip
+         "--schedule", "cosine", "--max-new-tokens", "6"]  # fmt: skip
 
 
 # AdamW

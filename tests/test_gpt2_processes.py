@@ -15,7 +15,7 @@ import gpt2_from_scratch as gpt2
 
 SIZES = ["--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32",
          "--batch-tokens", "256", "--lr", "1e-2", "--max-steps", "6", "--eval-every", "3", "--micro-batch-size",
-         "2", "--schedule", "cosine"]  # fmt: skip
+         "2", "--schedule", "cosine", "--max-new-tokens", "6"]  # fmt: skip
 DRIVER = """
 import os, sys
 sys.path.insert(0, {folder!r})

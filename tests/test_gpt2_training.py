@@ -33,6 +33,7 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 SIZES = [
     "--tokenizer", "bytes", "--layers", "2", "--heads", "2", "--width", "32", "--block-size", "32", "--batch-tokens",
     "256", "--lr", "1e-2", "--optimizer", "adamw", "--schedule", "cosine",
+    "--max-new-tokens", "6",
 ]  # fmt: skip
 CPU = torch.device("cpu")
 

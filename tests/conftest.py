@@ -54,7 +54,7 @@ def load_script(path: Path):
 def quick_plots(request, monkeypatch):
     """Drawing is a third of a small training. Only tests of plots (by module, or marked) and fixtures of more than one
     test wait for it; elsewhere the file says that it was not drawn."""
-    of_plots = request.module.__name__.endswith(("_screen", "_experiments", "_runs"))
+    of_plots = request.module.__name__.endswith(("_screen", "_experiments"))
     if not of_plots and not request.node.get_closest_marker("plots"):
         put = lambda file: file.write if hasattr(file, "write") else Path(file).write_bytes
         write = lambda self, file, **_: put(file)(b"not drawn")

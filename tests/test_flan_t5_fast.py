@@ -24,8 +24,12 @@ torch = pytest.importorskip("torch")
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton") or torch.cuda.is_available(),
-                                  reason="needs Triton, and no GPU")
+no_triton = pytest.mark.skipif(not importlib.util.find_spec("triton") or torch.cuda.is_available(),
+                               reason="needs Triton, and no GPU")
+
+
+def needs_triton(test):
+    return pytest.mark.kernels(no_triton(test))
 
 
 def rows_of(lengths, extra=0):

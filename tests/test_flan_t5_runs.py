@@ -291,6 +291,7 @@ def drawn(flan, monkeypatch):
     return lambda: figures[-1].axes[0]
 
 
+@pytest.mark.plots
 def test_the_loss_plot_marks_the_smallest_loss(flan, drawn, tmp_path):
     losses = [5.0, 4.0, 1.25, 4.5, 3.0, 2.0]
     curve = [{"step": 10 * i, "loss": loss, "learning_rate": i * 1e-3} for i, loss in enumerate(losses, 1)]

@@ -21,6 +21,7 @@ import gpt2_from_scratch as gpt2
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 if IS_INTERPRETED and Version(np.__version__) >= Version("2.4"):
     pytest.skip("Triton's interpreter needs an older NumPy", allow_module_level=True)
+pytestmark = pytest.mark.kernels
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by test_kernels_in_the_interpreter")
 
 

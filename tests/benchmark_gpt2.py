@@ -228,15 +228,25 @@ def on_cpu(arguments: argparse.Namespace) -> None:
     compare_on_cpu("124M", make_model(arguments), list(range(5, 37)), 24, arguments)
 
 
+def tokens_per_second_of_memory(model: gpt2.GPT) -> float:
+    """How often all weights could be read in a second, which every token needs: by the product of a vector with a
+    matrix that is too large for caches."""
+    x, matrix = torch.randn(1, 1024), torch.randn(1024, 2**17)  # 512 MiB
+    seconds, _ = best_of(lambda: x @ matrix, 5)
+    return matrix.nbytes / seconds / sum(parameter.nbytes for parameter in model.parameters())
+
+
 def compare_on_cpu(name: str, model: gpt2.GPT, prompt: list[int], new: int, arguments: argparse.Namespace) -> None:
     """This script and transformers in turns, and whether their tokens are the same."""
     theirs, tokens = transformers_model(model), torch.tensor([prompt])
     how = {"do_sample": False, "max_new_tokens": new, "attention_mask": torch.ones_like(tokens)}
+    gpt2.lay_out_by_columns(model)  # as --sample does
     calls = [lambda: [step[0] for step in gpt2.generate(model, prompt, 1, new, -1, temperature=0)],
              lambda: theirs.generate(tokens, **how)[0, len(prompt) :].tolist()]  # fmt: skip
     rounds = [[best_of(call, 1) for call in calls] for _ in range(2 if arguments.tiny else 4)]
     (ours, a), (other, b) = (min(results) for results in zip(*rounds, strict=True))
-    report(f"cpu, {name}", tokens_per_second=new / ours, transformers=new / other, ratio=other / ours, same=a == b)
+    report(f"cpu, {name}", tokens_per_second=new / ours, transformers=new / other, ratio=other / ours, same=a == b,
+           ceiling_of_memory=tokens_per_second_of_memory(model))  # fmt: skip
 
 
 PARTS = {name: lambda arguments, name=name: throughput(arguments, name) for name in SEQUENCES} | {

@@ -104,9 +104,12 @@ def run(order: dict, descriptors: list) -> None:
     os.chdir(order["folder"])
     sys.argv = order["words"]
     if "NO_PLOTS" in os.environ:  # as in the fixture quick_plots
+        from pathlib import Path
+
         from matplotlib.figure import Figure
 
-        Figure.savefig = lambda self, file, **_: file.write(b"not drawn")
+        put = lambda file: file.write if hasattr(file, "write") else Path(file).write_bytes
+        Figure.savefig = lambda self, file, **_: put(file)(b"not drawn")
     if sys.argv[0] == "-c":
         sys.path[0] = ""
         exec(sys.argv.pop(1), {"__name__": "__main__"})

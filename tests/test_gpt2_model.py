@@ -152,6 +152,17 @@ def test_real_gpt2_shape_logits_and_gradients_equal_transformers(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
+def test_matrices_by_columns_are_the_same_matrices(reference):
+    """As `--sample` lays them out on a CPU; the head's is that of the embeddings."""
+    theirs, folder = reference
+    tokens, ours = tokens_like(theirs, length=10), gpt2.load_pretrained(folder)
+    gpt2.lay_out_by_columns(ours)
+    turned = {name for name, weight in ours.named_parameters() if weight.dim() == 2 and weight.stride(0) == 1}
+    wide = {name for name, weight in ours.named_parameters() if weight.dim() == 2 and weight.shape[0] > weight.shape[1]}
+    assert turned == wide - {"wpe.weight"} and {"wte.weight", "h.0.attn.c_attn.weight"} <= turned
+    torch.testing.assert_close(ours(tokens)[..., : TINY["vocab_size"]], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_shorter_context_keeps_the_first_positions(reference):
     theirs, folder = reference
     tokens = tokens_like(theirs, length=10)

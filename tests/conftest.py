@@ -28,6 +28,7 @@ os.environ.update(HF_HOME=CACHE.name, HF_HUB_OFFLINE="1", HF_UPDATE_DOWNLOAD_COU
                   COLUMNS="160")  # wide tables
 
 import fake_hub  # noqa: E402
+import forked  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[1] / "flan-t5_samsum.py"
 FORKED = str(Path(__file__).with_name("forked.py"))
@@ -56,9 +57,7 @@ def quick_plots(request, monkeypatch):
     test wait for it; elsewhere the file says that it was not drawn."""
     of_plots = request.module.__name__.endswith(("_screen", "_experiments"))
     if not of_plots and not request.node.get_closest_marker("plots"):
-        put = lambda file: file.write if hasattr(file, "write") else Path(file).write_bytes
-        write = lambda self, file, **_: put(file)(b"not drawn")
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", forked.not_drawn)
 
 
 @pytest.fixture(scope="module", autouse=True)

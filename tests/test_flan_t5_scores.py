@@ -202,6 +202,13 @@ def test_bootstrap_interval_on_paper(flan, scores, expected):
     assert tuple(flan.bootstrap_interval(scores)) == expected
 
 
+def test_samples_drawn_together_are_those_drawn_one_by_one(flan):
+    """Of so many rows that they come in three parts, the last a smaller one."""
+    values, rng = np.random.default_rng(1).random(3000), np.random.default_rng(0)
+    expected = [values[rng.integers(0, 3000, 3000)].mean() for _ in range(700)]
+    assert flan.resampled_means(values, 700, 0).tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_bootstrap_interval_of_many_rows_is_the_normal_one(flan):
     scores = np.random.default_rng(1).uniform(20, 60, 800)
     half = 1.96 * scores.std() / np.sqrt(len(scores))

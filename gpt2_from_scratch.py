@@ -852,10 +852,12 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     for group in (group for optimiser in trainer.optimisers for group in optimiser.param_groups):
         rate = learning_rate(step, settings) * group.get("rate", 1.0)
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
-    return trainer.step_graph(batch) if trainer.step_graph else forward_backward_update(trainer, batch, stop)
+    if trainer.step_graph:
+        return trainer.step_graph(batch, stop)
+    return forward_backward_update(trainer, batch, stop)
 
 
-def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
+def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool | torch.Tensor) -> torch.Tensor:
     """The step itself, whatever its number: the same work on the device every time."""
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
     trainer.refresh_compute_copy()
@@ -869,7 +871,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = 
         (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     trainer.is_last_pass = False
-    totals[1] += float(stop)
+    totals[1] += stop
     if machine.world > 1:
         dist.all_reduce(totals)
         while trainer.exchanges:
@@ -2948,15 +2950,16 @@ class StepGraph:
 
     @staticmethod
     def can_run(trainer: Trainer) -> bool:
-        machine = trainer.machine
+        machine, settings = trainer.machine, trainer.settings
         if (machine.device.type != "cuda" or machine.mode != "compiled" or machine.dtype is not torch.bfloat16
-                or machine.world > 1 or trainer.settings.gradient_checkpointing
-                or trainer.sequences_per_step > 8 * machine.micro_batch_size):  # fmt: skip
+                or settings.gradient_checkpointing or (machine.world > 1 and settings.shard_optimizer)
+                or trainer.sequences_per_step > 8 * machine.micro_batch_size * machine.world):  # fmt: skip
             return False
         # A graph keeps what its step uses, and an evaluation needs as much beside it. Still to come: the moments, and
         # gradients that add up over passes.
         step = peak_memory(machine.device) + 12 * count_parameters(trainer.model) / 2**30
-        return 2 * step < torch.cuda.get_device_properties(machine.device).total_memory / 2**30
+        fits = 2 * step < torch.cuda.get_device_properties(machine.device).total_memory / 2**30
+        return agree(machine, fits, dist.ReduceOp.MIN) == 1
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.graph, self.before = trainer, None, 3  # steps before the graph
@@ -2965,15 +2968,16 @@ class StepGraph:
             if "capturable" in group:
                 group["capturable"] = True
 
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        if self.before or len(batch) != self.trainer.sequences_per_step:
-            self.before = max(0, self.before - 1)
-            return forward_backward_update(self.trainer, batch)
+    def __call__(self, batch: torch.Tensor, stop: bool) -> torch.Tensor:
+        if self.before:
+            self.before -= 1
+            return forward_backward_update(self.trainer, batch, stop)
         if self.graph is None:
-            self.batch, self.graph = batch.clone(), torch.cuda.CUDAGraph()
+            self.batch, self.stop, self.graph = batch.clone(), batch.new_zeros(()), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.values = forward_backward_update(self.trainer, self.batch)
+                self.values = forward_backward_update(self.trainer, self.batch, self.stop)
         self.batch.copy_(batch)
+        self.stop.fill_(stop)
         self.graph.replay()
         return self.values.clone()
 
@@ -3086,36 +3090,42 @@ def norm_kernel(x, parts, bias, gain, shift, out, rows, K: tl.constexpr, PARTS: 
 
 @jit
 def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-                     BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends."""
+                     BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+    """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends.
+
+    As in cross_entropy_kernel, every place in a block keeps a maximum and sums of its own, so that only the end adds up
+    over threads. Blocks are loaded STAGES ahead.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     h, b = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + b)
-    d = tl.arange(0, D)
+    d, slot = tl.arange(0, D), tl.arange(0, BLOCK)
     new = qkv + b * 3 * H * D + h * D + d
     q, k, v = tl.load(new).to(tl.float32), tl.load(new + H * D), tl.load(new + 2 * H * D)
     cache = (b.to(tl.int64) * H + h) * SIZE * D
     tl.store(keys + cache + position * D + d, k)
     tl.store(values + cache + position * D + d, v)
     q *= LOG2_E / tl.sqrt(D * 1.0)
-    best = tl.sum(q * k.to(tl.float32), 0)
-    total = best * 0 + 1.0
-    result = v.to(tl.float32)
-    for start in range(0, position, BLOCK):
-        t = start + tl.arange(0, BLOCK)
+    best = tl.where(slot == 0, tl.sum(q * k.to(tl.float32), 0), -1e30)  # the row's own token comes first
+    total = tl.where(slot == 0, 1.0, 0.0)
+    result = tl.where((slot == 0)[:, None], v.to(tl.float32)[None, :], 0.0)
+    for start in tl.range(0, position, BLOCK, num_stages=STAGES):
+        t = start + slot
         place, mask = cache + t[:, None] * D + d[None, :], (t < position)[:, None]
         some_keys = tl.load(keys + place, mask=mask, other=0.0)
         some_values = tl.load(values + place, mask=mask, other=0.0)
         score = tl.where(t < position, tl.sum(some_keys.to(tl.float32) * q[None, :], 1), float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 0))
+        new_best = tl.maximum(best, score)
         p = tl.exp2(score - new_best)
         old = tl.exp2(best - new_best)
-        total = total * old + tl.sum(p, 0)
-        result = result * old + tl.sum(p[:, None] * some_values.to(tl.float32), 0)
+        total = total * old + p
+        result = result * old[:, None] + p[:, None] * some_values.to(tl.float32)
         best = new_best
-    tl.store(out + b * H * D + h * D + d, (result / total).to(out.dtype.element_ty))
+    share = tl.exp2(best - tl.max(best, 0))
+    y = tl.sum(result * share[:, None], 0) / tl.sum(total * share, 0)
+    tl.store(out + b * H * D + h * D + d, y.to(out.dtype.element_ty))
 
 
 @jit
@@ -3225,7 +3235,7 @@ class GraphDecoder:
     CHUNK = 16  # tokens that are computed before the CPU looks at them
     TILE = 8192  # weights that a program of row_kernel reads
     LOGITS = 2048  # that a program of draw_kernel looks at
-    KEYS = (512, 16), (64, 2)  # for one row, for several: tokens that a program of attention_kernel looks at, by warps
+    KEYS = (512, 16, 1), (32, 2, 3)  # for one row, for several: BLOCK of attention_kernel, warps, STAGES
 
     @staticmethod
     def can_run(model: GPT, size: int) -> bool:
@@ -3286,9 +3296,10 @@ class GraphDecoder:
 
     def attention(self, number: int) -> None:
         count, heads, size, width = self.keys[number].shape
-        block, warps = self.KEYS[count > 1]
+        block, warps, stages = self.KEYS[count > 1]
         attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                         H=heads, D=width, SIZE=size, BLOCK=block, num_warps=warps, **self.launch)
+                                         H=heads, D=width, SIZE=size, BLOCK=block, STAGES=stages, num_warps=warps,
+                                         **self.launch)
 
     def step(self) -> None:
         """Read the newest token of every row, and draw the next."""

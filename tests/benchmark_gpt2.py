@@ -30,7 +30,7 @@ import gpt2_from_scratch as gpt2
 VOCABULARY = 50257
 SEQUENCES = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16}
 TIMEOUTS = {"gpt2": 240, "gpt2-medium": 150, "gpt2-large": 180, "cold": 150, "decode": 180, "shakespeare": 100,
-            "cpu": 240, "small-card": 150}  # seconds
+            "cpu": 240, "small-card": 150, "two-gpus": 200}  # seconds
 TINY = {"layers": 2, "heads": 2, "width": 64, "block_size": 64}
 
 
@@ -41,7 +41,8 @@ def make_trainer(arguments: argparse.Namespace, model: str, sequences: int, *fla
     words = ["--model", model, "--tokenizer", "gpt2", "--optimizer", "adamw", "--max-steps", "1000000000", *flags]
     settings = gpt2.resolve_settings(gpt2.parse_arguments(words))
     settings = replace(settings, **({"micro_batch_size": sequences} | sizes | (TINY if arguments.tiny else {})))
-    settings = replace(settings, batch_tokens=sequences * settings.block_size, warmup_steps=100, eval_every=1000)
+    batch = int(os.environ.get("WORLD_SIZE", 1)) * sequences * settings.block_size
+    settings = replace(settings, batch_tokens=batch, warmup_steps=100, eval_every=1000)
     tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6).astype(np.uint16)
     names = ("block_size", "layers", "heads", "width")
     network = gpt2.GPT(gpt2.GPTConfig(vocabulary, **{name: getattr(settings, name) for name in names}))
@@ -75,7 +76,8 @@ def measure(name: str, trainer: gpt2.Trainer, step: Callable[[int], object], arg
 
 
 def report(name: str, **values: object) -> dict:
-    print(json.dumps({"name": name, **values}), flush=True)
+    if gpt2.is_main_process():
+        print(json.dumps({"name": name, **values}), flush=True)
     return values
 
 
@@ -123,6 +125,24 @@ def throughput(arguments: argparse.Namespace, model: str) -> None:
         theirs = measure(f"{model}, nanoGPT", trainer, nanogpt_step(arguments.nanogpt, trainer), arguments)
         for name, ours in (("default", default), ("--no-deterministic", fast)):
             report(f"{model}, {name} / nanoGPT", ratio=ours["tokens_per_second"] / theirs["tokens_per_second"])
+
+
+def two_gpus(arguments: argparse.Namespace) -> None:
+    """124M on one GPU, and on two with twice the batch."""
+    if "WORLD_SIZE" in os.environ:  # one of the processes that the lines below start
+        trainer = make_trainer(arguments, "gpt2", 2 if arguments.tiny else 64)
+        measure(f"gpt2, GPUs: {trainer.machine.world}", trainer, our_step(trainer), arguments)
+        trainer.step_graph = None  # a graph with exchanges ends before what they go through
+        gpt2.dist.destroy_process_group() if gpt2.dist.is_initialized() else None
+        return
+    rates = []
+    for count in (1, 2):
+        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", __file__, "--part",
+                 "two-gpus", *(["--tiny"] if arguments.tiny else [])]  # fmt: skip
+        output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+        print(output, end="", flush=True)
+        rates.append(json.loads(output)["tokens_per_second"])
+    report("gpt2, two GPUs / one", ratio=rates[1] / rates[0])
 
 
 def cold_start(arguments: argparse.Namespace) -> None:
@@ -251,7 +271,7 @@ def compare_on_cpu(name: str, model: gpt2.GPT, prompt: list[int], new: int, argu
 
 PARTS = {name: lambda arguments, name=name: throughput(arguments, name) for name in SEQUENCES} | {
     "cold": cold_start, "decode": decode, "shakespeare": shakespeare, "cpu": on_cpu, "small-card": small_card,
-    "first-step": first_step}  # fmt: skip
+    "two-gpus": two_gpus, "first-step": first_step}  # fmt: skip
 
 
 def run_part(part: str, arguments: argparse.Namespace) -> list[dict]:

@@ -82,7 +82,7 @@ def small_blocks(monkeypatch):
     sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
     monkeypatch.setattr(gpt2.matmul_kernel, "configs", [triton.Config(sizes)])
     monkeypatch.setattr(gpt2.GraphDecoder, "LOGITS", 128)  # and takes long over large ones
-    monkeypatch.setattr(gpt2.GraphDecoder, "KEYS", ((32, 4), (32, 4)))
+    monkeypatch.setattr(gpt2.GraphDecoder, "KEYS", ((32, 4, 1), (32, 4, 1)))
 
 
 @interpreted

@@ -2982,8 +2982,9 @@ class StepGraph:
         return self.values.clone()
 
 
-# Programmatic dependent launch (PDL): on an H100 or newer a kernel may start while the one before it still runs. It can
-# load weights, until gdc_wait() waits for what that one writes.
+# Programmatic dependent launch (PDL): on an H100 or newer a kernel may start while the one before it still runs, once
+# all programs of that one have called gdc_launch_dependents(). It can load weights, until gdc_wait() waits for what
+# that one writes. A kernel with more programs than the GPU takes at once calls it late, as the next one takes room.
 
 
 @jit
@@ -3053,18 +3054,22 @@ def tuned(function: Callable) -> Callable:
 @jit
 def matmul_kernel(x, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
                   GELU: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr):
+                  BLOCK_K: tl.constexpr, PDL: tl.constexpr):
     """out (PARTS, rows, N) = [GELU] of x (rows, K) @ weight (N, K)^T [+ bias]. Each part sums its share of K."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PDL:
+        gdc_wait()
     for start in range(0, K // PARTS, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         k, mask = part * (K // PARTS) + j, (j < K // PARTS)[None, :]
         values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < rows)[:, None] & mask, other=0.0)
         w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & mask, other=0.0)
         result = tl.dot(values, tl.trans(w), result, input_precision="ieee")
+    if PDL:
+        gdc_launch_dependents()
     if BIAS:
         result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -3074,9 +3079,13 @@ def matmul_kernel(x, weight, bias, out, rows, N: tl.constexpr, K: tl.constexpr, 
 
 
 @jit
-def norm_kernel(x, parts, bias, gain, shift, out, rows, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def norm_kernel(x, parts, bias, gain, shift, out, rows, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):
     """x (rows, K) += the sum of `parts` (PARTS, rows, K) + bias; out (rows, K) = the layer norm of x."""
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row * K + k, mask=k < K, other=0.0)
     if PARTS:
         total = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -3090,14 +3099,15 @@ def norm_kernel(x, parts, bias, gain, shift, out, rows, K: tl.constexpr, PARTS: 
 
 @jit
 def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-                     BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                     BLOCK: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
     """One query per row and head over the tokens that are cached (B, H, SIZE, D) and its own, which it appends.
 
     As in cross_entropy_kernel, every place in a block keeps a maximum and sums of its own, so that only the end adds up
     over threads. Blocks are loaded STAGES ahead.
     """
-    if PDL:
+    if PDL and EARLY:
         gdc_launch_dependents()
+    if PDL:
         gdc_wait()
     h, b = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + b)
@@ -3123,6 +3133,8 @@ def attention_kernel(qkv, keys, values, positions, out, H: tl.constexpr, D: tl.c
         total = total * old + p
         result = result * old[:, None] + p[:, None] * some_values.to(tl.float32)
         best = new_best
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     share = tl.exp2(best - tl.max(best, 0))
     y = tl.sum(result * share[:, None], 0) / tl.sum(total * share, 0)
     tl.store(out + b * H * D + h * D + d, y.to(out.dtype.element_ty))
@@ -3235,7 +3247,7 @@ class GraphDecoder:
     CHUNK = 16  # tokens that are computed before the CPU looks at them
     TILE = 8192  # weights that a program of row_kernel reads
     LOGITS = 2048  # that a program of draw_kernel looks at
-    KEYS = (512, 16, 1), (32, 2, 3)  # for one row, for several: BLOCK of attention_kernel, warps, STAGES
+    KEYS = (256, 8, 1), (32, 2, 3)  # for one row, for several: BLOCK of attention_kernel, warps, STAGES
 
     @staticmethod
     def can_run(model: GPT, size: int) -> bool:
@@ -3262,7 +3274,7 @@ class GraphDecoder:
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 4  # those of two seeds do not overlap
         self.how = (max(temperature, GREEDY), top_k, seed)
         self.switches = {"SAMPLE": temperature >= GREEDY, "TOP_K": 0 < top_k < config.vocab_size}
-        has_pdl = (count == 1 and weight.is_cuda and not torch.version.hip
+        has_pdl = (weight.is_cuda and not torch.version.hip
                    and torch.cuda.get_device_capability(weight.device) >= (9, 0))
         self.launch = {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
         if weight.is_cuda:
@@ -3287,19 +3299,19 @@ class GraphDecoder:
         bias, (size, width) = getattr(layer, "bias", None), layer.weight.shape
         grid = lambda sizes: (triton.cdiv(len(x), sizes["BLOCK_M"]), triton.cdiv(size, sizes["BLOCK_N"]), parts or 1)
         matmul_kernel[grid](x, layer.weight, x if bias is None else bias, out, len(x), N=size, K=width,
-                            PARTS=parts or 1, GELU=gelu, BIAS=bias is not None and not parts)
+                            PARTS=parts or 1, GELU=gelu, BIAS=bias is not None and not parts, **self.launch)
 
     def add_and_norm(self, parts: int, bias: torch.Tensor, norm: nn.Module) -> None:
         count, width = self.x.shape
         norm_kernel[(count,)](self.x, self.parts, bias, norm.weight, norm.bias, self.y, count, K=width, PARTS=parts,
-                              BLOCK=triton.next_power_of_2(width))
+                              BLOCK=triton.next_power_of_2(width), **self.launch)
 
     def attention(self, number: int) -> None:
         count, heads, size, width = self.keys[number].shape
         block, warps, stages = self.KEYS[count > 1]
         attention_kernel[(heads, count)](self.qkv, self.keys[number], self.values[number], self.positions, self.y,
-                                         H=heads, D=width, SIZE=size, BLOCK=block, STAGES=stages, num_warps=warps,
-                                         **self.launch)
+                                         H=heads, D=width, SIZE=size, BLOCK=block, STAGES=stages, EARLY=count == 1,
+                                         num_warps=warps, **self.launch)
 
     def step(self) -> None:
         """Read the newest token of every row, and draw the next."""

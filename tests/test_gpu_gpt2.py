@@ -282,6 +282,7 @@ from test_gpu_gpt2 import make_trainer
 if sys.argv[1] == "run":
     gpt2.COMPILE_SECONDS = 0
     sys.exit(gpt2.main(gpt2.parse_arguments(sys.argv[2:])))
+gpt2.join_processes()  # so that one of them makes the tokens
 ours, plain = (make_trainer(Path(sys.argv[2]), Path(sys.argv[3]), "--optimizer", "muon") for _ in range(2))
 plain.step_graph.before = 10**9
 for step in range(12):

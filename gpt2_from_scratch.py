@@ -2266,6 +2266,7 @@ class Run:
                             f"good checkpoint is {self.last_checkpoint()}") from None
         finally:
             request.restore()
+            self.trainer.step_graph = None  # processes cannot part while a graph holds their exchanges
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
                 if self.log:  # on a full disk this fails too, and the first error is the one to show
                     self.write_metrics(status)
@@ -2735,6 +2736,7 @@ def plan(settings: Settings) -> int:
     say_wrapped(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, MFU {mfu} (of the "
                 f"data sheet: {sheet}), peak memory {peak_memory(machine.device):.2f} GiB")
     say(f"to the end: {rest} for {plural(settings.max_steps, 'step')}, without evaluations")
+    trainer.step_graph = None  # see Run.train()
     return 0
 
 

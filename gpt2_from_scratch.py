@@ -852,12 +852,10 @@ def training_step(trainer: Trainer, step: int, batch: torch.Tensor, stop: bool =
     for group in (group for optimiser in trainer.optimisers for group in optimiser.param_groups):
         rate = learning_rate(step, settings) * group.get("rate", 1.0)
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
-    if trainer.step_graph:
-        return trainer.step_graph(batch, stop)
-    return forward_backward_update(trainer, batch, stop)
+    return trainer.step_graph(batch) if trainer.step_graph else forward_backward_update(trainer, batch, stop)
 
 
-def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool | torch.Tensor) -> torch.Tensor:
+def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = False) -> torch.Tensor:
     """The step itself, whatever its number: the same work on the device every time."""
     settings, machine, parameters = trainer.settings, trainer.machine, list(trainer.model.parameters())
     trainer.refresh_compute_copy()
@@ -871,7 +869,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool | 
         (loss * trainer.loss_scale.scale).backward()
         totals[0] += loss.detach()
     trainer.is_last_pass = False
-    totals[1] += stop
+    totals[1] += float(stop)
     if machine.world > 1:
         dist.all_reduce(totals)
         while trainer.exchanges:
@@ -2266,7 +2264,6 @@ class Run:
                             f"good checkpoint is {self.last_checkpoint()}") from None
         finally:
             request.restore()
-            self.trainer.step_graph = None  # processes cannot part while a graph holds their exchanges
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
                 if self.log:  # on a full disk this fails too, and the first error is the one to show
                     self.write_metrics(status)
@@ -2736,7 +2733,6 @@ def plan(settings: Settings) -> int:
     say_wrapped(f"measured: {seconds:.3f} s per step, {values['tokens_per_second']:,.0f} tokens/s, MFU {mfu} (of the "
                 f"data sheet: {sheet}), peak memory {peak_memory(machine.device):.2f} GiB")
     say(f"to the end: {rest} for {plural(settings.max_steps, 'step')}, without evaluations")
-    trainer.step_graph = None  # see Run.train()
     return 0
 
 
@@ -2952,16 +2948,15 @@ class StepGraph:
 
     @staticmethod
     def can_run(trainer: Trainer) -> bool:
-        machine, settings = trainer.machine, trainer.settings
+        machine = trainer.machine
         if (machine.device.type != "cuda" or machine.mode != "compiled" or machine.dtype is not torch.bfloat16
-                or settings.gradient_checkpointing or (machine.world > 1 and settings.shard_optimizer)
-                or trainer.sequences_per_step > 8 * machine.micro_batch_size * machine.world):  # fmt: skip
+                or machine.world > 1 or trainer.settings.gradient_checkpointing
+                or trainer.sequences_per_step > 8 * machine.micro_batch_size):  # fmt: skip
             return False
         # A graph keeps what its step uses, and an evaluation needs as much beside it. Still to come: the moments, and
         # gradients that add up over passes.
         step = peak_memory(machine.device) + 12 * count_parameters(trainer.model) / 2**30
-        fits = 2 * step < torch.cuda.get_device_properties(machine.device).total_memory / 2**30
-        return agree(machine, fits, dist.ReduceOp.MIN) == 1
+        return 2 * step < torch.cuda.get_device_properties(machine.device).total_memory / 2**30
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.graph, self.before = trainer, None, 3  # steps before the graph
@@ -2970,16 +2965,15 @@ class StepGraph:
             if "capturable" in group:
                 group["capturable"] = True
 
-    def __call__(self, batch: torch.Tensor, stop: bool) -> torch.Tensor:
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         if self.before:
             self.before -= 1
-            return forward_backward_update(self.trainer, batch, stop)
+            return forward_backward_update(self.trainer, batch)
         if self.graph is None:
-            self.batch, self.stop, self.graph = batch.clone(), batch.new_zeros(()), torch.cuda.CUDAGraph()
+            self.batch, self.graph = batch.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.values = forward_backward_update(self.trainer, self.batch, self.stop)
+                self.values = forward_backward_update(self.trainer, self.batch)
         self.batch.copy_(batch)
-        self.stop.fill_(stop)
         self.graph.replay()
         return self.values.clone()
 

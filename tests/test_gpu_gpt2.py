@@ -270,35 +270,3 @@ def test_two_gpus_give_the_losses_of_one(text, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     assert losses(tmp_path / "two") == losses(tmp_path / "sharded")
-
-
-def test_two_gpus_take_a_step_in_a_graph(text, tmp_path):
-    """To the bit the step without one, exchanges included; one process's wish to stop reaches both; and it ends."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"""import sys; sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(Path(__file__).parent)!r}]
-from pathlib import Path
-import torch, gpt2_from_scratch as gpt2
-from test_gpu_gpt2 import make_trainer
-if sys.argv[1] == "run":
-    gpt2.COMPILE_SECONDS = 0
-    sys.exit(gpt2.main(gpt2.parse_arguments(sys.argv[2:])))
-gpt2.join_processes()  # so that one of them makes the tokens
-ours, plain = (make_trainer(Path(sys.argv[2]), Path(sys.argv[3]), "--optimizer", "muon") for _ in range(2))
-plain.step_graph.before = 10**9
-for step in range(12):
-    stop = step == 10 and ours.machine.rank == 1
-    a, b = (gpt2.training_step(trainer, step, trainer.fetch_batch(step), stop).tolist() for trainer in (ours, plain))
-    assert a == b, (step, a, b)
-    assert a[gpt2.STATS.index("stop")] == (step == 10), (step, a)
-assert ours.machine.world == 2 and ours.step_graph.graph is not None and plain.step_graph.graph is None
-assert all(torch.equal(p, q) for p, q in zip(ours.model.parameters(), plain.model.parameters(), strict=True))
-ours.step_graph = plain.step_graph = None
-gpt2.dist.destroy_process_group()
-""")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                str(Path(__file__).with_name("as_two_machines.py")), str(driver)]  # fmt: skip
-    a_run = ["run", "--data", text, *SIZES, "--max-steps", "60", "--output-dir", "run"]
-    for words in (["compare", text, tmp_path], a_run):
-        done = subprocess.run([*launcher, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["mode"] == "compiled"

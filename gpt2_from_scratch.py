@@ -300,7 +300,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = self.c_attn(x).chunk(3, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         dropout, mask = self.dropout if self.training else 0.0, None
         if cache:
@@ -982,7 +982,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end: int, temperature: float = 0.8,
              top_k: int = 50, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int]]:
     """Continue `prompt` `count` times in one batch. Yields, token by token, the newest token of every continuation.

@@ -129,6 +129,9 @@ def throughput(arguments: argparse.Namespace, model: str) -> None:
 
 def two_gpus(arguments: argparse.Namespace) -> None:
     """124M on one GPU, and on two with twice the batch."""
+    if torch.cuda.device_count() < 2 and not arguments.tiny:
+        report("two-gpus", needs="two GPUs")
+        return
     if "WORLD_SIZE" in os.environ:  # one of the processes that the lines below start
         trainer = make_trainer(arguments, "gpt2", 2 if arguments.tiny else 64)
         measure(f"gpt2, GPUs: {trainer.machine.world}", trainer, our_step(trainer), arguments)

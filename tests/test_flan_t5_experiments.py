@@ -222,13 +222,12 @@ def test_a_trained_number_costs_16_bytes(flan):
 
 
 # Peaks of training on an H200 (PyTorch 2.11, 2026-11-29), by tests/benchmark_flan_t5.py, with the tokens of its longest
-# micro-batch. That of XXL in INT8 is of the day before. That of XXL in NF4 had its largest matrix twice for a moment,
-# which is mended: the difference is taken off.
+# micro-batch. That of XXL in INT8 is of the day before, that of XXL in NF4 of the day after.
 @pytest.mark.parametrize(("size", "precision", "checkpointing", "source", "target", "measured"), [
     ("base", "bf16", False, 3840, 448, 1.80), ("xl", "bf16", False, 3584, 384, 10.80),
     ("xl", "bf16", False, 18432, 2816, 33.71), ("xl", "int8", False, 3328, 384, 8.43),
     ("xl", "int4", False, 3328, 384, 7.56), ("xxl", "int8", True, 320, 128, 13.70),
-    ("xxl", "int4", True, 1536, 256, 10.58 - 0.12)])
+    ("xxl", "int4", True, 1536, 320, 10.43)])
 def test_the_plan_of_the_compiled_step_is_what_a_gpu_took(
     flan, size, precision, checkpointing, source, target, measured
 ):

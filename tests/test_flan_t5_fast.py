@@ -475,15 +475,15 @@ def test_a_batch_for_which_code_is_compiled_runs_without_a_graph(flan, plain, mo
         return types.SimpleNamespace(replay=lambda: loss.copy_(work())), loss
 
     monkeypatch.setattr(fast, "record", record)
-    graphs = []
-    for rows in (ROWS, ROWS, [(source * 2, target) for source, target in ROWS[2:]], ROWS):
+    graphs, others = [], [([t + 50 for t in source], [t + 60 for t in target]) for source, target in ROWS]
+    for rows in (ROWS, ROWS, others, [(source * 2, target) for source, target in ROWS[2:]], ROWS):
         found = []
         for path in (fast, plainly):
             path.flat.grad = torch.zeros_like(path.flat)
             found.append((float(path.by_graph(path.pack(as_rows(rows)))), path.flat.grad))
         assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
         graphs.append(len(fast.graphs))
-    assert graphs == [0, 1, 2, 2]
+    assert graphs == [0, 1, 1, 2, 2]
     monkeypatch.setattr(fast, "record", lambda work: torch.zeros(2) @ torch.zeros(3))  # another error
     with pytest.raises(RuntimeError, match="size"):
         fast.by_graph(fast.pack(as_rows(ROWS[:1])))
@@ -640,7 +640,10 @@ def test_the_optimiser_is_adamw_and_its_state_goes_back_and_forth(flan, plain, t
     for i, state in expected["state"].items():
         for name, tensor in state.items():
             torch.testing.assert_close(found["state"][i][name], tensor)
-    torch.optim.AdamW(trained[0], **options).load_state_dict(found)
+    again = torch.optim.AdamW(trained[0], **options)  # who takes the usual step from there
+    again.load_state_dict(found)
+    again.step()
+    assert {float(state["step"]) for state in again.state.values()} == {float(expected["state"][0]["step"]) + 1}
 
 
 # ---------- Generation ------------------------------------------------------------------------------------------------
@@ -668,6 +671,7 @@ def test_generated_tokens_are_those_of_transformers(flan, plain):
     config = flan.GenerationConfig(max_new_tokens=20, num_beams=1)
     stop = flan.StopSignal()
     assert fast.generate(sources[:3], config, stop) is None  # too few to compile for
+    assert fast.generate(sources[:40], flan.GenerationConfig(max_new_tokens=20, num_beams=3), stop) is None
     found = fast.generate(sources[:40], config, stop)
     assert min(fast.decoding.graphs) < fast.decoding.rows == 64  # it went on with fewer rows as others ended
     assert [*found, *fast.generate(sources[40:], config, stop)] == expected
@@ -694,11 +698,18 @@ def test_generation_with_the_kernels(flan):
     assert decoding(sources, flan.StopSignal()) == expected
 
 
-def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", ["all of them", "every third token"])
+def test_wrong_summaries_are_noticed(flan, plain, monkeypatch, capsys, fault):
     model, settings = make_model(flan)
     model.eval()
-    fast = flan.FastT5(model, settings)
-    monkeypatch.setattr(flan.Decoding, "__call__", lambda self, sources, stop: [[7, 8, 1] for _ in sources])
+    fast, right = flan.FastT5(model, settings), flan.Decoding.__call__
+
+    def wrong(self, sources, stop):
+        if fault == "all of them":
+            return [[7, 8, 1] for _ in sources]
+        return [[7 if i % 3 == 2 else token for i, token in enumerate(row)] for row in right(self, sources, stop)]
+
+    monkeypatch.setattr(flan.Decoding, "__call__", wrong)
     sources, config = sources_of(flan, 40), flan.GenerationConfig(max_new_tokens=20, num_beams=1)
     assert fast.generate(sources, config, flan.StopSignal()) is None
     assert "plain generate() is used, not the fast one: its tokens" in capsys.readouterr().err
@@ -827,6 +838,19 @@ def test_a_resumed_training_equals_an_uninterrupted_one(flan, command, data, mod
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 12)
 
 
+def test_a_resumed_training_may_take_the_other_path(flan, command, data, model_folder, tmp_path, on_the_cpu):
+    words = ("--model", no_dropout(model_folder, tmp_path), "--dataset", data, *FLAGS, "--lora-dropout", 0)
+    assert command(*words, "--no-fast", "--output-dir", tmp_path / "usual", cwd=tmp_path).code == 0
+    for first, second in (("--fast", "--no-fast"), ("--no-fast", "--fast")):
+        run = tmp_path / second
+        with stopped_after(flan, 4):
+            assert command(*words, first, "--output-dir", run, cwd=tmp_path).code == 128 + 15
+        done = command("--resume", "--output-dir", run, second, cwd=tmp_path)
+        assert done.code == 0 and flan.read_metrics(run)["fast_step"] is (second == "--fast"), done
+        for found, expected in zip(losses(flan, run), losses(flan, tmp_path / "usual"), strict=True):
+            assert found == pytest.approx(expected, rel=1e-3)
+
+
 @contextlib.contextmanager
 def stopped_after(flan, step):
     """A SIGTERM comes in that step of a training."""
@@ -949,13 +973,19 @@ def test_why_it_does_not_apply(flan, flags, reason):
     assert reason in flan.why_not_fast(model, settings)
 
 
-def test_it_does_not_apply_to_relu_layers_or_shards(flan, monkeypatch):
+def test_it_does_not_apply_to_other_models_and_adapters(flan, monkeypatch):
     config = flan.geometry(flan.parse_settings(["--model", "base"]))
     relu = flan.transformers.T5Config(**config.to_dict() | {"feed_forward_proj": "relu"})
     settings = flan.parse_settings([])
     assert "Flan-T5's kind" in flan.why_not_fast(flan.add_lora(flan.without_weights(relu), settings), settings)
     model = flan.add_lora(flan.without_weights(config), settings)
     assert flan.why_not_fast(model, settings) is None
+    for change in ({"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q": 8}}, {"alpha_pattern": {"q": 8}}):
+        other = flan.add_lora(flan.without_weights(config), settings)
+        vars(other.peft_config["default"]).update(change)
+        assert "q, k, v and o" in flan.why_not_fast(other, settings), change
+    tied = flan.transformers.T5Config(**config.to_dict() | {"scale_decoder_outputs": True})
+    assert "Flan-T5's kind" in flan.why_not_fast(flan.add_lora(flan.without_weights(tied), settings), settings)
     monkeypatch.setattr(flan, "is_sharded", lambda: True)
     assert "sharded" in flan.why_not_fast(model, settings)
 
@@ -966,7 +996,30 @@ def begin(flan, model, settings, batch):
     trainer = types.SimpleNamespace(fast=flan.FastT5(model, settings), settings=settings, optimizer=optimizer,
                                     data_collator=types.SimpleNamespace(), run=types.SimpleNamespace(description={}))
     flan.begin_fast(trainer, batch)
+    assert trainer.fast is None or trainer.data_collator.is_padding is False  # which nobody would read
     return trainer.fast
+
+
+@pytest.mark.parametrize(("is_int8", "lost"), [(False, 0.5), (True, 0.7)])
+def test_half_a_gradient_is_noticed(flan, plain, monkeypatch, capsys, is_int8, lost):
+    """Of the decoder's attention to the dialogue, in float32."""
+    model, settings = make_model(flan)
+
+    def scaled(q, kv, *rest):
+        return reference_attention(q if kv is None else lost * q.detach() + (1 - lost) * q, kv, *rest)
+
+    settings = dataclasses.replace(settings, int8=is_int8)
+    assert begin(flan, model, settings, padded(ROWS)) is not None
+    monkeypatch.setattr(PlainAttention, "apply", staticmethod(scaled))
+    assert begin(flan, model, settings, padded(ROWS)) is None
+    assert "loss by 0.00%, gradients by up to" in capsys.readouterr().out
+
+
+def test_where_one_process_finds_a_difference_all_take_the_usual_step(flan, plain, monkeypatch, capsys):
+    model, settings = make_model(flan)
+    monkeypatch.setattr(flan, "agree", lambda device, differs: [differs or True])
+    assert begin(flan, model, settings, padded(ROWS)) is None
+    assert "it differs in another process" in capsys.readouterr().out
 
 
 def test_a_process_whose_rows_are_all_empty_compares_one_all_the_same(flan, plain, capsys):

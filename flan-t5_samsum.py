@@ -3679,7 +3679,8 @@ class FastT5:
 
     PEFT's fp32 matrices A and B become views of the vector `flat`, in whose `grad` this class adds up gradients. Before
     each micro-batch `flat` is rounded to the bf16 vector `working`, of which the products read A, and B is copied from
-    there to its columns beside W.
+    there to its columns beside W (`columns`: pairs of where to and where from). `leaves`, views of `working` in the
+    order of `flat`, are what autograd gives gradients of.
 
     A CUDA graph repeats its kernels on the same addresses. So whatever changes from step to step has a place of its own
     that is filled before a replay: the batch (`static` in `by_graph`), the seed of dropout (`key`), the `scale` of the
@@ -3805,6 +3806,7 @@ class FastT5:
             torch._dynamo.maybe_mark_dynamic(x, 0)  # so that the code is compiled for any number of tokens at once
             return x
 
+        # The last row of `masks` is for what no layer holds: embeddings and output of the encoder, then the decoder's.
         rows, source_rows = any_size(batch["target_rows"]), any_size(batch["source_rows"])
         x = self.embed(any_size(batch["source"]), self.table, masks[-1, 0]).requires_grad_()
         for w, mask in zip(self.encoder, masks, strict=False):
@@ -4083,7 +4085,7 @@ COMPARED = 32  # tokens of each of the two sources and targets
 
 
 def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -> None:
-    """Before the first fast step: compiles it and compares it with section 5, on (at most) two rows of its batch.
+    """Before the first fast step: compiles it and compares it with section 5, on the beginnings of two rows.
 
     Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on
     few tokens (`fast_bytes` counts what that takes), and with a `calmed` model. Then rounding to bf16 changes the

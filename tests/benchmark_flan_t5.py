@@ -4,7 +4,7 @@
     python tests/benchmark_flan_t5.py --only xl8,xl64,generate   # some parts, in this order
     python tests/benchmark_flan_t5.py --json table.json          # and the figures in a file
 
-Three calls of ten minutes on an H100:
+Three calls of ten minutes on an H200:
 
     --only ceiling,xl8,xl8-warm,xl64,base8
     --only ceiling,xl8-int8,xl8-int4,xl8-eager,generate

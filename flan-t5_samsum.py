@@ -31,6 +31,7 @@ batch; a training ends, in `main` (15), with `out_of_memory_advice` (10).
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -182,7 +183,10 @@ def recipe_of(model: str) -> dict[str, Any]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists all flags)\n" if is_first_to_say(message) else None)
+        words = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [flag for word in words for flag in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        hint = f"did you mean {' '.join(meant)}?" if meant else "--help lists all flags"
+        self.exit(2, f"error: {message} ({hint})\n" if is_first_to_say(message) else None)
 
 
 def build_parser() -> Parser:
@@ -289,8 +293,9 @@ def find_run(given: dict[str, Any], is_use: bool) -> Path | None:
         metrics = read_metrics(folder)
         status = metrics.get("status", "not finished").replace("running", "not finished")  # it may have been killed
         if status != "finished":
-            epoch = metrics.get("results", {}).get("best_epoch") or 0
-            print(f"note: {folder} is {status}; its best epoch so far is {epoch:g}", file=sys.stderr)
+            epoch = metrics.get("results", {}).get("best_epoch")
+            best = f"its best epoch so far is {epoch:g}" if epoch else "its model is as good as untrained so far"
+            print(f"note: {folder} is {status}; {best}", file=sys.stderr)
         return folder
     adapter = Path(given["adapter"])
     return next((folder for folder in (adapter, adapter.parent) if (folder / "metrics.json").is_file()), None)
@@ -462,18 +467,19 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     target = find_column(list(splits["train"][0]), "target", settings.target_column)
     result = {}
     for split in SPLITS:
-        rows, dropped = [], 0
+        rows, dropped = [], []
         for i, row in enumerate(splits[split], 1):
             dialogue, summary = (text_of(row, column, f"row {i} of {split}", files) for column in (source, target))
             if not dialogue or not summary:
-                dropped += 1
+                dropped.append(str(i))
                 continue
             name = str(row["id"]) if row.get("id") is not None else f"{split}-{i}"
             rows.append({"id": name, "dialogue": dialogue, "summary": summary})
             if len(rows) == settings.limit:
                 break
         if dropped:
-            say(f"{split}: dropped {dropped} row(s) without {source} or {target}")
+            say(f"{split}: dropped {len(dropped)} row(s) without {source} or {target}: "
+                + ", ".join(dropped[:5] + ["..."] * (len(dropped) > 5)))
         if not rows:
             raise UserError(f"the {split} split of {settings.dataset} is empty")
         result[split] = datasets.Dataset.from_list(rows)
@@ -488,7 +494,10 @@ def find_column(present: list[str], kind: str, chosen: str | None) -> str:
         return chosen
     known = [column for column in present if str(column).lower() in COLUMNS[kind]]
     if len(known) != 1:
-        raise UserError(f"cannot tell the {kind} among {', '.join(map(str, present))}: name it, --{kind}-column NAME")
+        if len(present) == 1 and re.search("[;\t|]", str(present[0])):
+            raise UserError(f"the columns {present[0]!r} are not separated by commas: save it with commas")
+        raise UserError(f"cannot tell the {kind} among {', '.join(map(str, present))}: name the columns, "
+                        "--source-column NAME --target-column NAME")
     return known[0]
 
 
@@ -1420,7 +1429,7 @@ def read_splits(name: str, cache_dir: Path | None = None) -> tuple[dict[str, lis
         tenth = len(rows) // 10
         if not tenth:
             raise UserError(f"{path} has {len(rows)} rows: at least 10 are needed to hold out validation and test")
-        say(f"{path.name} is one file: the last {tenth} rows become test, the {tenth} before them validation")
+        say(f"{path.name} is one file: its last tenth ({tenth} of {len(rows)} rows) is test, the one before validation")
         return {"train": rows[: -2 * tenth], "validation": rows[-2 * tenth : -tenth], "test": rows[-tenth:]}, [path]
     files = find_files(path)
     missing = [split for split in SPLITS if split not in files]
@@ -1790,7 +1799,7 @@ def first_line(error: BaseException) -> str:
 
 def new_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
     """A progress bar of at most 79 columns, at a terminal only, of the main process."""
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=unit == "step", ncols=79,
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=unit == "step", ncols=79, nrows=20,
                 disable=None if is_main_process() else True,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {desc}")
 
@@ -2196,7 +2205,7 @@ class Run(TrainerCallback):
                 self.report_scores(metrics)
         if results["skipped_steps"]:
             say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
-        if epochs and status != "failed":
+        if epochs and (status == "finished" or (status != "failed" and results["best_step"])):
             say("", f"{result_name(self.settings) + '/':18} best epoch on validation ({results['best_epoch']:g})",
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
@@ -2215,9 +2224,12 @@ class Run(TrainerCallback):
         examples = [in_words(example) for example in metrics["examples"]]
         self.board.add_text("test/before_and_after", "\n\n".join(textwrap.indent(text, "    ") for text in examples),
                             results["best_step"])
-        say("", score_table(epochs), "", scoring_in_words(self.description["scoring"]))
-        if results["best_step"] == 0 and len(epochs) > 1:
-            say("No epoch was better than the model before training: another --lr, or more --epochs?")
+        if len(epochs) > 2:  # of two, nothing but the best one's mark would be new
+            say("", score_table(epochs))
+        if len(epochs) > 1:
+            say("", scoring_in_words(self.description["scoring"]))
+            if results["best_step"] == 0:
+                say("No epoch was better than the model before training:", "another --lr, or more --epochs?")
         for i, example in enumerate(examples, 1):
             say("", f"Held-out dialogue {i}:", textwrap.indent(example, "  "))
 
@@ -2232,8 +2244,11 @@ def in_words(example: dict[str, str]) -> str:
 
 def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
     if settings.model == "tiny":
-        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} --model base",
-            file=file)
+        own = {"--dataset": settings.dataset, "--source-column": settings.source_column,
+               "--target-column": settings.target_column} if settings.dataset != "sample" else {}
+        words = [str(word) for flag, value in own.items() if value is not None for word in (flag, value)]
+        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} --model base "
+            f"{shlex.join(words)}".strip(), file=file)
 
 
 def epoch_number(epoch: float | None) -> float | int:
@@ -2443,7 +2458,7 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
 def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
     """Dialogues from a file, standard input ("-"), or a terminal: blank lines separate them; or JSONL."""
     if name == "-" and sys.stdin.isatty():
-        print("Type or paste a dialogue, a line per message (Anna: hi!); an empty line ends it, Ctrl-D leaves.",
+        print("Type or paste a dialogue, a line per message (Anna: hi!).\nAn empty line ends it, Ctrl-D leaves.",
               file=sys.stderr)
         yield from split_at_blank_lines(sys.stdin)
         return

@@ -24,6 +24,7 @@ commands, 14 Helpers (printing, JSON, folders, locks), 15 GPU kernels (the same 
 import argparse
 import contextlib
 import copy
+import difflib
 import functools
 import gc
 import hashlib
@@ -186,6 +187,11 @@ class Settings:
         """Of the model, for folders and titles."""
         return self.model or Path(self.init).name
 
+    @property
+    def data_flag(self) -> str:
+        """The flag that `data` came by, for messages."""
+        return "--evaluate" if self.evaluate else "--data"
+
 
 FLAGS = {field.name: field for field in fields(Settings) if field.metadata}
 GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "files",  # which flag begins a group
@@ -195,7 +201,10 @@ GROUPS = {"model": "model", "data": "data", "lr": "training", "output_dir": "fil
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+        words = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [flag for word in words for flag in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        hint = f"did you mean {' '.join(meant)}?" if meant else "--help lists all flags"
+        self.exit(2, f"error: {message} ({hint})\n")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1375,7 +1384,7 @@ def open_source(settings: Settings) -> Source:
     else:
         return open_hub_source(settings)
     if not files:
-        raise UserError(f"--data {settings.data}: no file in it matches {settings.glob!r}")
+        raise UserError(f"{settings.data_flag} {settings.data}: no file in it matches {settings.glob!r}")
     identity = [[file.relative_to(path.parent).as_posix(), *size_and_mtime(file)] for file in files]
     return Source(name, [identity, column], files, lambda file: read_file(file, column))
 
@@ -1476,9 +1485,9 @@ def read_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
 def open_hub_source(settings: Settings) -> Source:
     """A data set on the Hub, streamed. Its identity is its commit; without a connection, the one that was used last."""
     repo, _, subset = settings.data.partition(":")
-    commit, reason = ask_hub(repo, "dataset", "--data")
-    unreachable = UserError(f"--data {repo}: its tokens are not in {settings.cache_dir}, and the Hub cannot be reached "
-                            f"({reason}). {OFFLINE} --data FOLDER")
+    commit, reason = ask_hub(repo, "dataset", settings.data_flag)
+    unreachable = UserError(f"{settings.data_flag} {repo}: its tokens are not in {settings.cache_dir}, and the Hub "
+                            f"cannot be reached ({reason}). {OFFLINE} {settings.data_flag} FOLDER")
     last_used = Path(settings.cache_dir) / "hub" / f"{repo.replace('/', '--')}.json"
     if commit:
         last_used.parent.mkdir(parents=True, exist_ok=True)
@@ -1498,7 +1507,7 @@ def open_hub_source(settings: Settings) -> Source:
             if position:
                 rows.load_state_dict(position)
             for row in rows:
-                yield True, text_of(row, settings.text_column, f"--data {repo}")
+                yield True, text_of(row, settings.text_column, f"{settings.data_flag} {repo}")
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets
@@ -1579,7 +1588,7 @@ class Split:
                 del hashes[known:], lengths[known:]
         if not hashes:
             reasons = [f"{Path(file).name} is {reason}" for file, reason in list(self.left_out.items())[:3]]
-            raise UserError(f"--data {source.name}: there is no text in it ({', '.join(reasons)})")
+            raise UserError(f"{settings.data_flag} {settings.data}: there is no text in it ({', '.join(reasons)})")
         self.characters = sum(lengths)
         share = settings.val_fraction or min(0.05, VALIDATION_TEXT / self.characters)
         threshold, end = split_threshold(np.array(hashes), np.array(lengths), share)
@@ -2189,7 +2198,7 @@ def describe(trainer: Trainer) -> None:
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[machine.dtype]
     dtype = "TF32" if (dtype, machine.device.type) == ("fp32", "cuda") else dtype
     rate = machine.matmul_rate / 1e12
-    reach = "could not be timed" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
+    reach = "could not be timed (other programs run)" if math.isnan(rate) else f"reach {rate:.2f} TFLOP/s"
     defaults = {name: flag.default for name, flag in FLAGS.items()} | PRESETS.get(settings.model, {})
     shown = ("dropout", "weight_decay", "gradient_checkpointing", "shard_optimizer")
     muon = f", Muon's {short(settings.muon_lr or settings.lr)}" if settings.optimizer == "muon" else ""

@@ -137,7 +137,8 @@ FLAGS = {
     **{f"--resume {mode}": "goes on with a training" for mode in
        ("--summarize", "--evaluate", "--export m", "--plan", "--lr-find", "--plot p", "--compare a b")},
     "--adapter runs/a": "to train on, --resume", "--adapter runs/a --plan": "to train on, --resume",
-    "--unknown": "unrecognized arguments: --unknown", "stray": "unrecognized arguments: stray",
+    "--unknown": "unrecognized arguments: --unknown (--help lists", "stray": "unrecognized arguments: stray (--help",
+    "--summarise a --max-step 3": "(did you mean --summarize --max-steps?)",
 }  # fmt: skip
 
 
@@ -238,7 +239,7 @@ BAD = {
                                    ["row 1 of test has no column summary"]),
     # Columns
     "columns of other names": (dataset(lambda f: f.jsonl(*[{"text": "x", "gist": "y"}] * 12, count=0)),
-                               ["cannot tell the source among text, gist", "--source-column NAME"]),
+                               ["cannot tell the source among text, gist", "--source-column NAME --target"]),
     "two columns that may be it": (dataset(lambda f: f.jsonl(*[ROW | {"article": "z"}] * 12, count=0)),
                                    ["cannot tell the source among", "article", "--source-column NAME"]),
     "a column that is not there": (lambda f: ["--dataset", f.jsonl(), "--target-column", "gist"],
@@ -262,6 +263,9 @@ BAD = {
     "only a header": (dataset(lambda f: f.write("d.csv", "dialogue,summary\n")), ["d.csv has 0 rows", "at least 10"]),
     "two columns of one name": (dataset(lambda f: f.write("d.csv", "summary,dialogue,dialogue\n" + "a,b,c\n" * 12)),
                                 ["d.csv", "two columns are called dialogue", "rename"]),
+    "semicolons, as Excel writes them in Europe": (
+        dataset(lambda f: f.write("d.csv", "dialogue;summary\n" + "Ada: hi;They greet.\n" * 12)),
+        ["'dialogue;summary' are not separated by commas"]),
     "no header": (dataset(lambda f: f.write("d.csv", "Ada: hi,They greet.\n" * 12)),
                   ["cannot tell the source among Ada: hi", "--source-column NAME"]),
     # Parquet
@@ -482,10 +486,10 @@ GPT2_BAD = {
     "a broken line of 1 MB": (text("x.jsonl", '{"text": "a"}\n{"text": "' + MEGABYTE), ["x.jsonl", "line 2"]),
     "an object instead of lines": (text("x.jsonl", '{\n "text": "a"\n}\n'), ["x.jsonl", "line 1"]),
     "strings": (text("x.jsonl", '"text"\n'), ["x.jsonl", "line 1"]),
-    "null texts": (text("x.jsonl", '{"text": null}\n' * 9), ["--data x", "no text in it"]),
+    "null texts": (text("x.jsonl", '{"text": null}\n' * 9), ["--data ", "x.jsonl: there is no text in it"]),
     "lists of texts": (text("x.jsonl", '{"text": ["a"]}\n'), ["x.jsonl", "list, not text"]),
-    "empty texts": (text("x.jsonl", '{"text": ""}\n' * 9), ["--data x", "no text in it"]),
-    "blank lines only": (text("x.jsonl", "\n\n\n"), ["--data x", "no text in it"]),
+    "empty texts": (text("x.jsonl", '{"text": ""}\n' * 9), ["--data ", "x.jsonl: there is no text in it"]),
+    "blank lines only": (text("x.jsonl", "\n\n\n"), ["--data ", "x.jsonl: there is no text in it"]),
     "nesting without end": (text("x.jsonl", "[" * 200_000), ["x.jsonl", "line 1"]),
     "UTF-16": (text("x.txt", TEXT.encode("utf-16")), ["x.txt", "UTF-8"]),
     "Latin-1": (text("x.txt", b"Zo\xeb said hi.\n" * 99), ["x.txt", "UTF-8"]),

@@ -40,7 +40,7 @@ def test_line_breaks_and_rows_without_text(load, tmp_path, capsys):
     clean = {"id": "1", "dialogue": "A: hi\nB: ho\nA: hu", "summary": "They\ngreet."}
     assert tables["train"] == [clean, {"id": "train-5", "dialogue": "A: b", "summary": "b"}]
     assert tables["validation"] == tables["test"] == [clean]
-    assert capsys.readouterr().out.splitlines() == ["train: dropped 3 row(s) without dialogue or summary"]
+    assert capsys.readouterr().out.splitlines() == ["train: dropped 3 row(s) without dialogue or summary: 2, 3, 4"]
 
 
 def test_all_file_types_give_the_same_rows(load, tmp_path):
@@ -126,7 +126,7 @@ def test_columns_by_name(load, tmp_path, columns, flags, expected):
 
 
 @pytest.mark.parametrize("columns, flags, message", [
-    (("id", "text", "gist"), [], "cannot tell the source among id, text, gist: name it, --source-column NAME"),
+    (("id", "text", "gist"), [], "cannot tell the source among id, text, gist: name the columns, --source-column"),
     (("id", "dialogue", "gist"), [], "cannot tell the target among id, dialogue, gist"),
     (("dialogue", "article", "summary"), [], "cannot tell the source among dialogue, article, summary"),
     (("id", "dialogue", "summary"), ["--target-column", "gist"], "there is no column gist"),

@@ -81,7 +81,7 @@ def test_several_summaries_are_numbered_at_a_terminal_and_bare_when_piped(comman
 def test_the_shipped_model_says_that_it_is_a_toy_and_names_a_real_one(command, trained, tmp_path):
     words = ("--limit", "2", "--max-steps", "1", "--max-new-tokens", "2", "--output-dir", "run")
     done = command(*words, cwd=tmp_path)
-    assert done.code == 0, done
+    assert done.code == 0 and done.out.count("| test ") == 2, done  # of a single epoch, no table comes twice
     parameters = json.loads((tmp_path / "run/metrics.json").read_text())["parameters"] / 1e6
     toy = f"A toy of {parameters:.1f} million parameters. Real: python {SCRIPT} --model base\n"
     assert done.out.count(toy) == 1 and len(toy.replace(str(SCRIPT), SCRIPT.name)) <= 80
@@ -89,6 +89,14 @@ def test_the_shipped_model_says_that_it_is_a_toy_and_names_a_real_one(command, t
     done = command("--summarize", "chat.txt", "--adapter", "run", cwd=tmp_path)
     assert done.code == 0 and done.err.count(toy) == 1 and "toy" not in done.out.lower(), done
     assert "toy" not in trained.done.out.lower()
+
+
+def test_the_command_for_a_real_model_trains_on_the_same_data(flan, data, capsys):
+    words = ["--dataset", str(data), "--source-column", "my dialogue", "--batch-size", "4"]
+    flan.say_if_toy(flan.parse_settings(words), 8e6)
+    assert capsys.readouterr().out.endswith(f"--model base --dataset {data} --source-column 'my dialogue'\n")
+    flan.say_if_toy(flan.parse_settings(["--model", "base", *words]), 8e6)
+    assert capsys.readouterr().out == ""
 
 
 def test_lr_find_says_where_the_default_stands(flan, command, data, model_folder, tmp_path):

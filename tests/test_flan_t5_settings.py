@@ -173,9 +173,9 @@ def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, cap
     run = run_with(tmp_path / "runs/own")
     metrics = json.loads((run / "metrics.json").read_text())
     for status, results in (("finished", {"best_epoch": 1}), ("interrupted", {"best_epoch": 0}),
-                            ("running", {"best_epoch": None}), ("running", {})):  # killed
+                            ("interrupted", {"best_epoch": 2}), ("running", {"best_epoch": None}), ("running", {})):
         (run / "metrics.json").write_text(json.dumps(metrics | {"status": status, "results": results}))
         settings("--summarize")
-        word = "not finished" if status == "running" else status
-        is_told = f"is {word}; its best epoch so far is 0" in capsys.readouterr().err
-        assert is_told is (status != "finished")
+        word = "not finished" if status == "running" else status  # killed
+        best = "its best epoch so far is 2" if results.get("best_epoch") == 2 else "its model is as good as untrained"
+        assert (f"is {word}; {best}" in capsys.readouterr().err) is (status != "finished")

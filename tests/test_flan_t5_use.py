@@ -199,7 +199,7 @@ def test_dialogues_typed_at_a_terminal_are_answered_one_by_one(trained, rows):
         os.close(stdin)
     assert process.returncode == 0 and out == rows[2]["prediction"] + "\n", (out, err)
     lines = err.splitlines()
-    assert len(lines) == 2 and "an empty line ends it" in err and "model: " in err, err
+    assert len(lines) == 3 and "An empty line ends it" in err and "model: " in err, err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

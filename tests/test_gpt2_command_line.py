@@ -733,8 +733,9 @@ def test_evaluate_without_data_takes_the_run_s_validation_text(trained, monkeypa
     ("words", "expected"),
     [
         (["--init", "model", "--evaluate"], "belongs to no run and has no validation text: --evaluate DATA"),
-        (["--init", "model", "--evaluate", "nothing.txt"], "no such file"),
-        (["--init", "model", "--evaluate", "empty.txt"], "no text in it"),
+        (["--init", "model", "--evaluate", "nothing.txt"], "--evaluate nothing.txt: no such file"),
+        (["--init", "model", "--evaluate", "empty.txt"], "--evaluate empty.txt: there is no text in it"),
+        (["--evaluat", "empty.txt"], "unrecognized arguments: --evaluat empty.txt (did you mean --evaluate?)"),
         (["--evaluate", "text.txt", "--resume"], "does not go together"),
         (["--evaluate", "text.txt", "--plan"], "not allowed with"),
     ],

@@ -2205,7 +2205,7 @@ class Run(TrainerCallback):
                 self.report_scores(metrics)
         if results["skipped_steps"]:
             say("", f"{results['skipped_steps']} step(s) were skipped: their loss or gradient was not finite")
-        if epochs and (status == "finished" or (status != "failed" and results["best_step"])):
+        if epochs and (status == "finished" or (status == "interrupted" and results["best_step"])):
             say("", f"{result_name(self.settings) + '/':18} best epoch on validation ({results['best_epoch']:g})",
                 "predictions/       every evaluation, row by row",
                 "metrics.json       configuration, versions, scores, speed", "training_loss.png  rouge.png",
@@ -2216,7 +2216,7 @@ class Run(TrainerCallback):
             say_if_toy(self.settings, self.description["parameters"])
 
     def report_scores(self, metrics: dict[str, Any]) -> None:
-        """The table, and two held-out dialogues before and after; both, with the settings, in TensorBoard as well."""
+        """The table of several epochs, and two held-out dialogues before and after, which also go to TensorBoard."""
         epochs, results = metrics["epochs"], metrics["results"]
         values = {key: str(value) for key, value in self.settings.configuration.items()} | {"lr": self.settings.lr}
         scores = {f"{split}/best_rouge1": results[f"{split}_rouge1"] for split in ("validation", "test")}
@@ -2244,11 +2244,11 @@ def in_words(example: dict[str, str]) -> str:
 
 def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
     if settings.model == "tiny":
-        own = {"--dataset": settings.dataset, "--source-column": settings.source_column,
-               "--target-column": settings.target_column} if settings.dataset != "sample" else {}
-        words = [str(word) for flag, value in own.items() if value is not None for word in (flag, value)]
-        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} --model base "
-            f"{shlex.join(words)}".strip(), file=file)
+        words = ["--model", "base"]
+        for name in ("dataset", "source_column", "target_column") if settings.dataset != "sample" else ():
+            if (value := getattr(settings, name)) is not None:
+                words += ["--" + name.replace("_", "-"), str(value)]
+        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} {shlex.join(words)}", file=file)
 
 
 def epoch_number(epoch: float | None) -> float | int:

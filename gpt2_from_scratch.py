@@ -1511,8 +1511,8 @@ def open_hub_source(settings: Settings) -> Source:
         except UserError:
             raise
         except Exception as error:  # of the network or of a file format: datasets passes on what it meets
-            raise UserError(f"--data {settings.data} cannot be streamed ({first_line(error)}); what is tokenised is "
-                            "kept, and the same command goes on behind it") from None
+            raise UserError(f"{settings.data_flag} {settings.data} cannot be streamed ({first_line(error)}); what is "
+                            "tokenised is kept, and the same command goes on behind it") from None
 
     identity = [settings.data, commit, settings.text_column]
     return Source(repo.split("/")[1], identity, [], read, lambda: rows.state_dict())

@@ -89,6 +89,8 @@ def train_until(flan, command, data, model_folder, tmp_path, monkeypatch):
         run = tmp_path / "runs" / "flan-t5-small-chats-lr=1e-2"
         assert f"--resume --output-dir {run.relative_to(tmp_path)}" in done.out.splitlines()[-1]
         assert metrics(run)["status"] == "interrupted"
+        # Before the first epoch has ended there is nothing to use yet, and only the way to go on is told.
+        assert ("watch it:" in done.out) is bool(metrics(run)["results"]["best_step"]), done
         return run
 
     return train_until

@@ -862,7 +862,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
             raise NoStepLeft  # resumed after the last step; the Trainer would ask only behind one more
         is_first = not self.recent or self.recent[-1].step != step  # micro-batch of a step
         if self.fast and not self.fast.is_proved["training"]:
-            begin_fast(self, inputs)
+            begin_fast(self)
         if is_first:
             model.zero_grad = self.optimizer.zero_grad  # the model's own looks for gradients in all its modules
             # The Trainer seeds all ranks alike, which would give them equal masks of dropout, and once: a resumed run
@@ -2744,7 +2744,7 @@ def fast_bytes(config: transformers.T5Config, rank: int, precision: str, weights
     # While q, k and v of all layers become one tensor, they are there twice: quantised ones are merged layer by layer.
     twice = config.num_layers * 2 * 3 * config.d_model * config.num_heads * config.d_kv * (precision == "bf16")
     merging = weights + 10 * trained + twice
-    compared = activation_bytes(config, rank, 2, COMPARED, COMPARED)  # without checkpointing
+    compared = activation_bytes(config, rank, 1, COMPARED[0], COMPARED[0])  # without checkpointing
     comparison = weights + 26 * trained + extra + compared
     return max(step, merging, comparison)
 
@@ -4096,11 +4096,11 @@ def calmed(fast: FastT5) -> Iterator[None]:
             norm.div_(factor)
 
 
-COMPARED = 32  # tokens of each of the two sources and targets
+COMPARED = 72, 8  # tokens of source and target of two rows, one of them longer than the 64 keys that a tile holds
 
 
-def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -> None:
-    """Before the first fast step: compiles it and compares it with section 5, on the beginnings of two rows.
+def begin_fast(trainer: SummarizationTrainer) -> None:
+    """Before the first fast step: compiles it and compares it with section 5, on two rows of any tokens.
 
     Loss and gradients, without dropout, with some noise on the adapter (as long as B is zero, A has no gradient), on
     few tokens (`fast_bytes` counts what that takes), and with a `calmed` model. Then rounding to bf16 changes the
@@ -4110,12 +4110,9 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
     fast, start = trainer.fast, time.perf_counter()
     if fast.uses_graphs:
         say("compiling the fast step: about a minute, less when its cache on disk is warm")
-    rows = {name: tensor[:2, :COMPARED].contiguous() for name, tensor in inputs.items()}
-    if not (rows["labels"] >= 0).any():  # of a last batch a process may have empty rows only: then any others
-        ids = torch.arange(COMPARED, device=fast.device).repeat(2, 1)
-        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    lists = [{"input_ids": ids[seen.bool()].tolist(), "labels": labels[labels >= 0].tolist() or [-100]}
-             for ids, seen, labels in zip(rows["input_ids"], rows["attention_mask"], rows["labels"], strict=True)]
+    rows = [{name: list(range(2, 2 + min(tokens, most))) for name, most in zip(("input_ids", "labels"),
+                                                                             fast.shape.longest, strict=True)}
+            for tokens in COMPARED]
     original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()
     noise = torch.Generator(fast.device).manual_seed(0)
     try:
@@ -4123,10 +4120,15 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         fast.thresholds.fill_(-(2**31))
         fast.model.eval()
         fast.scale.fill_(1)
-        batch = {name: tensor.to(fast.device) for name, tensor in fast.pack(lists).items()}
+        batch = {name: tensor.to(fast.device) for name, tensor in fast.pack(rows).items()}
         with calmed(fast):
-            loss = token_mean_loss(fast.model(**rows, use_cache=False), rows["labels"], 1)  # accelerate's autocast
-            expected = [gradient.float() for gradient in torch.autograd.grad(loss, fast.adapter)]
+            loss, expected = 0.0, [torch.zeros_like(p) for p in fast.adapter]
+            for row in rows:
+                one = {name: torch.tensor([ids], device=fast.device) for name, ids in row.items()}
+                part = token_mean_loss(fast.model(**one, use_cache=False), one["labels"], 1)  # accelerate's autocast
+                for total, gradient in zip(expected, torch.autograd.grad(part, fast.adapter), strict=True):
+                    total += gradient
+                loss += part.detach()
             for _ in range(2 if fast.uses_graphs else 1):  # as it stands, then by a graph: the last one counts
                 fast.flat.grad.zero_()
                 found_loss = fast.by_graph(batch)
@@ -4137,7 +4139,7 @@ def begin_fast(trainer: SummarizationTrainer, inputs: dict[str, torch.Tensor]) -
         typical = {kind: norms[[other == kind for other in fast.kinds]].square().mean().sqrt()
                    for kind in set(fast.kinds)}
         worst = float((errors / (norms + 0.1 * torch.stack([typical[kind] for kind in fast.kinds]))).max())
-        loss_error = float((found_loss / loss.detach() - 1).abs())
+        loss_error = float((found_loss / loss - 1).abs())
         is_same = worst < (0.5 if trainer.settings.int8 else 0.3) and loss_error < 0.02
         reason = f"it differs from the usual step: loss by {loss_error:.2%}, gradients by up to {worst:.1%}"
     except torch.OutOfMemoryError:

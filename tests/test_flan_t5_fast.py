@@ -991,12 +991,12 @@ def test_it_does_not_apply_to_other_models_and_adapters(flan, monkeypatch):
     assert "sharded" in flan.why_not_fast(model, settings)
 
 
-def begin(flan, model, settings, batch):
+def begin(flan, model, settings):
     """What a training does before its first step, for one that is not there; the FastT5, or None if it is not used."""
     optimizer = types.SimpleNamespace(optimizer=types.SimpleNamespace(flatten=lambda fast: None))
     trainer = types.SimpleNamespace(fast=flan.FastT5(model, settings), settings=settings, optimizer=optimizer,
                                     data_collator=types.SimpleNamespace(), run=types.SimpleNamespace(description={}))
-    flan.begin_fast(trainer, batch)
+    flan.begin_fast(trainer)
     assert trainer.fast is None or trainer.data_collator.is_padding is False  # which nobody would read
     return trainer.fast
 
@@ -1010,25 +1010,32 @@ def test_half_a_gradient_is_noticed(flan, plain, monkeypatch, capsys, is_int8, l
         return reference_attention(q if kv is None else lost * q.detach() + (1 - lost) * q, kv, *rest)
 
     settings = dataclasses.replace(settings, int8=is_int8)
-    assert begin(flan, model, settings, padded(ROWS)) is not None
+    assert begin(flan, model, settings) is not None
     monkeypatch.setattr(PlainAttention, "apply", staticmethod(scaled))
-    assert begin(flan, model, settings, padded(ROWS)) is None
+    assert begin(flan, model, settings) is None
     assert "loss by 0.00%, gradients by up to" in capsys.readouterr().out
 
 
 def test_where_one_process_finds_a_difference_all_take_the_usual_step(flan, plain, monkeypatch, capsys):
     model, settings = make_model(flan)
     monkeypatch.setattr(flan, "agree", lambda device, differs: [differs or True])
-    assert begin(flan, model, settings, padded(ROWS)) is None
+    assert begin(flan, model, settings) is None
     assert "it differs in another process" in capsys.readouterr().out
 
 
-def test_a_process_whose_rows_are_all_empty_compares_one_all_the_same(flan, plain, capsys):
-    """As the last batch of an epoch may give it, from which a run is resumed."""
+def test_a_fault_behind_the_first_64_tokens_is_noticed(flan, plain, monkeypatch, capsys):
+    """As much as attention reads at once."""
     model, settings = make_model(flan)
-    batch = {name: torch.tensor([[value]] * 2) for name, value in (
-        ("input_ids", 0), ("attention_mask", 1), ("labels", -100))}
-    assert begin(flan, model, settings, batch) is not None, capsys.readouterr().out
+    settings = dataclasses.replace(settings, max_source_length=128, max_target_length=128)
+
+    def lost(q, kv, bias, mask, q_rows, *rest):
+        out = reference_attention(q, kv, bias, mask, q_rows, *rest)
+        places = torch.cat([torch.arange(end - start) for start, end in q_rows.tolist()])
+        return out * torch.nn.functional.pad((places < 64).float(), (0, len(out) - len(places)))[:, None]
+
+    monkeypatch.setattr(PlainAttention, "apply", staticmethod(lost))
+    assert begin(flan, model, settings) is None
+    assert "the fast step is not used: it differs" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_not_taken_for_a_fault_of_the_fast_path(flan, plain, monkeypatch):
@@ -1046,7 +1053,7 @@ def test_out_of_memory_is_not_taken_for_a_fault_of_the_fast_path(flan, plain, mo
     assert fast.decoding is None and fast.generate(sources_of(flan, 40), config, flan.StopSignal())
     monkeypatch.setattr(flan.FastT5, "by_graph", no_room)
     with pytest.raises(torch.OutOfMemoryError):
-        begin(flan, model, settings, padded(ROWS))
+        begin(flan, model, settings)
 
 
 def test_where_it_does_not_run(flan, monkeypatch):

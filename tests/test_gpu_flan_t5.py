@@ -166,7 +166,7 @@ def test_losses_of_200_steps_are_those_of_the_usual_step(flan, gpu, command, tmp
     assert found < 2 * rounding + 0.01
 
 
-@pytest.mark.parametrize("flags", [(), ("--int4",), ("--no-fast",), ("--full",), ("--no-fast", "--int8")],
+@pytest.mark.parametrize("flags", [(), ("--int8",), ("--int4",), ("--no-fast",), ("--full",), ("--no-fast", "--int8")],
                          ids=lambda flags: " ".join(flags) or "bf16")
 def test_a_resumed_training_has_the_same_bits(flan, gpu, command, data, model_folder, tmp_path, flags):
     """With dropout and two micro-batches a step; on the fast path the resumed run records its graphs at other steps."""
@@ -199,6 +199,47 @@ def test_sharded_over_two_gpus_a_resumed_training_has_the_same_bits(flan, data, 
     assert [end.code == 0 for end in (whole, cut, again)] == [True, False, True], (whole, cut, again)
     assert flan.read_metrics(tmp_path / "whole")["processes"] == 2
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
+
+
+FAST = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("flan_t5_samsum", sys.argv.pop(1))
+flan = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flan)
+step_end = flan.Run.on_step_end
+def stopping(run, args, state, control, **more):
+    if str(state.global_step) == os.environ.get("STOP"):
+        os.kill(os.getpid(), 15)
+    return step_end(run, args, state, control, **more)
+flan.Run.on_step_end = stopping
+sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
+"""
+
+
+def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(flan, data, model_folder, tmp_path):
+    """With dropout, other in each process; without it, losses and gradients of one GPU."""
+    (tmp_path / "fast.py").write_text(FAST)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(Path(__file__).with_name("as_two_machines.py")), str(tmp_path / "fast.py")]  # fmt: skip
+
+    def trained(*words, launcher=launcher, **env):
+        return wait(start(*words, cwd=tmp_path, launcher=launcher, env={"CUDA_VISIBLE_DEVICES": None} | env), 300)
+
+    flags = ("--dataset", data, "--fast", "--lr", "1e-2", "--batch-size", 4, "--micro-batch-size", 2,
+             "--max-new-tokens", 8, "--epochs", 6)
+    words = ("--model", model_folder, *flags)
+    whole, cut = trained(*words, "--output-dir", "whole"), trained(*words, "--output-dir", "halves", STOP="20")
+    again = trained("--resume", "--output-dir", "halves")
+    assert [end.code == 0 for end in (whole, cut, again)] == [True, False, True], (whole, cut, again)
+    metrics = flan.read_metrics(tmp_path / "whole")
+    assert (metrics["processes"], metrics["fast_step"]) == (2, True)
+    assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
+    calm = without_dropout(model_folder, tmp_path / "calm" / model_folder.name)
+    words = ("--model", calm, *flags, "--lora-dropout", 0, "--max-steps", 6)
+    assert trained(*words, "--output-dir", "two").code == 0
+    assert trained(*words, "--output-dir", "one", launcher=[sys.executable, tmp_path / "fast.py"]).code == 0
+    for found, expected in zip(*(losses(flan, tmp_path / name) for name in ("two", "one")), strict=True):
+        assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_a_recording_that_fails_leaves_a_process_that_goes_on(flan, gpu, model_folder):

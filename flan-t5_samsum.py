@@ -2744,7 +2744,7 @@ def fast_bytes(config: transformers.T5Config, rank: int, precision: str, weights
     # While q, k and v of all layers become one tensor, they are there twice: quantised ones are merged layer by layer.
     twice = config.num_layers * 2 * 3 * config.d_model * config.num_heads * config.d_kv * (precision == "bf16")
     merging = weights + 10 * trained + twice
-    compared = activation_bytes(config, rank, 1, COMPARED[0], COMPARED[0])  # without checkpointing
+    compared = max(activation_bytes(config, rank, 1, *tokens) for tokens in COMPARED)  # without checkpointing
     comparison = weights + 26 * trained + extra + compared
     return max(step, merging, comparison)
 
@@ -4096,7 +4096,7 @@ def calmed(fast: FastT5) -> Iterator[None]:
             norm.div_(factor)
 
 
-COMPARED = 72, 8  # tokens of source and target of two rows, one of them longer than the 64 keys that a tile holds
+COMPARED = (80, 16), (16, 80)  # tokens of source and target of two rows: a tile of attention holds 64 keys
 
 
 def begin_fast(trainer: SummarizationTrainer) -> None:
@@ -4110,9 +4110,9 @@ def begin_fast(trainer: SummarizationTrainer) -> None:
     fast, start = trainer.fast, time.perf_counter()
     if fast.uses_graphs:
         say("compiling the fast step: about a minute, less when its cache on disk is warm")
-    rows = [{name: list(range(2, 2 + min(tokens, most))) for name, most in zip(("input_ids", "labels"),
-                                                                             fast.shape.longest, strict=True)}
-            for tokens in COMPARED]
+    rows = [{name: list(range(2, 2 + min(tokens, most)))
+             for name, tokens, most in zip(("input_ids", "labels"), row, fast.shape.longest, strict=True)}
+            for row in COMPARED]
     original, thresholds = fast.flat.detach().clone(), fast.thresholds.clone()
     noise = torch.Generator(fast.device).manual_seed(0)
     try:

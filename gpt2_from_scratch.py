@@ -805,13 +805,12 @@ class Trainer:
     def take_gradient(self, parameter: nn.Parameter, copied: nn.Parameter) -> None:
         """Called when a backward pass has computed the gradient of a parameter of the compute copy.
 
-        It is added up in float32. In the last pass of a step the processes add their matrices while others are still
-        computed (and the vectors at the end).
+        It is added up in float32. In the last pass of a step the processes add theirs while others are still computed.
         """
         if copied is not parameter:
             parameter.grad = copied.grad.float() if parameter.grad is None else parameter.grad.add_(copied.grad)
             copied.grad = None
-        if self.is_last_pass and self.machine.world > 1 and parameter.ndim > 1:
+        if self.is_last_pass and self.machine.world > 1:
             self.exchanges.append(dist.all_reduce(parameter.grad, async_op=True))
 
     @torch.no_grad()
@@ -881,10 +880,7 @@ def forward_backward_update(trainer: Trainer, batch: torch.Tensor, stop: bool = 
     trainer.is_last_pass = False
     totals[1] += float(stop)
     if machine.world > 1:
-        vectors = [totals, *(p.grad for p in parameters if p.ndim == 1)]  # many and small: one exchange for them all
-        joined = torch.cat(vectors)
-        dist.all_reduce(joined)
-        torch._foreach_copy_(vectors, list(joined.split([len(vector) for vector in vectors])))
+        dist.all_reduce(totals)
         while trainer.exchanges:
             trainer.exchanges.pop().wait()
     if trainer.loss_scale.enabled:

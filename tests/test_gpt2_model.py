@@ -156,11 +156,34 @@ def test_matrices_by_columns_are_the_same_matrices(reference):
     """As `--sample` lays them out on a CPU; the head's is that of the embeddings."""
     theirs, folder = reference
     tokens, ours = tokens_like(theirs, length=10), gpt2.load_pretrained(folder)
-    gpt2.lay_out_by_columns(ours)
+    gpt2.speed_up_products(ours)
     turned = {name for name, weight in ours.named_parameters() if weight.dim() == 2 and weight.stride(0) == 1}
     wide = {name for name, weight in ours.named_parameters() if weight.dim() == 2 and weight.shape[0] > weight.shape[1]}
     assert turned == wide - {"wpe.weight"} and {"wte.weight", "h.0.attn.c_attn.weight"} <= turned
     torch.testing.assert_close(ours(tokens)[..., : TINY["vocab_size"]], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_products_by_numpy_are_the_same_products(reference, monkeypatch):
+    """Of one token and of several, in one row and in several; only in float32, and with one thread of torch's."""
+    threads, called = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(gpt2, "LARGE", 0)
+    product = gpt2.NumpyProduct.__call__
+    monkeypatch.setattr(gpt2.NumpyProduct, "__call__", lambda self, x: called.append(x.shape) or product(self, x))
+    theirs, folder = reference
+    tokens, ours = tokens_like(theirs, rows=3, length=10), gpt2.load_pretrained(folder).eval()
+    half = gpt2.load_pretrained(folder).to(torch.bfloat16)
+    gpt2.speed_up_products(half)
+    assert not threads and half(tokens).dtype is torch.bfloat16 and not called
+    gpt2.speed_up_products(ours)
+    assert set(threads) == {1}
+    with torch.inference_mode():
+        cache = gpt2.KVCache(ours.config, 3, 10, tokens.device, torch.float32)
+        first, second = (ours(part, cache=cache)[:, -1] for part in (tokens[:, :9], tokens[:, 9:]))
+        expected = theirs(tokens).logits
+    for found, place in ((first, 8), (second, 9)):
+        torch.testing.assert_close(found[:, : TINY["vocab_size"]], expected[:, place], rtol=1e-4, atol=1e-4)
+    assert len(called) == 2 * (4 * ours.config.layers + 1)  # every product of both passes
 
 
 def test_a_shorter_context_keeps_the_first_positions(reference):

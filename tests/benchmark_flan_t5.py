@@ -8,7 +8,7 @@ Three calls of ten minutes on an H200:
 
     --only ceiling,xl8,xl8-warm,xl64,base8
     --only ceiling,xl8-int8,xl8-int4,xl8-eager,generate
-    --only ceiling,xxl8-int8,xxl8-int4,xl16x2            # the last needs two GPUs
+    --only ceiling,xxl8-int8,xxl8-int4,xl-start,xl16x2   # the last needs two GPUs
 
 Each part is a process of its own with a time limit (--timeout), so that one that fails or hangs costs no other. Weights
 are random, as speed does not depend on their values, and so are tokens; lengths are those of SAMSum (below). The usual
@@ -42,6 +42,7 @@ PARTS = {
     "xl8-int8": ("--model xl --int8", 30, 5),
     "xl8-int4": ("--model xl --int4", 30, 5),
     "xl8-eager": ("--model xl --no-fast", 8, 0),
+    "xl-start": ("--model xl", 0, 0),  # the script itself, until its first fast step
     "generate": ("--model xl", 0, 0),
     "xxl8-int8": ("--model xxl --int8 --gradient-checkpointing", 4, 0),
     "xxl8-int4": ("--model xxl --int4 --gradient-checkpointing", 4, 0),
@@ -100,7 +101,7 @@ def random_model(flan, settings, device, dtype):
     """What load_base and add_lora return, with random weights that are made where they stay, in seconds."""
     torch = flan.torch
     config = flan.geometry(settings) if device.type == "cuda" else flan.transformers.T5Config(
-        vocab_size=4096, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
+        vocab_size=5120, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -303,6 +304,45 @@ def generation(flan, settings, model, precision, vocabulary):
     return result
 
 
+def start_of_the_script(flan, model):
+    """Seconds from the start of the script, as a user calls it, to the end of its first scores and to its first fast
+    step: with no cache, and with those of the compiler and of tokenised data. Weights of this size and as many rows as
+    SAMSum has, of its lengths, lie on the disk, random both."""
+    tokenizer, rng, result = flan.AutoTokenizer.from_pretrained(flan.MODELS["tiny"]), flan.np.random.default_rng(0), {}
+    words = sorted(token[1:] for token in tokenizer.get_vocab() if token[0] == "\u0120" and token[1:].isalpha())
+    rows = {"train": 14732, "validation": 818, "test": 819} if flan.torch.cuda.is_available() else dict.fromkeys(
+        flan.SPLITS, 40)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model.unload().save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "data").mkdir()
+        for split, count in rows.items():
+            lengths = [LENGTHS[i] for i in rng.integers(0, len(LENGTHS), count)]
+            lines = [json.dumps({"dialogue": " ".join(rng.choice(words, source)),
+                                 "summary": " ".join(rng.choice(words, target))}) for source, target in lengths]
+            (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "HF_DATASETS_CACHE": "datasets"}
+        env = os.environ | {key: str(folder / name) for key, name in caches.items()} | {"PYTHONUNBUFFERED": "1"}
+        for name in ("cold", "warm"):
+            command = [sys.executable, str(SCRIPT), "--model", str(folder / "model"), "--dataset", str(folder / "data"),
+                       "--cache-dir", str(folder / "cache"), "--output-dir", str(folder / name)]
+            start = time.perf_counter()
+            process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("|           0 |"):
+                    result[f"{name}_first_scores_seconds"] = time.perf_counter() - start
+                if line.startswith(("the fast step agrees", "step ")):
+                    result[f"{name}_seconds"] = time.perf_counter() - start
+                    result[f"{name}_is_fast"] = line.startswith("the fast step")
+                    break
+            process.kill()
+            process.wait()
+            if f"{name}_seconds" not in result:
+                raise RuntimeError("no step was taken")  # stderr above says why
+    return result
+
+
 def run_part(name):
     """Measures one part, and prints its figures as a line of JSON."""
     flags, steps, usual_steps = PARTS[name]
@@ -323,7 +363,9 @@ def run_part(name):
         synchronise(torch)
         result["built_seconds"] = time.perf_counter() - begin
         vocabulary = min(4000, model.config.vocab_size)
-        if name == "generate":
+        if name == "xl-start":
+            result |= start_of_the_script(flan, model)
+        elif name == "generate":
             result |= generation(flan, settings, model, precision, vocabulary)
         else:
             rows = random_rows(flan, steps * settings.batch_size, 0, vocabulary)

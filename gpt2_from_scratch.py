@@ -64,7 +64,8 @@ PRESETS = {
     "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "block_size": 1024, "lr": 2.5e-4, "batch_tokens": 2**19},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "block_size": 1024, "lr": 2e-4, "batch_tokens": 2**20},
 }
-ADAMW = {"gpt2": {"lr": 6e-4, "batch_tokens": 2**19, "schedule": "cosine", "muon_lr": None}}  # with --optimizer adamw
+ADAMW = {"nano": {"lr": 4e-3, "max_steps": 1500, "schedule": "cosine", "muon_lr": None},  # with --optimizer adamw
+         "gpt2": {"lr": 6e-4, "batch_tokens": 2**19, "schedule": "cosine", "muon_lr": None}}
 FINE_TUNING = {"model": None, "lr": 1e-4}  # with --init
 
 
@@ -175,7 +176,7 @@ class Settings:
     max_new_tokens: int = flag(200, "longest continuation", COUNT)
     temperature: float = flag(0.8, "0 takes the likeliest token", number(float, 0, 100))
     top_k: int = flag(50, "of the N likeliest tokens only; 0: of all", number(int, 0))
-    top_p: float = flag(1.0, "of the likeliest tokens that together reach probability X",
+    top_p: float = flag(1.0, "of the likeliest tokens that together reach probability X (below 1 slower on a GPU)",
                         number(float, 0, 1, above=True))
     num_samples: int = flag(1, "continuations in one batch", number(int, 1, 1024))
     # no flags, but what resolve_settings() finds: the folder that --init means; where downloads go
@@ -1001,7 +1002,7 @@ def generate(model: GPT, prompt: list[int], count: int, max_new_tokens: int, end
 
     A continuation that has reached `end` stays there; when all have, that was the last. The prompt is read once for all
     of them. When the block is full, its newer half is read again as if it were the prompt. What fits the block is left
-    to GraphDecoder (section 15) by a model in bf16 on a GPU.
+    to GraphDecoder (section 15) by a model in bf16 on a GPU, if `top_p` is 1. (On a CPU see `speed_up_products`.)
     """
     weight, block_size = model.wte.weight, model.config.block_size
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -2384,7 +2385,8 @@ class Run:
             few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
             text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
             bits = bits_per_byte(loss, *self.validation_size)
-            self.show(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte; sample:\n    {repr(text[:70])[:74]}")
+            shown = f"; sample:\n    {repr(text[:70])[:74]}" if text else ""  # untrained, a model may end at once
+            self.show(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte{shown}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
     def results(self) -> dict:
@@ -2583,7 +2585,8 @@ def newest_run(is_usable: Callable[[Path], object]) -> Path:
     found = [path.parent for depth in ("*", "*/*") for path in Path("runs").glob(f"{depth}/metrics.json")]
     runs = [folder for folder in found if is_run(folder) and is_usable(folder)]
     if not runs:
-        raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name it with its flag")
+        raise UserError(f"no run of this script in {Path('runs').resolve()}: train one first, or name one: --init, or "
+                        "to go on with its training --output-dir")
     return max(runs, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
 
 
@@ -2655,14 +2658,15 @@ def speed_up_products(model: GPT) -> None:
     """For text on a CPU: turns matrices with more outputs than inputs round in memory, and leaves large ones to NumPy.
 
     A new token multiplies each matrix with one vector, so a CPU does little but read them: on two cores torch's BLAS at
-    12 GB/s (by columns at 13 to 22), that of NumPy at 26 to 39. Then torch gets by with one thread, as the threads of
-    both, which wait by spinning, would be in each other's way.
+    12 GB/s (by columns at 15 to 22), that of NumPy, if it is OpenBLAS, at 28 to 37. Then torch gets by with one thread,
+    in the whole process: OpenBLAS's threads wait by spinning, where torch's others would have to work.
     """
+    has_openblas = "openblas" in str(np.show_config(mode="dicts"))
     layers = [model.wte, *(module for module in model.modules() if isinstance(module, nn.Linear))]
     for layer in layers:
         if layer.weight.shape[0] > layer.weight.shape[1]:
             layer.weight.data = layer.weight.data.t().contiguous().t()
-        if layer.weight.dtype is torch.float32 and layer.weight.numel() >= LARGE:
+        if has_openblas and layer.weight.dtype is torch.float32 and layer.weight.numel() >= LARGE:
             torch.set_num_threads(1)
             if layer is model.wte:
                 model.head = NumpyProduct(layer.weight, model.mask)
@@ -3412,8 +3416,11 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     for name in given:
         if given[name] == "" and name not in ("sample", "evaluate"):  # as a shell passes on a variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
-    if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
-        raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
+    if {"sample", "export", "evaluate"} & given.keys():
+        if "output_dir" in given:
+            raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
+        if "data" in given:
+            raise UserError(f"--data is for training: --evaluate takes a text itself (--evaluate {given['data']})")
     for name, words in (("data", ["stdlib"]), ("tokenizer", ["bpe", "bytes", "gpt2"]), ("init", [])):
         if name in given and given[name] not in words and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())  # so that a run can go on from another folder

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fake_hub
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -442,8 +443,14 @@ def test_resume_notices_other_data(command):
 # Sampling, export, plan
 
 
-def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, capsys):
+@pytest.mark.parametrize("size", [0, 10**9], ids=["by numpy", "by torch"])
+def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, capsys, size):
+    """Products by NumPy, as those of large models, and by torch."""
     monkeypatch.chdir(trained)
+    monkeypatch.setattr(gpt2, "LARGE", size)
+    called, product = [], gpt2.NumpyProduct.__call__
+    monkeypatch.setattr(gpt2.NumpyProduct, "__call__", lambda self, x: called.append(x) or product(self, x))
+    monkeypatch.setattr(np, "show_config", lambda mode: {"blas": "openblas"})
     assert gpt2.main(gpt2.parse_arguments(["--sample", "Line 7", "--max-new-tokens", "8", "--temperature", "0"])) == 0
     out = capsys.readouterr().out
     run = next(Path("runs").iterdir())
@@ -452,7 +459,7 @@ def test_sample_continues_the_prompt_with_the_newest_run(trained, monkeypatch, c
     theirs, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Line 7", return_tensors="pt")["input_ids"]
     expected = tokenizer.decode(theirs.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
-    assert out.split("\n", 1)[1].startswith(expected)
+    assert out.split("\n", 1)[1].startswith(expected) and bool(called) is (size == 0)
 
 
 def test_who_uses_an_unfinished_run_is_told(trained, tmp_path, monkeypatch, capsys):
@@ -488,6 +495,30 @@ def test_streamed_text_is_the_sampled_text(trained):
     heard = []
     (text,) = gpt2.sample_texts(model, tokenizer, "Line", settings, on_text=heard.append)
     assert "".join(heard) == text and len(heard) > 10
+
+
+def test_a_character_in_parts_is_streamed_as_one(trained, monkeypatch):
+    settings = gpt2.resolve_settings(gpt2.parse_arguments([]))
+    tokenizer, heard = gpt2.train_tokenizer(iter(["text"]), 257), []
+    tokens = gpt2.encode(tokenizer, "né!")
+    assert len(tokens) == 4
+    monkeypatch.setattr(gpt2, "generate", lambda *_: ([token] for token in tokens))
+    gpt2.sample_texts(None, tokenizer, "", settings, on_text=heard.append)
+    assert list(filter(None, heard)) == ["n", "é", "!"]
+
+
+def test_text_after_no_prompt_begins_a_document(monkeypatch):
+    settings, prompts = gpt2.resolve_settings(gpt2.parse_arguments([])), []
+    tokenizer = gpt2.Tokenizer(gpt2.models.WordLevel({"a": 0, gpt2.END_OF_TEXT: 1}))
+    monkeypatch.setattr(gpt2, "generate", lambda model, prompt, *_: prompts.append(prompt) or iter(()))
+    gpt2.sample_texts(None, tokenizer, "", settings)
+    assert prompts == [[1]]
+
+
+@pytest.mark.parametrize("words", [("--sample",), ("--evaluate",), ("--export", "folder")])
+def test_what_uses_a_model_takes_no_data_to_train_on(command, words):
+    code, _, error = command(*words, "--data", "text.txt")
+    assert code == 2 and "--data is for training: --evaluate takes a text itself (--evaluate " in error
 
 
 def test_another_seed_draws_another_text_and_the_same_seed_the_same(trained, monkeypatch, capsys):

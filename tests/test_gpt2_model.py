@@ -1,9 +1,11 @@
 """The model of gpt2_from_scratch.py against Hugging Face's GPT-2, and its generation with a cache against none."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,13 +170,16 @@ def test_products_by_numpy_are_the_same_products(reference, monkeypatch):
     threads, called = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(gpt2, "LARGE", 0)
+    monkeypatch.setattr(np, "show_config", lambda mode: {"blas": "mkl"})
     product = gpt2.NumpyProduct.__call__
     monkeypatch.setattr(gpt2.NumpyProduct, "__call__", lambda self, x: called.append(x.shape) or product(self, x))
     theirs, folder = reference
     tokens, ours = tokens_like(theirs, rows=3, length=10), gpt2.load_pretrained(folder).eval()
     half = gpt2.load_pretrained(folder).to(torch.bfloat16)
+    gpt2.speed_up_products(ours)  # with another BLAS there is nothing to be gained
+    monkeypatch.setattr(np, "show_config", lambda mode: {"blas": "openblas"})
     gpt2.speed_up_products(half)
-    assert not threads and half(tokens).dtype is torch.bfloat16 and not called
+    assert not threads and half(tokens).dtype is torch.bfloat16 and ours(tokens).requires_grad and not called
     gpt2.speed_up_products(ours)
     assert set(threads) == {1}
     with torch.inference_mode():
@@ -183,6 +188,7 @@ def test_products_by_numpy_are_the_same_products(reference, monkeypatch):
         expected = theirs(tokens).logits
     for found, place in ((first, 8), (second, 9)):
         torch.testing.assert_close(found[:, : TINY["vocab_size"]], expected[:, place], rtol=1e-4, atol=1e-4)
+        assert (found[:, TINY["vocab_size"] :] == -math.inf).all() and found.shape[1] > TINY["vocab_size"]
     assert len(called) == 2 * (4 * ours.config.layers + 1)  # every product of both passes
 
 
@@ -278,6 +284,27 @@ def test_cached_and_uncached_greedy_tokens_are_equal_also_beyond_the_context(ref
     model = gpt2.load_pretrained(reference[1])
     prompt = [(7 * i) % 200 for i in range(prompt_length)]
     assert greedy(model, prompt, 40) == [greedy_without_cache(model.eval(), prompt, 40)] * 2
+
+
+def test_a_cache_that_grows_keeps_each_row(reference, monkeypatch):
+    """Drawn rows differ; each goes on as it would alone: its tokens have the probability that the whole text gives."""
+    model, seen = gpt2.load_pretrained(reference[1]).eval(), []
+    monkeypatch.setattr(gpt2, "CACHE_STEP", 4)
+    draw = gpt2.sample_token
+    monkeypatch.setattr(gpt2, "sample_token", lambda logits, *how: seen.append(logits) or draw(logits, *how))
+    steps = list(gpt2.generate(model, [5, 17, 3], 3, 18, end=-1, temperature=3.0, top_k=0))
+    texts = torch.tensor([[5, 17, 3, *row] for row in zip(*steps, strict=True)])
+    assert len({tuple(row) for row in texts.tolist()}) == 3
+    for length in range(18):
+        torch.testing.assert_close(seen[length], model(texts[:, : 3 + length])[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_the_fast_decoder_can_draw_is_left_to_it(reference, monkeypatch):
+    model, asked = gpt2.load_pretrained(reference[1]), []
+    monkeypatch.setattr(gpt2, "graph_decoder", lambda *_: asked.append(True))
+    for top_p in (0.9, 1.0):
+        list(gpt2.generate(model, [1], 1, 2, end=-1, top_p=top_p))
+        assert len(asked) == (top_p == 1)
 
 
 def test_the_cache_works_in_bf16(reference):

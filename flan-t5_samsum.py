@@ -2361,14 +2361,13 @@ def plot_loss(curve: list[dict[str, Any]], path: Path, title: str, **limits: Any
     low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
     label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
-    # The steep fall of the first steps would flatten all that follows.
-    late = [loss for step, loss in zip(steps, losses, strict=True) if 20 * step >= steps[-1] and math.isfinite(loss)]
-    top = max(late, default=losses[low])
-    margin = 0.1 * (top - losses[low]) or 0.1
-    limits = {"ylim": (losses[low] - margin, top + margin)} | limits
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    # On a linear scale a fall to a fraction would flatten all that follows.
+    limits = ({"yscale": "log"} if 0 < 4 * losses[low] < max(finite) else {}) | limits
     with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="as logged")
-        axes.plot(steps, smoothed(losses, reach=max(2, len(losses) // 40)), color="tab:blue", label="smoothed")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if len(losses) >= 50 else 1, label="as logged")
+        if len(losses) >= 50:
+            axes.plot(steps, smoothed(losses, reach=len(losses) // 40), color="tab:blue", label="smoothed")
         axes.plot(steps[low], losses[low], "o", color="tab:red", label=label)
 
 

@@ -139,16 +139,16 @@ def test_a_legend_lies_beside_the_curves(flan, figures, trained, tmp_path):
         assert legend.get_window_extent().x0 >= max(axes.get_window_extent().x1 for axes in figure.axes)
 
 
-def test_the_first_steps_do_not_flatten_a_plot(flan, figures, tmp_path):
-    losses = [9.0 - step for step in range(5)] + [1.0 + 0.001 * (step % 7) for step in range(5, 200)]
-    flan.plot_loss([{"step": step, "loss": loss, "learning_rate": 1e-4} for step, loss in enumerate(losses)],
-                   tmp_path / "loss.png", "a")  # fmt: skip
-    low, high = figures[0].axes[0].get_ylim()
-    assert 0.95 < low < 1 and 1.006 < high < 1.1
-    flan.plot_loss([{"step": step, "loss": loss if step < 3 else float("nan"), "learning_rate": 1e-4}
-                    for step, loss in enumerate(losses)], tmp_path / "loss.png", "diverged")  # fmt: skip
-    low, high = figures[1].axes[0].get_ylim()
-    assert low < 7 < high
+@pytest.mark.parametrize(("first", "scale"), [(9.0, "log"), (3.0, "linear")])
+def test_a_plot_shows_the_whole_fall(flan, figures, tmp_path, first, scale):
+    """On a scale that does not flatten what follows; where the loss is no number, nothing."""
+    for name, last in (("good", 1.0), ("diverged", float("nan"))):
+        losses = [first - step / 5 * (first - 1) for step in range(6)] + [last] * 100
+        flan.plot_loss([{"step": step, "loss": loss, "learning_rate": 1e-4} for step, loss in enumerate(losses)],
+                       tmp_path / "loss.png", name)  # fmt: skip
+        axes = figures[-1].axes[0]
+        low, high = axes.get_ylim()
+        assert axes.get_yscale() == scale and 0.5 < low < 1 and first < high < 2 * first
 
 
 def test_runs_that_are_plotted_together_have_one_scale(command, figures, tmp_path):

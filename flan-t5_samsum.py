@@ -465,10 +465,10 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
         raise UserError(f"the train split of {settings.dataset} is empty")
     source = find_column(list(splits["train"][0]), "source", settings.source_column)
     target = find_column(list(splits["train"][0]), "target", settings.target_column)
-    result = {}
+    result, before = {}, 0  # rows of the same file
     for split in SPLITS:
         rows, dropped = [], []
-        for i, row in enumerate(splits[split], 1):
+        for i, row in enumerate(splits[split], before + 1):
             dialogue, summary = (text_of(row, column, f"row {i} of {split}", files) for column in (source, target))
             if not dialogue or not summary:
                 dropped.append(str(i))
@@ -483,6 +483,7 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
         if not rows:
             raise UserError(f"the {split} split of {settings.dataset} is empty")
         result[split] = datasets.Dataset.from_list(rows)
+        before += len(splits[split]) if len(files) == 1 else 0
     return datasets.DatasetDict(result)
 
 
@@ -1920,15 +1921,17 @@ def describe_scoring(settings: Settings, data: dict[str, datasets.Dataset]) -> d
 
 
 def rows_in_words(scoring: dict[str, Any], splits: Iterable[str]) -> list[str]:
-    return [f"{scoring['rows'][split]} {split} ({scoring['truncated'][split]:.1%} truncated)" for split in splits]
+    """With how many of them are cut, if any."""
+    return [f"{scoring['rows'][split]} {split}" + f" ({share:.1%} truncated to {scoring['max_source_length']} tokens)"
+            * (share > 0) for split, share in ((split, scoring["truncated"][split]) for split in splits)]
 
 
 def scoring_in_words(scoring: dict[str, Any]) -> str:
     rows = ", ".join(rows_in_words(scoring, [s for s in scoring["rows"] if s != "train" or len(scoring["rows"]) == 1]))
     return textwrap.fill(
         f"Scores: {scoring['decoding']}, at most {scoring['max_new_tokens']} new tokens; {scoring['rouge']} with "
-        f"stemmer, sentences {scoring['sentences']}; rows: {rows} to {scoring['max_source_length']} tokens; intervals: "
-        f"{scoring['interval']}.", 79)
+        f"stemmer, sentences {scoring['sentences']}; rows: {rows}"
+        + f"; intervals: {scoring['interval']}" * is_wide() + ".", 79)
 
 
 def show_description(description: dict[str, Any], settings: Settings, steps: int, folder: Path) -> None:

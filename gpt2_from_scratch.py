@@ -211,7 +211,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. A flag that was not given is None: resolve_settings() makes Settings of it."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\nSections")[0], formatter_class=layout, allow_abbrev=False)
     for name, setting in FLAGS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
@@ -2406,7 +2406,7 @@ class Run:
             "validation_loss": progress.validation_loss,
             "best_validation_loss": best,
             "best_step": progress.best_step,
-            "bits_per_byte": None if best is None else bits_per_byte(best, *self.validation_size),
+            "best_bits_per_byte": None if best is None else bits_per_byte(best, *self.validation_size),
             "bigram_validation_loss": self.bigram,
         }
 
@@ -2432,18 +2432,22 @@ class Run:
         results, trainer = self.results(), self.trainer
         validated = max((line["step"] for line in read_log(self.folder) if "validation_loss" in line), default=0)
         script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
-        for name, value in results.items():
-            is_whole = isinstance(value, int) or (value or 0) >= 1000
-            shown = "n/a" if value is None else f"{value:,.0f}" if is_whole else f"{value:,.4f}"
+        for name, value in ((name, value) for name, value in results.items() if value is not None):
+            shown = f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:,.4f}"
             name += f" (step {validated})" * (name == "validation_loss" and validated != results["steps"])
             name = name.replace("_", " ").replace("mfu", "MFU").replace("gib", "GiB")
             say(f"| {name:22} | {shown:>14} |")
-        best = self.progress.best_loss
-        if best is not None and best > self.bigram:
+        best, best_step = self.progress.best_loss, self.progress.best_step
+        if best is not None and self.progress.validation_loss > best + 0.05:
+            say_wrapped(f"note: the validation loss was lowest at step {best_step:,} and has risen since: the model "
+                        "learns its text by heart. More text, fewer steps (--max-steps) or --dropout help.")
+        elif best is not None and best > self.bigram:
             say_wrapped("note: that is worse than the bigram model, which looks at one token only: the model has "
                         "learnt too little. More steps, more text or a smaller model help.")
         one = replace(self.settings, num_samples=1)
-        say(f"\nsample:\n{sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, one)[0]}\n")
+        last = f"sample of the last step (--sample and --export take step {best_step}):"
+        say("\n" + ("sample:" if best_step in (None, results["steps"]) else last))
+        say(sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, one)[0] + "\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")
@@ -2593,6 +2597,8 @@ def newest_run(is_usable: Callable[[Path], object]) -> Path:
 def find_weights(settings: Settings) -> Path:
     """The folder that --init means: a run's best checkpoint (default: the newest run's), itself, or one on the Hub."""
     run = Path(settings.init) if settings.init else newest_run(find_checkpoints)
+    if (run / "metrics.json").is_file() and (run / "checkpoints").is_dir() and not is_run(run):
+        raise UserError(f"{run} was not made by this script")
     if not (run / "checkpoints").is_dir():
         return fetch(settings.init, MODEL_FILES + TOKENIZER_FILES, "--init", settings.hub_cache)
     for folder in find_checkpoints(run):
@@ -2627,11 +2633,11 @@ def sample(settings: Settings) -> int:
     if device.type == "cpu":
         speed_up_products(model)
     say(f"model: {folder}")
-    for prompt in [settings.sample] if settings.sample else read_prompts():
+    for number, prompt in enumerate([settings.sample] if settings.sample else read_prompts()):
         if re.search("[\ud800-\udfff]", prompt):  # surrogates: how Python passes on bytes that are not UTF-8
             raise UserError(f"the prompt {prompt!a} is not UTF-8 text")
         if settings.num_samples == 1:
-            say(prompt, end="")
+            say("\n" * (number > 0) + prompt, end="")
             sample_texts(model, tokenizer, prompt, settings, on_text=lambda text: say(text, end=""))
             say()
         else:
@@ -3416,11 +3422,10 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     for name in given:
         if given[name] == "" and name not in ("sample", "evaluate"):  # as a shell passes on a variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
-    if {"sample", "export", "evaluate"} & given.keys():
-        if "output_dir" in given:
-            raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
-        if "data" in given:
-            raise UserError(f"--data is for training: --evaluate takes a text itself (--evaluate {given['data']})")
+    if "output_dir" in given and {"sample", "export", "evaluate"} & given.keys():
+        raise UserError("--output-dir is for training: what uses a model takes the run that --init names")
+    if {"data", "evaluate"} <= given.keys():
+        raise UserError(f"--data is for training: --evaluate takes a text itself (--evaluate {given['data']})")
     for name, words in (("data", ["stdlib"]), ("tokenizer", ["bpe", "bytes", "gpt2"]), ("init", [])):
         if name in given and given[name] not in words and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())  # so that a run can go on from another folder

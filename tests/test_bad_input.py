@@ -543,7 +543,7 @@ def test_flan_trains_on_unusual_rows(command, files):
                    "--max-new-tokens", "4", "--max-source-length", "64", cwd=files.home)  # fmt: skip
     assert done.code == 0 and done.err == "", done
     assert "validation: dropped 1 row(s)" in done.out and "test: dropped 1 row(s)" in done.out
-    assert "rows: 11 train (9.1% truncated), 2 validation (0.0% truncated), 2 test" in " ".join(done.out.split())
+    assert "rows: 11 train (9.1% truncated to 64 tokens), 2 validation, 2 test" in " ".join(done.out.split())
     (run,) = (files.home / "runs").iterdir()
     found = {split: [json.loads(line) for line in (run / f"predictions/{split}-epoch-1.jsonl").open(encoding="utf-8")]
              for split in ("validation", "test")}  # fmt: skip

@@ -43,6 +43,15 @@ def test_line_breaks_and_rows_without_text(load, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["train: dropped 3 row(s) without dialogue or summary: 2, 3, 4"]
 
 
+def test_dropped_rows_of_one_file_are_named_as_they_stand_in_it(load, tmp_path, capsys):
+    broken = {"dialogue": "", "summary": "x"}
+    write_jsonl(tmp_path / "one.jsonl", [*rows(15), broken, *rows(2), broken, rows(1)[0]])
+    load("one.jsonl")
+    assert [line for line in capsys.readouterr().out.splitlines() if "dropped" in line] == [
+        "train: dropped 1 row(s) without dialogue or summary: 16",
+        "test: dropped 1 row(s) without dialogue or summary: 19"]  # fmt: skip
+
+
 def test_all_file_types_give_the_same_rows(load, tmp_path):
     # What breaks a reader that splits at lines or commas: quotes, commas, line breaks, and a BOM as Excel writes it.
     content = [*rows(11), {"id": "q", "dialogue": 'A: "so, what?"\nB: \u2028 ok', "summary": "A, asks."}]

@@ -108,7 +108,7 @@ def test_small_trains_on_samsum_from_the_hub(command, hub, small, tmp_path):
     assert run.done.code == 0 and run.done.err == "" and not run.unknown, run
     assert re.search(r"^train: dropped 1 row\(s\) without dialogue or summary: \d+$", run.done.out, re.MULTILINE)
     out = " ".join(run.done.out.split())
-    assert "rows: 24 train (0.0% truncated), 8 validation (0.0% truncated), 8 test (0.0% truncated)" in out
+    assert "rows: 24 train, 8 validation, 8 test" in out
     local = ("--model", hub.root / "models" / SMALL, "--dataset", hub.root / "datasets" / SAMSUM)
     done = command(*TRAINING[2:], *local, "--output-dir", tmp_path / "local", cwd=tmp_path)
     assert done.code == 0, done

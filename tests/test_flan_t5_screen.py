@@ -119,6 +119,13 @@ def test_lr_find_says_where_the_default_stands(flan, command, data, model_folder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_intervals_are_explained_where_they_are_shown(flan, trained, monkeypatch, is_wide):
+    monkeypatch.setattr(flan, "is_wide", lambda: is_wide)
+    scoring = json.loads((trained.folder / "metrics.json").read_text())["scoring"]
+    assert ("bootstrap" in flan.scoring_in_words(scoring)) is is_wide
+
+
 @pytest.fixture
 def figures(flan, monkeypatch):
     """All figures that were drawn."""

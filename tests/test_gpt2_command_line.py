@@ -132,6 +132,8 @@ def test_a_run_of_the_other_script_is_never_taken(tmp_path, monkeypatch):
     assert gpt2.newest_run(gpt2.is_run).name == "link"
     with pytest.raises(gpt2.UserError, match="no run of this script"):
         gpt2.saved_settings({"output_dir": "runs/other"})
+    with pytest.raises(gpt2.UserError, match="was not made by this script"):
+        gpt2.find_weights(gpt2.Settings(init="runs/other"))
 
 
 def test_the_newest_run_with_a_checkpoint_is_sampled_and_exported(command):
@@ -515,9 +517,9 @@ def test_text_after_no_prompt_begins_a_document(monkeypatch):
     assert prompts == [[1]]
 
 
-@pytest.mark.parametrize("words", [("--sample",), ("--evaluate",), ("--export", "folder")])
-def test_what_uses_a_model_takes_no_data_to_train_on(command, words):
-    code, _, error = command(*words, "--data", "text.txt")
+def test_a_text_to_evaluate_is_not_given_as_training_data(command):
+    """Its loss would be that of the run's own validation text."""
+    code, _, error = command("--evaluate", "--data", "text.txt")
     assert code == 2 and "--data is for training: --evaluate takes a text itself (--evaluate " in error
 
 
@@ -757,7 +759,7 @@ def test_evaluate_without_data_takes_the_run_s_validation_text(trained, monkeypa
     results = json.loads((next(Path("runs").iterdir()) / "metrics.json").read_text())["results"]
     figures = figures_of(capsys.readouterr().out)
     assert figures["loss"] == pytest.approx(results["best_validation_loss"], abs=1e-4)
-    assert figures["bits per byte"] == pytest.approx(results["bits_per_byte"], abs=1e-4)
+    assert figures["bits per byte"] == pytest.approx(results["best_bits_per_byte"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

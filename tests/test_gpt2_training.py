@@ -1175,6 +1175,23 @@ def test_a_training_draws_one_sample_and_says_nothing_of_what_is_not_set(command
     assert set(drawn) == {1} and "None" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("losses", "note", "sample"), [
+    ([6.0, 3.0, 5.0], "lowest at step 2 and has risen since", "--sample and --export take step 2)"),
+    ([6.0, 5.9, 5.8], "worse than the bigram model", "\nsample:\n"), ([6.0, 1.0, 0.9], None, "\nsample:\n"),
+    ([6.0, 1.0, 1.01], None, "--sample and --export take step 2)")])
+def test_what_the_end_says_of_validation(command, text, monkeypatch, capsys, losses, note, sample):
+    """Evaluated at the start, after two steps and after four."""
+    values = iter(losses)
+    monkeypatch.setattr(gpt2, "evaluate", lambda trainer: next(values))
+    words = ("--data", text, *SIZES, "--max-steps", 4, "--eval-every", 2)
+    assert command(*words, "--output-dir", "run") == 0
+    out = capsys.readouterr().out
+    unfolded = " ".join(out.split())
+    assert sample in out, out
+    for words in ("lowest at step 2 and has risen since", "worse than the bigram model"):
+        assert (words in unfolded) is (words == note), out
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """A trainer on a GPU of 16,000 bytes that is a pretence: 8 sequences a step, of which passes of up to 2 fit."""

@@ -2253,6 +2253,8 @@ class Run:
         self.validation_size = (len(trainer.data.validation), trainer.data.facts["bytes"]["validation"])
         # What samples begin with: a document, if the model sees enough of them to know how they begin.
         self.prompt = "" if trainer.data.facts["documents"]["train"] >= 100 else "\n"
+        if self.settings.data == "stdlib":  # whose documents begin with imports
+            self.prompt = "class Cat"
 
     def train(self) -> int:
         """Run to the end, to a signal, or to divergence. Unless killed, it leaves log, metrics.json and plot."""
@@ -2382,12 +2384,16 @@ class Run:
         if is_saved and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
         if self.log:
-            few = replace(self.settings, num_samples=1, max_new_tokens=min(100, self.settings.max_new_tokens))
-            text = sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, few)[0]
+            text = self.sample(min(100, self.settings.max_new_tokens))
             bits = bits_per_byte(loss, *self.validation_size)
             shown = f"; sample:\n    {repr(text[:70])[:74]}" if text else ""  # untrained, a model may end at once
             self.show(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte{shown}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
+
+    def sample(self, max_new_tokens: int) -> str:
+        settings = replace(self.settings, num_samples=1, max_new_tokens=max_new_tokens)
+        text = sample_texts(self.trainer.model, self.trainer.data.tokenizer, self.prompt, settings)[0]
+        return self.prompt.lstrip("\n") + text
 
     def results(self) -> dict:
         """What has come out so far."""
@@ -2444,10 +2450,9 @@ class Run:
         elif best is not None and best > self.bigram:
             say_wrapped("note: that is worse than the bigram model, which looks at one token only: the model has "
                         "learnt too little. More steps, more text or a smaller model help.")
-        one = replace(self.settings, num_samples=1)
         last = f"sample of the last step (--sample and --export take step {best_step}):"
         say("\n" + ("sample:" if best_step in (None, results["steps"]) else last))
-        say(sample_texts(trainer.model, trainer.data.tokenizer, self.prompt, one)[0] + "\n")
+        say(self.sample(self.settings.max_new_tokens) + "\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")

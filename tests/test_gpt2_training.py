@@ -669,14 +669,20 @@ def test_speed_in_the_log_is_that_of_the_steps_since_the_last_line(tmp_path, tex
     assert speeds == [256] * 20
 
 
-@pytest.mark.parametrize("documents, prompt", [(1, "\n"), (99, "\n"), (100, "")])
-def test_samples_begin_with_a_document_only_if_the_model_has_seen_many(tmp_path, text, monkeypatch, documents, prompt):
+@pytest.mark.parametrize(("documents", "data", "prompt"), [
+    (1, None, "\n"), (99, None, "\n"), (100, None, ""), (100, "stdlib", "class Cat")])  # fmt: skip
+def test_samples_begin_with_a_document_only_if_the_model_has_seen_many(
+    tmp_path, text, monkeypatch, documents, data, prompt
+):
     trainer, prompts = make_trainer(tmp_path, text, max_steps=1), []
     trainer.data.facts["documents"]["train"] = documents
-    monkeypatch.setattr(gpt2, "sample_texts", lambda model, tokenizer, prompt, settings: prompts.append(prompt) or [""])
+    trainer.settings = replace(trainer.settings, data=data or trainer.settings.data)
+    monkeypatch.setattr(gpt2, "sample_texts", lambda _model, _tokenizer, prompt, _: prompts.append(prompt) or ["?"])
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
     assert gpt2.Run(trainer, gpt2.Progress(), tmp_path / "run", math.nan, 0.0).train() == 0
     assert prompts == [prompt] * 3  # before and after training, and at the end
+    logged = [line["sample"] for line in gpt2.read_log(tmp_path / "run") if "sample" in line]
+    assert logged == [prompt.strip() + "?"] * 2
 
 
 def test_more_steps_can_be_asked_for(command, text):

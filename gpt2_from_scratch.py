@@ -2445,8 +2445,9 @@ class Run:
             say(f"| {name:22} | {shown:>14} |")
         best, best_step = self.progress.best_loss, self.progress.best_step
         if best is not None and self.progress.validation_loss > best + 0.05:
-            say_wrapped(f"note: the validation loss was lowest at step {best_step:,} and has risen since: the model "
-                        "learns its text by heart. More text, fewer steps (--max-steps) or --dropout help.")
+            cause = ("The model learns its text by heart: more text, fewer steps (--max-steps) or --dropout help."
+                     if results["epochs"] > 1 else "A lower --lr may help.")
+            say_wrapped(f"note: the validation loss was lowest at step {best_step:,} and has risen since. {cause}")
         elif best is not None and best > self.bigram:
             say_wrapped("note: that is worse than the bigram model, which looks at one token only: the model has "
                         "learnt too little. More steps, more text or a smaller model help.")

@@ -953,6 +953,7 @@ class SummarizationTrainer(Seq2SeqTrainer):
         self.model.eval()
         with merged_adapter(self.model):
             for split in ("validation", "test"):
+                self.summarizer.what = f"summaries of {split}"
                 scores[split], examples[split] = score(self.summarizer, self.data[split])
         self.model.train()
         self.log(scores | {"seconds": round(time.perf_counter() - start, 2), "fast": self.summarizer.is_fast,
@@ -1007,7 +1008,7 @@ class Summarizer:
         self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
                                        do_sample=False)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
-        self.is_fast = False  # whether the fast path has generated something
+        self.is_fast, self.what = False, "summaries"  # whether the fast path has generated any; beside the bar
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
         """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
@@ -1015,7 +1016,7 @@ class Summarizer:
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
         order += (order * state.num_processes)[: -len(order) % state.num_processes]  # as many for each process
         mine, summaries, start = order[state.process_index :: state.num_processes], {}, 0
-        bar = new_bar(len(mine), "summaries", "row")
+        bar = new_bar(len(mine), self.what, "row")
         while start < len(mine):
             rows = mine[start : start + self.batch_size]
             texts = self.generate([sources[i] for i in rows])

@@ -119,6 +119,15 @@ def test_lr_find_says_where_the_default_stands(flan, command, data, model_folder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_bar_says_what_is_summarised(flan, command, data, model_folder, tmp_path, monkeypatch):
+    bars, new_bar = [], flan.new_bar
+    monkeypatch.setattr(flan, "new_bar", lambda total, what, unit, **how: bars.append((what, total)) or new_bar(
+        total, what, unit, **how))  # fmt: skip
+    done = command("--model", model_folder, "--dataset", data, "--max-steps", 1, "--max-new-tokens", 2, cwd=tmp_path)
+    assert done.code == 0, done
+    assert [bar for bar in bars if bar[0]] == 2 * [("summaries of validation", 7), ("summaries of test", 5)]
+
+
 @pytest.mark.parametrize("is_wide", [False, True])
 def test_intervals_are_explained_where_they_are_shown(flan, trained, monkeypatch, is_wide):
     monkeypatch.setattr(flan, "is_wide", lambda: is_wide)

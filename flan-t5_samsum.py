@@ -128,7 +128,7 @@ class Settings:
 
     max_new_tokens: int = flag(128, "most tokens of a summary", "N", type=COUNT,
                                group="summaries (in the evaluation after each epoch, and in use)")
-    num_beams: int = flag(1, "1 is greedy", "N", type=COUNT)
+    num_beams: int = flag(1, "1 is greedy (default: 1; 8 where the tiny model summarises your text)", "N", type=COUNT)
 
     output_dir: Path | None = flag(None, "folder of this run (default: runs/<model>-<dataset>-lr=<lr>, never an "
                                          "existing one)", "DIR", type=Path, group="files")
@@ -262,6 +262,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif given.get("adapter", "none") != "none" and "model" not in given:
         given["model"] = base_of_adapter(Path(given["adapter"]))
     values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
+    if "summarize" in given and "num_beams" not in given and values["model"] == "tiny":
+        values["num_beams"] = 8  # a toy's greedy summaries miss twice as often what a chat is about
     values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
     if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:
         raise UserError(f"--batch-size {values['batch_size']} is not a multiple of --micro-batch-size "
@@ -991,6 +993,16 @@ ROUGE_TYPES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "r
 # `FastT5.generate` (14).
 
 
+NO_REPEAT = 6  # tokens in a row that no summary of a beam search holds twice
+
+
+def decoding_of(settings: Settings) -> dict[str, int]:
+    """Of GenerationConfig. Without max_new_tokens a summary would end after 20 tokens. Beams are compared by their mean
+    log-likelihood, which a loop raises: so none holds the same tokens twice."""
+    return {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams,
+            "no_repeat_ngram_size": NO_REPEAT if settings.num_beams > 1 else 0}
+
+
 class Summarizer:
     """Summaries of token ids. All text of this script is generated here, in `generate`.
 
@@ -1004,9 +1016,7 @@ class Summarizer:
                  precision: torch.dtype, fast: "FastT5 | None" = None, stop: "StopSignal | None" = None) -> None:
         self.model, self.tokenizer, self.device, self.precision = model, tokenizer, device, precision
         self.fast, self.stop = fast, stop or StopSignal()
-        # Without max_new_tokens a summary would end after 20 tokens.
-        self.config = GenerationConfig(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams,
-                                       do_sample=False)
+        self.config = GenerationConfig(**decoding_of(settings), do_sample=False)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
         self.is_fast, self.what = False, "summaries"  # whether the fast path has generated any; beside the bar
 
@@ -1319,7 +1329,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: S
     transformers 5 writes `tie_word_embeddings: true` for every T5, also for Flan-T5, whose head is a matrix of its own;
     another version would then tie the two and drop the head.
     """
-    model.generation_config.update(max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams)
+    model.generation_config.update(**decoding_of(settings))
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -1912,7 +1922,8 @@ def flops_per_row(model: torch.nn.Module, rows: datasets.Dataset, full: bool) ->
 def describe_scoring(settings: Settings, data: dict[str, datasets.Dataset]) -> dict[str, Any]:
     """How scores are taken. Only those taken in the same way can be compared."""
     return {
-        "decoding": "greedy" if settings.num_beams == 1 else f"beam search with {settings.num_beams} beams",
+        "decoding": "greedy" if settings.num_beams == 1 else (
+            f"beam search with {settings.num_beams} beams, no {NO_REPEAT} tokens twice"),
         "max_new_tokens": settings.max_new_tokens, "prefix": PREFIX, "rouge": "rouge_score F1", "stemmer": True,
         "sentences": "split at white space after . ! ?", "interval": "95% percentile bootstrap over rows, 1000 samples",
         "max_source_length": settings.max_source_length,

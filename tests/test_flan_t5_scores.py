@@ -67,17 +67,23 @@ def test_summaries_come_in_the_order_of_the_rows(summarise, by_hand, batch_size)
     assert summarise(batch_size=batch_size) == by_hand
 
 
-def test_beam_search_is_that_of_transformers_with_nothing_else_set(flan, summarise, sources, model_folder, tokenizer):
+def test_beam_search_is_that_of_transformers_without_loops(flan, summarise, sources, model_folder, tokenizer):
+    """Of a model that ends, and of one that never does, which would repeat itself."""
     plain = flan.transformers.T5ForConditionalGeneration.from_pretrained(model_folder).eval()
     plain.generation_config = flan.GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
-    expected = []
-    for row in sources:
-        output = plain.generate(flan.torch.tensor([row]), num_beams=3, max_new_tokens=24)
-        expected.append(tokenizer.decode(output[0], skip_special_tokens=True).strip())
-    assert summarise("--num-beams", "3") == expected
+    how = {"num_beams": 3, "max_new_tokens": 24, "no_repeat_ngram_size": 6}
+
+    def expected(**more):
+        outputs = [plain.generate(flan.torch.tensor([row]), **how | more)[0] for row in sources]
+        return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
+
+    assert summarise("--num-beams", "3") == expected()
+    plain.lm_head.weight.data[1] = 0  # the end token never has the largest logit
+    settings = flan.parse_settings(["--max-new-tokens", "24", "--num-beams", "3"])
+    found = flan.Summarizer(plain, tokenizer, settings, *flan.get_device())(sources)
+    assert found == expected() != expected(no_repeat_ngram_size=0)
 
 
-@pytest.mark.parametrize("limit", [5, 60])
 def test_only_max_new_tokens_limits_a_summary(flan, model_folder, summarise, sources, monkeypatch, limit):
     """Neither the folder's max_length of 20, nor its beams, nor task_specific_params: a model that never ends shows."""
     endless = flan.load_base(model_folder, *flan.get_device())

@@ -179,3 +179,10 @@ def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, cap
         word = "not finished" if status == "running" else status  # killed
         best = "its best epoch so far is 2" if results.get("best_epoch") == 2 else "its model is as good as untrained"
         assert (f"is {word}; {best}" in capsys.readouterr().err) is (status != "finished")
+
+
+@pytest.mark.parametrize(("words", "beams"), [
+    (["--summarize", "x", "--model", "tiny"], 8), (["--summarize", "x", "--model", "tiny", "--num-beams", "1"], 1),
+    (["--evaluate", "--model", "tiny"], 1), (["--summarize", "x", "--model", "base"], 1)])  # fmt: skip
+def test_the_toy_summarises_with_beams_and_is_scored_greedily(flan, words, beams):
+    assert flan.parse_settings([*words, "--adapter", "none"]).num_beams == beams

@@ -84,6 +84,7 @@ def test_beam_search_is_that_of_transformers_without_loops(flan, summarise, sour
     assert found == expected() != expected(no_repeat_ngram_size=0)
 
 
+@pytest.mark.parametrize("limit", [5, 60])
 def test_only_max_new_tokens_limits_a_summary(flan, model_folder, summarise, sources, monkeypatch, limit):
     """Neither the folder's max_length of 20, nor its beams, nor task_specific_params: a model that never ends shows."""
     endless = flan.load_base(model_folder, *flan.get_device())

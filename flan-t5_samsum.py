@@ -262,7 +262,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif given.get("adapter", "none") != "none" and "model" not in given:
         given["model"] = base_of_adapter(Path(given["adapter"]))
     values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
-    if "summarize" in given and "num_beams" not in given and values["model"] == "tiny":
+    if "summarize" in given and "num_beams" not in given and (values["model"], values["num_beams"]) == ("tiny", 1):
         values["num_beams"] = 8  # a toy's greedy summaries miss twice as often what a chat is about
     values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
     if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:

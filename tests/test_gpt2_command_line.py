@@ -481,6 +481,19 @@ def test_prompts_come_from_standard_input_and_samples_in_a_batch(trained):
     assert done.stdout.count("\nLine") >= 3 and done.stdout.count("\nMore é") >= 3
 
 
+def test_texts_after_several_prompts_do_not_run_together(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(gpt2, "read_prompts", lambda: iter(["Line", "More"]))
+    assert gpt2.main(gpt2.parse_arguments(["--sample", "--max-new-tokens", "2", "--temperature", "0"])) == 0
+    assert re.fullmatch(r"model: .*\nLine.*\n\nMore.*\n", capsys.readouterr().out)
+
+
+def test_the_small_default_has_a_rate_of_its_own_for_adamw():
+    """That of Muon's companion, 8e-3, ends at 3.37 in place of 3.31 (resource/EXPERIMENTS.md, "Recipes")."""
+    settings = gpt2.resolve_settings(gpt2.parse_arguments(["--optimizer", "adamw"]))
+    assert (settings.lr, settings.schedule, settings.max_steps, settings.muon_lr) == (4e-3, "cosine", 1500, None)
+
+
 @pytest.mark.parametrize("words", [("--sample",), ("--evaluate",), ("--export", "folder")])
 def test_what_uses_a_model_runs_in_one_process(command, monkeypatch, words):
     monkeypatch.setenv("WORLD_SIZE", "2")

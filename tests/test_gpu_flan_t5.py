@@ -238,8 +238,8 @@ def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(fla
     words = ("--model", calm, *flags, "--lora-dropout", 0, "--max-steps", 6)
     assert trained(*words, "--output-dir", "two").code == 0
     assert trained(*words, "--output-dir", "one", launcher=[sys.executable, tmp_path / "fast.py"]).code == 0
-    # Four steps: then Adam has made rounding to bf16 large. (On a CPU in bf16, one process with other micro-batches parts
-    # from itself by 1% in four steps, and by 6% in the gradients of the fifth.)
+    # Four steps: then Adam has made rounding to bf16 large. (On a CPU in bf16, one process with other micro-batches
+    # parts from itself by 1% in four steps, and by 6% in the gradients of the fifth.)
     for found, expected in zip(*(losses(flan, tmp_path / name)[:4] for name in ("two", "one")), strict=True):
         assert found == pytest.approx(expected, rel=0.03)
 

@@ -526,22 +526,23 @@ def test_traced_by_the_compiler_the_gradients_stay(flan, lora_kernels):
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_quantised_weights_give_the_gradients_of_their_values(flan, plain, model_folder, quantization):
-    """Against a model whose plain weights are what bitsandbytes says that the quantised ones are. So they are nearer to
-    the unquantised model's than those of bitsandbytes' INT8, which rounds activations as well."""
+    """Against a model whose plain weights are what bitsandbytes says that the quantised ones are. So every product is
+    nearer to the unquantised one than that of bitsandbytes' INT8, which rounds activations as well."""
     quantised, settings = make_model(flan, 0.0, quantization, model_folder)
     plain_model, _ = make_model(flan, 0.0, None, model_folder)
-    unquantised = expected_gradients(plain_model, ROWS)[1]
     modules = dict(quantised.named_modules())
     for name, module in plain_model.named_modules():
         of = modules.get(name)
         if isinstance(of, flan.bitsandbytes.nn.Linear8bitLt):
-            module.weight.data = of.weight.data.float() * of.weight.SCB[:, None] / 127
+            states = torch.randn(100, of.in_features, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                unquantised = module(states)
+                module.weight.data = of.weight.data.float() * of.weight.SCB[:, None] / 127
+                assert (module(states) - unquantised).norm() < 0.9 * (of(states) - unquantised).norm()
         elif isinstance(of, flan.bitsandbytes.nn.Linear4bit):
             module.weight.data = flan.bitsandbytes.functional.dequantize_4bit(of.weight.data, of.weight.quant_state)
     loss, expected = expected_gradients(plain_model, ROWS)
-    before, usual = expected_gradients(quantised, ROWS)
-    error = lambda gradients: sum((g - unquantised[name]).square().sum() for name, g in gradients.items()).sqrt()
-    assert quantization == "int4" or error(expected) < 0.9 * error(usual)
+    before = expected_gradients(quantised, ROWS)[0]
     fast = flan.FastT5(quantised, settings)
     if quantization == "int4":  # an eighth of the weights' memory, which is not to be there twice
         scales = {w.scale.untyped_storage().data_ptr() for layer in (*fast.encoder, *fast.decoder) for w in layer

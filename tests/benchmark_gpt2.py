@@ -6,7 +6,7 @@
 
 Every part runs in a process of its own and ends after its time-out, so that one that fails costs no other. Training:
 whole steps on random tokens, the best of three rounds after warming up. nanoGPT (a checkout, for its model.py) runs as
-its train.py does: autocast, compiled as a whole, its own AdamW, clipping; gpt2-large takes it 89 GiB. Generation:
+its train.py does: autocast, compiled as a whole, its own AdamW, clipping. Generation:
 greedy or of the top 50, prompts of 32 tokens. Shares are of what a large matrix product reaches here ("measured") and
 of the card's data sheet.
 """
@@ -108,6 +108,13 @@ def nanogpt_step(folder: str, trainer: gpt2.Trainer) -> Callable[[int], object]:
     return step
 
 
+def forget(trainer: gpt2.Trainer) -> None:
+    """Free a trainer's memory for what is measured next. The hooks of its compute copy would keep it for ever, and the
+    graph for a while."""
+    trainer.compute_copy, trainer.step_graph, trainer.optimisers = None, None, []
+    trainer.model.to("meta")
+
+
 def throughput(arguments: argparse.Namespace, model: str) -> None:
     """Training: as it comes, without determinism, and nanoGPT."""
     sequences = 2 if arguments.tiny else SEQUENCES[model]
@@ -115,13 +122,13 @@ def throughput(arguments: argparse.Namespace, model: str) -> None:
     report(f"{model}, ceiling", flops_per_second=trainer.machine.matmul_rate,
            data_sheet=gpt2.data_sheet_rate(gpt2.device_name(trainer.machine.device)))  # fmt: skip
     default = measure(f"{model}, default", trainer, our_step(trainer), arguments)
-    trainer.step_graph = None  # it and the trainer refer to each other: without this its memory would stay for a while
+    forget(trainer)
     del trainer
     trainer = make_trainer(arguments, model, sequences, "--no-deterministic")
     fast = measure(f"{model}, --no-deterministic", trainer, our_step(trainer), arguments)
     report(f"{model}, cost of determinism", ratio=default["milliseconds"] / fast["milliseconds"])
     if arguments.nanogpt:
-        trainer.compute_copy = trainer.step_graph = None  # its memory is nanoGPT's now
+        forget(trainer)
         torch.compiler.reset()
         theirs = measure(f"{model}, nanoGPT", trainer, nanogpt_step(arguments.nanogpt, trainer), arguments)
         for name, ours in (("default", default), ("--no-deterministic", fast)):
@@ -179,7 +186,7 @@ def small_card(arguments: argparse.Namespace) -> None:
         trainer = make_trainer(arguments, "gpt2", 64, micro_batch_size="auto")
         name = f"gpt2 in {gib} GiB, micro-batch {trainer.machine.micro_batch_size}"
         measure(name, trainer, our_step(trainer), arguments)
-        trainer.step_graph = None  # see throughput()
+        forget(trainer)
 
 
 def shakespeare(arguments: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ PARTS = {
     "xl8-int8": ("--model xl --int8", 30, 5),
     "xl8-int4": ("--model xl --int4", 30, 5),
     "xl8-eager": ("--model xl --no-fast", 8, 0),
-    "xl-start": ("--model xl", 0, 0),  # the script itself, until its first fast step
+    "xl-start": ("--model xl", 0, 0),  # the script itself, until its fast step is compared
     "generate": ("--model xl", 0, 0),
     "xxl8-int8": ("--model xxl --int8 --gradient-checkpointing", 4, 0),
     "xxl8-int4": ("--model xxl --int4 --gradient-checkpointing", 4, 0),

@@ -217,7 +217,7 @@ sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_s
 
 
 def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(flan, data, model_folder, tmp_path):
-    """With dropout, other in each process; without it, losses and gradients of one GPU."""
+    """With dropout; without it, losses and gradients of one GPU."""
     (tmp_path / "fast.py").write_text(FAST)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 str(Path(__file__).with_name("as_two_machines.py")), str(tmp_path / "fast.py")]  # fmt: skip

@@ -6,9 +6,8 @@
 
 Every part runs in a process of its own and ends after its time-out, so that one that fails costs no other. Training:
 whole steps on random tokens, the best of three rounds after warming up. nanoGPT (a checkout, for its model.py) runs as
-its train.py does: autocast, compiled as a whole, its own AdamW, clipping. Generation:
-greedy or of the top 50, prompts of 32 tokens. Shares are of what a large matrix product reaches here ("measured") and
-of the card's data sheet.
+its train.py does: autocast, compiled as a whole, its own AdamW, clipping. Generation: greedy or of the top 50, prompts
+of 32 tokens. Shares are of what a large matrix product reaches here ("measured") and of the card's data sheet.
 """
 
 import argparse
@@ -195,6 +194,7 @@ def shakespeare(arguments: argparse.Namespace) -> None:
     for name, flags in (("default", []), ("eager", ["--no-compile"])):
         trainer = make_trainer(arguments, "nano", 64, *flags, vocabulary=257, **sizes)
         measure(f"shakespeare, {name}", trainer, our_step(trainer), arguments)
+        forget(trainer)
         if trainer.step_graph:
             trainer.step_graph.before = 10**9
             trainer.step_graph.graph = None

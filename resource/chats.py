@@ -63,6 +63,19 @@ def load() -> tuple[dict, ...]:
     return tuple(chats)
 
 
+UNREAD = 500  # the last chats of the file
+
+
+def read() -> tuple[dict, ...]:
+    """The chats that training text is made of."""
+    return load()[:-UNREAD]
+
+
+def unread() -> tuple[dict, ...]:
+    """The others, by which what a model has learnt can be told from what it knows by heart."""
+    return load()[-UNREAD:]
+
+
 def title_case(rng: random.Random) -> str:
     words = [make_sample.invent(rng, capital=True) for _ in range(rng.choice((1, 1, 2)))]
     return " ".join(words)
@@ -160,6 +173,11 @@ def things() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(known - plural), frozenset(plural)
 
 
+@cache
+def ordered_things() -> tuple[list[str], ...]:
+    return tuple(sorted(kind) for kind in things())
+
+
 def swap_things(chat: dict, rng: random.Random, share: float = 0.5) -> dict:
     """The chat about other things: nouns of its messages that its summaries take up become others, the same in both.
 
@@ -170,8 +188,7 @@ def swap_things(chat: dict, rng: random.Random, share: float = 0.5) -> dict:
     shared = {noun for noun in {word for _, word in said} & {word for _, word in told}
               if all(before for before, word in [*said, *told] if word == noun)}  # nowhere is it a verb
     new = {}
-    for kind in things():
-        ordered = sorted(kind)
+    for kind, ordered in zip(things(), ordered_things(), strict=True):
         new |= {noun: rng.choice(ordered) for noun in sorted(shared & kind) if rng.random() < share}
     if not new:
         return chat

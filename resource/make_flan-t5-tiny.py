@@ -1,7 +1,7 @@
 """Rebuild `resource/flan-t5-tiny/`: a tiny T5 v1.1 with its own tokenizer, pretrained to read chats and copy from them.
 
     python resource/make_flan-t5-tiny.py --output runs/first      # a GPU: about 11 minutes; a CPU is far slower
-    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 6 --output runs/flan-t5-tiny
+    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 20 --output runs/flan-t5-tiny
     python resource/make_flan-t5-tiny.py --output runs/dry-run --steps 20 --batch-size 8 --workers 1
 
 The default output is the folder that ships; one that is not empty is never overwritten.
@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 from queue import Full
 
@@ -43,6 +43,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "flan-t5-tiny"
@@ -60,8 +61,10 @@ GEOMETRY = {
 VOCAB_SIZE = 5120  # of which 3 special tokens, 256 bytes, 1,352 pairs of letters and 100 sentinels
 SENTINELS = 100
 PAD, EOS = 0, 1
-SOURCE_LENGTH, TARGET_LENGTH = 208, 80  # fixed shapes, so that the compiled model is compiled once
-SHARD_ROWS = 2048
+# Longest sources and targets. A row goes to the first that it fits into, so that little is padding; the model is
+# compiled for each. (Compiled once for any length, it learnt NaN on an H200 with PyTorch 2.11.)
+SHAPES = ((80, 24), (128, 48), (208, 80))
+SHARD_ROWS = 512
 IGNORE = -100  # label of padding: no loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,14 +318,15 @@ def copy(row: dict, encode: Encode, rng: random.Random) -> Pair:
 TASKS = {  # kind of row: {task: weight}
     "grammar": {in_short: 30, retell: 16, masked_narration: 12, masked_facts: 10, masked_chat: 8, continue_chat: 8,
                 what_about: 7, which_facts: 5, who_says: 3, quote: 2},
-    "free": {in_short: 60, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
+    "free": {in_short: 80, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
              what_about: 4, which_facts: 4, who_says: 2, quote: 2},
     "murmur": {retell: 50, what_about: 25, quote: 8, masked_chat: 12, masked_facts: 10},
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
-MIXTURE = {"grammar": (30, 3), "free": (100, 2), "murmur": (24, 2), "babble": (8, 2), "sentences": (20, 1)}
+MIXTURE = {"grammar": (30, 3), "free": (130, 2), "murmur": (24, 2), "babble": (8, 2), "sentences": (20, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
+CALM_FROM = 0.8  # part of the training after which nothing is dropped any more: copying suffers from it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -336,7 +340,7 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
     encode = lru_cache(16)(lambda text: bpe.encode(text, add_special_tokens=False).ids)
     rng = random.Random(f"tasks-{seed}")
     chats.prepare_names()
-    free = chats.load()
+    free = chats.read()
     grammar = grammar_rows(seed)
     sentences = chats.everyday()
     words = [w for w in " ".join(sentences[::7]).split() if w.isalpha() and w.islower()]
@@ -362,29 +366,50 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
         yield from pairs
 
 
-def make_shard(pairs: Iterator[Pair], rows: int = SHARD_ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Sources (rows, SOURCE_LENGTH) and targets (rows, TARGET_LENGTH) as uint16 ids, ended by </s>, padded with 0."""
-    sources = np.full((rows, SOURCE_LENGTH), PAD, dtype=np.uint16)
-    targets = np.full((rows, TARGET_LENGTH), PAD, dtype=np.uint16)
-    done = 0
-    while done < rows:
-        source, target = next(pairs)
+Shard = tuple[np.ndarray, np.ndarray]
+
+
+def make_shards(pairs: Iterator[Pair], rows: int = SHARD_ROWS, shapes: tuple = SHAPES) -> Iterator[Shard]:
+    """Sources (rows, S) and targets (rows, T) of one of the shapes, as uint16 ids, ended by </s>, padded with 0."""
+    waiting: dict[tuple[int, int], list[Pair]] = {shape: [] for shape in shapes}
+    for source, target in pairs:
         # The few that are too long are left out: a cut target would teach to stop early.
-        if len(source) < SOURCE_LENGTH and len(target) < TARGET_LENGTH:
-            sources[done, : len(source) + 1] = [*source, EOS]
-            targets[done, : len(target) + 1] = [*target, EOS]
-            done += 1
-    return sources, targets
+        shape = next((shape for shape in shapes if len(source) < shape[0] and len(target) < shape[1]), None)
+        if shape is None:
+            continue
+        waiting[shape].append((source, target))
+        if len(waiting[shape]) == rows:
+            shard = tuple(np.full((rows, length), PAD, dtype=np.uint16) for length in shape)
+            for i, row in enumerate(waiting[shape]):
+                for part, ids in zip(shard, row, strict=True):
+                    part[i, : len(ids) + 1] = [*ids, EOS]
+            waiting[shape] = []
+            yield shard
+
+
+def unread_rows() -> list[dict]:
+    """One telling of every chat that no training text is made of."""
+    return [free_row(chat, random.Random(i)) for i, chat in enumerate(chats.unread())]
+
+
+def unread_shard(folder: str) -> Shard:
+    """The unread chats with their first summary."""
+    bpe = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    encode = lambda text: bpe.encode(text, add_special_tokens=False).ids
+    pairs = [(encode("in short: " + row["dialogue"]), encode(row["summaries"][0])) for row in unread_rows()]
+    longest = SHAPES[-1]
+    pairs = [(source, target) for source, target in pairs if len(source) < longest[0] and len(target) < longest[1]]
+    return next(make_shards(iter(pairs), len(pairs), (longest,)))
 
 
 def start_worker(folder: str, queue: multiprocessing.Queue, seed: int, first_shards: int) -> None:
     """Fill the queue with shards until the parent ends this process, or is no more."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
-    first, rest = make_pairs(folder, seed, first=True), make_pairs(folder, seed + 10**6)
+    first, rest = (make_shards(make_pairs(folder, seed + part * 10**6, first=part == 0)) for part in (0, 1))
     made = 0
     while True:
-        shard = make_shard(first if made < first_shards else rest)
+        shard = next(first if made < first_shards else rest)
         made += 1
         while True:
             try:
@@ -512,14 +537,24 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 200) ->
     return peak * min((step + 1) / warmup, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def compiled(model: T5ForConditionalGeneration, batch_size: int) -> torch.nn.Module:
+def set_dropout(model: T5ForConditionalGeneration, rate: float) -> None:
+    """Dropout everywhere but in attention, which copies letter by letter and does not bear that a tenth is missing."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        elif isinstance(module, T5Attention):
+            module.dropout = 0.0
+
+
+def compiled(model: T5ForConditionalGeneration, batch_size: int, dropout: float) -> torch.nn.Module:
     """The model through torch.compile, or as it is where the compiler does not work (it needs Triton and gcc)."""
-    random_ids = lambda length: torch.randint(PAD + 1, VOCAB_SIZE, (batch_size, length), device=model.device)
-    batch = to_batch(random_ids(SOURCE_LENGTH), random_ids(TARGET_LENGTH))
     try:
-        fast = torch.compile(model)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            fast(**batch).loss.backward()
+        fast = torch.compile(model, dynamic=False)
+        for rate, shape in product((0.0, dropout), SHAPES):  # all now: later they would stop the training for a minute
+            set_dropout(model, rate)
+            ids = (torch.randint(PAD + 1, VOCAB_SIZE, (batch_size, length), device=model.device) for length in shape)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                fast(**to_batch(*ids)).loss.backward()
     except Exception as error:  # whatever the compiler stumbles over; the training itself would stumble again
         print(f"torch.compile does not work here, training without it: {str(error).splitlines()[0]}", flush=True)
         fast = model
@@ -528,13 +563,15 @@ def compiled(model: T5ForConditionalGeneration, batch_size: int) -> torch.nn.Mod
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, shard: tuple[np.ndarray, np.ndarray], batch_size: int, device: str) -> float:
-    """Mean loss over a shard that is never trained on (nats per token, weighted by batch)."""
+def held_out_loss(model: torch.nn.Module, shard: Shard, batch_size: int, device: str) -> float:
+    """Mean loss over a shard that is never trained on (nats per token, weighted by batch), without dropout."""
+    model.eval()
     sources, targets = (torch.from_numpy(part.astype(np.int16)).to(device) for part in shard)
     losses = []
     for source, target in zip(sources.split(batch_size), targets.split(batch_size), strict=True):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             losses.append(model(**to_batch(source, target)).loss.float().item())
+    model.train()
     return sum(losses) / len(losses)
 
 
@@ -546,8 +583,8 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     if args.first:
         model.load_state_dict(load(args.first), strict=False)  # tied weights have one name there and several here
     is_timed = not args.steps and not args.first
-    first_shards = round(COPY_FIRST * args.minutes * 60 * 12_000 / SHARD_ROWS / args.workers) if is_timed else 0
-    held_out = make_shard(make_pairs(str(folder), seed=1), rows=256)
+    first_shards = round(COPY_FIRST * args.minutes * 60 * 20_000 / SHARD_ROWS / args.workers) if is_timed else 0
+    unread = unread_shard(str(folder))
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -555,14 +592,21 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
         lr=args.lr, betas=(0.9, 0.98), fused=device == "cuda",
     )  # fmt: skip
     model.to(device).train()
-    step_model = compiled(model, args.batch_size) if device == "cuda" else model  # before the workers take the cores
-    batches = Batches(folder, args.workers, args.batch_size, device, 2000 if args.first else 1000, first_shards)
+    # Before the workers take the cores.
+    step_model = compiled(model, args.batch_size, args.dropout) if device == "cuda" else model
+    set_dropout(model, args.dropout)
+    is_calm = False
+    batches = Batches(folder, args.workers, args.batch_size, device, args.seed, first_shards)
     start, last_report, examples = time.time(), 0.0, 0
     for step in range(args.steps or 10**9):
         minutes = (time.time() - start) / 60
         if not args.steps and minutes >= args.minutes:
             break
         progress = step / args.steps if args.steps else minutes / args.minutes
+        if progress > CALM_FROM and not is_calm:
+            is_calm = True
+            set_dropout(model, 0.0)
+            print(f"no dropout from step {step} on", flush=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, step, args.lr)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -580,7 +624,7 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
             save_file(weights(model), folder / "model.safetensors")  # whatever ends the run, this much is kept
             print(
                 f"step {step:6d}  {last_report:5.0f} s  loss {loss.item():.3f}  "
-                f"held-out {held_out_loss(model, held_out, 128, device):.3f}  "
+                f"unread {held_out_loss(model, unread, 128, device):.3f}  "
                 f"{examples / last_report:,.0f} examples/s  {batches.made:,} made, waited {batches.waited:.0f} s",
                 flush=True,
             )
@@ -589,7 +633,8 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     facts = {
         "steps": f"{steps:,} of {args.batch_size} examples, none seen twice",
         "training time": f"{(time.time() - start) / 60:.1f} minutes after the first step, on {device_name(device)}",
-        "held-out loss": f"{held_out_loss(model, held_out, 128, device):.3f} nats per token, over all tasks",
+        "loss": f"{held_out_loss(model, unread, 128, device):.3f} nats per token of the summaries of {len(unread[0])} "
+        "chats that it has not read",
     }
     print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", flush=True)
     return facts
@@ -623,11 +668,16 @@ def invented(summary: str, dialogue: str) -> list[str]:
 
 
 @torch.no_grad()
-def answer(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
-    """Greedy answers to the texts."""
+def answer(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str], **how: int
+) -> list[str]:
+    """Answers to the texts, greedy if `how` (of `generate`) does not say otherwise."""
     model.eval()
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    return tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=96), skip_special_tokens=True)
+    answers = []
+    for at in range(0, len(texts), 100):
+        inputs = tokenizer(texts[at : at + 100], return_tensors="pt", padding=True).to(model.device)
+        answers += tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=96, **how), skip_special_tokens=True)
+    return answers
 
 
 def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
@@ -646,6 +696,10 @@ def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFas
     speakers = answer(model, tokenizer, ["who talks?\n\n" + row["dialogue"] for row in rows])
     short = answer(model, tokenizer, ["in short: " + row["dialogue"] for row in rows])
     zero = answer(model, tokenizer, ["summarize: " + row["dialogue"] for row in rows])
+    new = unread_rows()[:200]
+    texts = ["in short: " + row["dialogue"] for row in new]
+    beams = answer(model, tokenizer, texts, num_beams=8, no_repeat_ngram_size=6)
+    found = [max(rouge1(text, summary) for summary in row["summaries"]) for text, row in zip(beams, new, strict=True)]
     exact = sum(a == b for a, b in zip(speakers, names, strict=True))
     mean = lambda a, b: sum(map(rouge1, a, b)) / len(rows)
     wrong = sum(bool(invented(s, row["dialogue"])) for s, row in zip(short, rows, strict=True))
@@ -654,6 +708,7 @@ def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFas
         "naming the speakers": f"{100 * exact / len(rows):.1f}% exact",
         "retelling the chat": f"ROUGE-1 {mean(told, [row['narration'] for row in rows]):.1f}",
         "in short": f"ROUGE-1 {mean(short, [row['summary'] for row in rows]):.1f}, {wrong} of 200 with invented names",
+        "of chats that it has not read": f"ROUGE-1 {sum(found) / len(found):.1f} (200, with eight beams)",
         "summaries, without fine-tuning": f"ROUGE-1 {mean(zero, [row['summary'] for row in rows]):.1f}",
     }
     print(*(f"{key}: {value}" for key, value in scores.items()), sep="\n", flush=True)
@@ -669,7 +724,7 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
 
 def rebuild_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """The flags that gave this model, for the command line in its card; its folder by name only."""
-    names = ("steps", "minutes", "batch_size", "lr")
+    names = ("steps", "minutes", "batch_size", "lr", "dropout", "seed")
     changed = [name for name in names if getattr(args, name) != getattr(defaults, name)]
     flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
     first = [f"--first runs/{args.first.resolve().name}"] if args.first else []
@@ -693,8 +748,8 @@ How far it gets depends on the machine. This copy:
 
 {facts}
 
-The last four are greedy answers for the 200 validation chats of the sample, F1 without a stemmer; an invented name is
-a capitalised word or a number whose letters are nowhere in the chat.
+Naming, retelling, "in short" and the last are greedy answers for the 200 validation chats of the sample, F1 without a
+stemmer; an invented name is a capitalised word or a number whose letters are nowhere in the chat.
 """
 
 
@@ -704,7 +759,7 @@ def training_texts(count: int) -> Iterator[str]:
     for row in islice(grammar_rows(0), count):
         yield from (row["dialogue"], row["narration"], row["summary"])
     for _ in range(6):
-        for chat in chats.load():
+        for chat in chats.read():
             row = chats.tell(chat, rng)
             yield from (row["dialogue"], *row["summaries"])
     yield from chats.everyday()
@@ -718,6 +773,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default 2e-3)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
+    parser.add_argument("--dropout", type=float, default=0.15, help="until four fifths are over (default 0.15)")
+    parser.add_argument("--seed", type=int, default=1000, help="of the rows; another for a training that goes on")
     parser.add_argument("--first", type=Path, help="go on from this model")
     parser.add_argument("--output", type=Path, default=FOLDER)
     return parser

@@ -212,12 +212,19 @@ def stopping(run, args, state, control, **more):
         os.kill(os.getpid(), 15)
     return step_end(run, args, state, control, **more)
 flan.Run.on_step_end = stopping
+training_step = flan.FastT5.training_step
+def noting(fast, *arguments):
+    loss = training_step(fast, *arguments)
+    with open(f"keys-{os.environ.get('RANK')}.txt", "a") as file:
+        print(int(fast.key), bool(fast.graphs), file=file)
+    return loss
+flan.FastT5.training_step = noting
 sys.exit(flan.exit_on_user_error(flan.main, flan.exit_on_user_error(flan.parse_settings)))
 """
 
 
 def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(flan, data, model_folder, tmp_path):
-    """With dropout; without it, losses and gradients of one GPU."""
+    """With dropout, whose masks no two ranks or micro-batches share; without it, losses and gradients of one GPU."""
     (tmp_path / "fast.py").write_text(FAST)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 str(Path(__file__).with_name("as_two_machines.py")), str(tmp_path / "fast.py")]  # fmt: skip
@@ -234,6 +241,8 @@ def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(fla
     metrics = flan.read_metrics(tmp_path / "whole")
     assert (metrics["processes"], metrics["fast_step"]) == (2, True)
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
+    keys = [(tmp_path / f"keys-{rank}.txt").read_text().splitlines()[:36] for rank in range(2)]
+    assert len({key.split()[0] for key in sum(keys, [])}) == 72 and all("True" in key for key in sum(keys, [])[6:36])
     calm = without_dropout(model_folder, tmp_path / "calm" / model_folder.name)
     words = ("--model", calm, *flags, "--lora-dropout", 0, "--max-steps", 6)
     assert trained(*words, "--output-dir", "two").code == 0

@@ -241,8 +241,9 @@ def test_two_fast_gpus_learn_as_one_and_a_resumed_training_has_the_same_bits(fla
     metrics = flan.read_metrics(tmp_path / "whole")
     assert (metrics["processes"], metrics["fast_step"]) == (2, True)
     assert_same_end(flan, tmp_path / "whole", tmp_path / "halves", 36)
-    keys = [(tmp_path / f"keys-{rank}.txt").read_text().splitlines()[:36] for rank in range(2)]
-    assert len({key.split()[0] for key in sum(keys, [])}) == 72 and all("True" in key for key in sum(keys, [])[6:36])
+    lines = [(tmp_path / f"keys-{rank}.txt").read_text().splitlines()[:36] for rank in range(2)]  # of the whole run
+    assert len({line.split()[0] for part in lines for line in part}) == 72
+    assert all(line.endswith("True") for part in lines for line in part[6:])  # by then there are graphs
     calm = without_dropout(model_folder, tmp_path / "calm" / model_folder.name)
     words = ("--model", calm, *flags, "--lora-dropout", 0, "--max-steps", 6)
     assert trained(*words, "--output-dir", "two").code == 0

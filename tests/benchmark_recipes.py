@@ -199,8 +199,30 @@ def run(folder: Path, flags: str, steps: int, seed: int, gpu: int, arguments: ar
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     results = json.loads((folder / "metrics.json").read_text())["results"]
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(folder)  # its checkpoints
-    return results
+    seconds_per_step = results["training_seconds"] / results["steps"]  # evaluations left out
+    curve = [(line["step"] * seconds_per_step, line["validation_loss"]) for line in log if "validation_loss" in line]
+    return results | {"curve": curve}
+
+
+def plot(file: Path, rows: list[dict]) -> None:
+    """Validation loss by seconds of training: of every recipe the mean over its seeds, and from least to most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, flags) in enumerate(sorted({(row["recipe"], row["flags"]) for row in rows})):
+        curves = [row["curve"][1:] for row in rows if row["recipe"] == name]  # not the loss before training
+        points = list(zip(*curves, strict=True))  # of one length: a recipe's runs are evaluated alike
+        seconds = [statistics.fmean(point[0] for point in at) for at in points]
+        losses = [[point[1] for point in at] for at in points]
+        axes.plot(seconds, list(map(statistics.fmean, losses)), "o-", color=f"C{number}", label=f"{name}: {flags}")
+        axes.fill_between(seconds, list(map(min, losses)), list(map(max, losses)), color=f"C{number}", alpha=0.25)
+    axes.set(xlabel="seconds of training", ylabel="validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center")
+    figure.savefig(file, dpi=120)
 
 
 def wanted(arguments: argparse.Namespace) -> list[tuple[str, float]]:
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--data", default=sysconfig.get_paths()["purelib"], help="default: installed packages")
     parser.add_argument("--cache", default="cache", metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("benchmark_recipes.json"))
+    parser.add_argument("--plot", type=Path, help="draw the curves there", metavar="FILE")
     parser.add_argument("--tiny", action="store_true", help="a tiny geometry, to try the benchmark itself")
     arguments = parser.parse_args()
     chosen = wanted(arguments)
@@ -268,6 +291,8 @@ def main() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+    if arguments.plot and rows:
+        plot(arguments.plot, rows)
     for name, seconds in sorted(set(chosen)):
         losses = [row["validation_loss"] for row in rows if (row["recipe"], row["seconds"]) == (name, seconds)]
         if losses:

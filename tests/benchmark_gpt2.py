@@ -178,12 +178,12 @@ def small_card(arguments: argparse.Namespace) -> None:
         return
     real, total = torch.cuda.get_device_properties(0), torch.cuda.get_device_properties(0).total_memory
     properties = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-    for gib in (8, 12):
+    for gib, optimizer in ((8, "adamw"), (8, "muon"), (12, "adamw")):
         limited = argparse.Namespace(**properties | {"total_memory": gib * 2**30})
         torch.cuda.get_device_properties = lambda *_, limited=limited: limited
         torch.cuda.set_per_process_memory_fraction((gib - 0.6) * 2**30 / total)  # CUDA itself takes the rest
-        trainer = make_trainer(arguments, "gpt2", 64, micro_batch_size="auto")
-        name = f"gpt2 in {gib} GiB, micro-batch {trainer.machine.micro_batch_size}"
+        trainer = make_trainer(arguments, "gpt2", 64, "--optimizer", optimizer, micro_batch_size="auto")
+        name = f"gpt2 in {gib} GiB, {optimizer}, micro-batch {trainer.machine.micro_batch_size}"
         measure(name, trainer, our_step(trainer), arguments)
         forget(trainer)
 

@@ -1317,10 +1317,17 @@ def save_result(folder: Path, model: torch.nn.Module, tokenizer: Any, settings: 
         if not isinstance(model, PeftModel):
             return save_model(model, tokenizer, written, settings, weights)
         model.save_pretrained(written, state_dict=weights, save_embedding_layers=False)
+        let_others_read(written / "adapter_config.json")
         # The name of the base, not its folder in the Hub's cache. In the model itself it would make PEFT ask the Hub.
         change_json(written / "adapter_config.json", base_model_name_or_path=MODELS.get(settings.model, settings.model))
         (written / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
         tokenizer.save_pretrained(written)
+
+
+def let_others_read(config: Path) -> None:
+    """safetensors writes files that only their owner may read; beside `config` they get its permissions."""
+    for file in config.parent.glob("*.safetensors"):
+        shutil.copymode(config, file)
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: Settings,
@@ -1332,6 +1339,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path, settings: S
     """
     model.generation_config.update(**decoding_of(settings))
     model.save_pretrained(folder, state_dict=weights)
+    let_others_read(folder / "config.json")
     tokenizer.save_pretrained(folder)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         change_json(folder / "config.json", tie_word_embeddings=False)
@@ -2264,7 +2272,8 @@ def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
         for name in ("dataset", "source_column", "target_column") if settings.dataset != "sample" else ():
             if (value := getattr(settings, name)) is not None:
                 words += ["--" + name.replace("_", "-"), str(value)]
-        say(f"A toy of {parameters / 1e6:.1f} million parameters. Real: {this_script()} {shlex.join(words)}", file=file)
+        size = f"{parameters / 1e6:.1f} million parameters"
+        say(f"A toy ({size}). On a GPU: {this_script()} {shlex.join(words)}", file=file)
 
 
 def epoch_number(epoch: float | None) -> float | int:
@@ -2465,9 +2474,17 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
     model = load_base(folder, device, torch.float32 if settings.full else precision, quantization)
     if adapter:
         model = load_adapter(model, adapter)
-    say(f"model: {name}" + (f", adapter: {adapter}" if adapter else ""), file=sys.stderr)
+    say(f"model: {name}" + (f", adapter: {adapter}" if adapter else "") + how_good(settings), file=sys.stderr)
     fast = None if settings.export else make_fast(model, settings)
     return model, tokenizer, Summarizer(model, tokenizer, settings, device, precision, fast)
+
+
+def how_good(settings: Settings) -> str:
+    """Of the run that is used, in brackets: the newest may have been a trial of a few steps."""
+    run = Path(settings.adapter or "none")
+    epochs = read_metrics(run).get("epochs", []) if (run / "metrics.json").is_file() else []
+    best = next((epoch for epoch in epochs if epoch["best"]), None)
+    return f" (step {best['step']}, test ROUGE-1 {best['test']['rouge1']:.2f})" if best else ""
 
 
 def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:
@@ -2525,6 +2542,10 @@ def summarize(settings: Settings) -> int:
             for i in np.flatnonzero(cut):
                 say(f"dialogue {done + i + 1}: cut to {settings.max_source_length} tokens (--max-source-length)",
                     file=sys.stderr)
+            for i, dialogue in enumerate(group):
+                if settings.model == "tiny" and not re.search(r"^[^\n:]{1,40}: ", dialogue, re.MULTILINE):
+                    say(f"note: dialogue {done + i + 1} has no line like 'Anna: hi!', which is all that the toy knows",
+                        file=sys.stderr)
             for summary in summarizer(sources):
                 done += 1
                 say(f"{done}. " * (sys.stdout.isatty() and len(group) > 1) + " ".join(summary.split()))
@@ -3015,7 +3036,7 @@ def check_comparable(runs: list[dict[str, Any]]) -> None:
         for split, rows in first["rows"].items():
             if rows != other["rows"][split]:
                 raise UserError(f"{refusal} their {split} rows differ ({len(rows)} and {len(other['rows'][split])} "
-                                "rows)")
+                                "rows): train both with the same --dataset and --limit")
 
 
 def epoch_table(runs: list[dict[str, Any]]) -> str:

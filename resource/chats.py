@@ -1,6 +1,6 @@
 """The text that `make_flan-t5-tiny.py` reads: freely written chats with summaries, and everyday sentences.
 
-`flan-t5-tiny-text/README.md` says how the chats are written. The same chat is never told twice: whatever stands in
+`flan-t5-tiny-text/README.md` says how the chats are written. A chat is told otherwise each time: whatever stands in
 braces (names, places, days, times, titles) is drawn anew each time, and so are the habits of typing.
 """
 
@@ -41,7 +41,7 @@ def read_lines(name: str) -> list[str]:
 
 
 def prepare_names() -> None:
-    """First names of many languages (Faker's lists), none of them in the held-out rows of the sample."""
+    """First names of many languages (Faker's lists), none of anybody who talks in the held-out rows."""
     women, men = read_lines("names")
     make_sample.REAL_NAMES.update(f=women.split(), m=men.split())
 

@@ -681,7 +681,7 @@ def answer(
 
 
 def measure(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """What the model does with chats of people it has never met."""
+    """What the model does with chats of other people."""
     rows = list(islice(make_sample.records("validation"), 200))
     names = [" and ".join(filter(None, [", ".join(n[:-1]), n[-1]])) for n in
              (list(dict.fromkeys(t.split(": ")[0] for t in r["dialogue"].split("\n"))) for r in rows)]  # fmt: skip
@@ -737,19 +737,19 @@ A T5 v1.1 of {millions:.1f} M parameters (gated GELU, untied head, relative posi
 {vocab:,} tokens. It exists so that `flan-t5_samsum.py` can fine-tune something real in minutes on a CPU. It is no
 general language model, and it has nothing but its geometry in common with Google's Flan-T5.
 
-It was pretrained on chats of the grammar in `resource/make_sample.py`, on chats written freely for this project
-(`resource/flan-t5-tiny-text`, with the licences), on the same chats retold, on chats of random words, and on examples
-of use from WordNet 3.0, with first names from Faker's lists. It has met none of the people of the held-out rows of
-`resource/sample`. It has seen summaries, after "in short: ", and never the prefix "summarize: ": the task is known,
-and fine-tuning binds it to its name.
+It was pretrained on chats of the grammar in `resource/make_sample.py`, on chats written freely for this project by
+language models (`resource/flan-t5-tiny-text`, with the licences), on the same chats retold, on chats of random words,
+and on examples of use from WordNet 3.0, with first names from Faker's lists. Those who talk in the held-out rows of
+`resource/sample` are in none of its lists of people. It has seen summaries, after "in short: ", and never the prefix
+"summarize: ": the task is known, and fine-tuning binds it to its name.
 
 To rebuild it: `python resource/make_flan-t5-tiny.py {flags}`.
 How far it gets depends on the machine. This copy:
 
 {facts}
 
-Naming, retelling, "in short" and the last are greedy answers for the 200 validation chats of the sample, F1 without a
-stemmer; an invented name is a capitalised word or a number whose letters are nowhere in the chat.
+All before any fine-tuning, and greedy, for the 200 validation chats of the sample, where nothing else is said; F1
+without a stemmer. An invented name is a capitalised word or a number whose letters are nowhere in the chat.
 """
 
 
@@ -785,6 +785,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists() and any(args.output.iterdir()):
         parser.error(f"{args.output} is not empty: delete it, or give another folder, --output DIR")
+    if args.batch_size > SHARD_ROWS:
+        parser.error(f"--batch-size {args.batch_size} is more than a worker makes at once: {SHARD_ROWS} at most")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     args.output.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,8 @@ def test_plain_transformers_loads_the_merged_model_and_summarises_alike(flan, me
     run, folder = merged
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    for config in (folder / "config.json", run / "adapter/adapter_config.json"):  # others may read the weights, too
+        assert {file.stat().st_mode for file in config.parent.iterdir()} == {config.stat().st_mode}
     assert model.dtype == torch.bfloat16 and not model.lm_head.weight.equal(model.shared.weight)
     assert json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"] is False  # older versions
     base = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder, dtype=torch.bfloat16)
@@ -252,6 +254,9 @@ def test_evaluating_an_adapter_without_a_run_around_it(flan, command, trained, d
     words = ("--evaluate", "--adapter", "alone", "--dataset", data, "--max-new-tokens", TOKENS)
     done = command(*words, cwd=tmp_path)
     assert done.code == 0 and f"model: {model_folder}, adapter: alone\n" == done.err, done
+    in_run = command("--evaluate", "--adapter", trained.folder, cwd=tmp_path)
+    best = next(epoch for epoch in flan.read_metrics(trained.folder)["epochs"] if epoch["best"])
+    assert f"/adapter (step {best['step']}, test ROUGE-1 {best['test']['rouge1']:.2f})" in in_run.err, in_run
     assert score_cells(done.out.splitlines()[2]) == in_the_runs_table(trained, "test")
 
 

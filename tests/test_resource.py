@@ -1,12 +1,16 @@
 """What ships in `resource/`: the sample dialogues, and the tiny Flan-T5 with its tokenizer and the text it has read."""
 
 import json
+import math
+import queue
 import random
 import re
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import load_script
 
@@ -281,6 +285,7 @@ def test_it_starts_as_a_copier(make_tiny):
 @pytest.mark.parametrize("flags, words", [
     ([], "not empty"),
     (["--steps", "20"], "not empty"),
+    (["--output", "new", "--batch-size", "513"], "512 at most"),
 ])  # fmt: skip
 def test_what_rebuilding_refuses(make_tiny, monkeypatch, capsys, tmp_path, flags, words):
     """Above all to overwrite the model that ships; nothing is trained or written."""
@@ -294,11 +299,12 @@ def test_what_rebuilding_refuses(make_tiny, monkeypatch, capsys, tmp_path, flags
 
 def test_the_card_names_the_flags_that_gave_the_model(make_tiny):
     parser = make_tiny.build_parser()
-    given = "--first /tmp/y/one --output /tmp/x/small --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3"
+    given = ("--first /tmp/y/one --output /tmp/x/small --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3 "
+             "--dropout 0.2 --seed 7")  # fmt: skip
     flags = make_tiny.rebuild_flags(parser.parse_args(given.split()), parser.parse_args([]))
     assert "/tmp" not in flags and "--first runs/one --output runs/small" in flags
     again, wanted = vars(parser.parse_args(flags.split())), vars(parser.parse_args(given.split()))
-    assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps"))
+    assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps", "dropout", "seed"))
     # What ships has the card that the script writes today, but for its numbers.
     shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
     second = parser.parse_args(["--first", "runs/first", "--lr", "1e-3", "--minutes", "2", "--output",
@@ -408,6 +414,80 @@ def test_dropout_leaves_attention_whole(make_tiny):
     assert torch.equal(attention(), attention()) and not torch.equal(layer(states)[0], layer(states)[0])
     make_tiny.set_dropout(model, 0.0)
     assert run() == plain
+
+
+ROW = {"kind": "free", "turns": [("Ann", "is it 5?"), ("Bo", "six"), ("Ann", "ok")], "facts": {"Ann": "Ann"},
+       "dialogue": "Ann: is it 5?\nBo: six\nAnn: ok", "narration": "Ann asks. Bo says six.",
+       "summaries": ["It is six."], "told": [("Ann", "Ann asks."), ("Bo", "Bo says six."), ("Ann", "")]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "pairs"), [
+    ("in_short", {("in short: " + ROW["dialogue"], "It is six.")}),
+    ("retell", {("retell: " + ROW["dialogue"], "Ann asks. Bo says six.")}),
+    ("copy", {("copy: " + line, line) for line in ROW["dialogue"].split("\n")}),
+    ("quote", {("quote Ann: " + ROW["dialogue"], "is it 5?\nok"), ("quote Bo: " + ROW["dialogue"], "six")}),
+    ("who_says", {(f"who says: {said}\n\n{ROW['dialogue']}", name) for name, said in ROW["turns"]}),
+    ("what_about", {("what about Ann?\n\n" + ROW["dialogue"], "Ann asks."),
+                    ("what about Bo?\n\n" + ROW["dialogue"], "Bo says six.")}),
+])  # fmt: skip
+def test_each_task_has_its_question_and_its_answer(make_tiny, task, pairs):
+    rng, encode = random.Random(0), lambda text: [ord(letter) for letter in text]
+    made = [getattr(make_tiny, task)(ROW, encode, rng) for _ in range(40)]
+    assert {tuple("".join(map(chr, ids)) for ids in pair) for pair in made} == pairs
+
+
+def test_a_chat_goes_on_with_its_next_two_turns(make_tiny):
+    rng, encode = random.Random(0), lambda text: [ord(letter) for letter in text]
+    for _ in range(20):
+        source, target = ("".join(map(chr, ids)) for ids in make_tiny.continue_chat(ROW, encode, rng))
+        read = source[source.index("Ann: is it 5?") :]
+        assert (read, target) in (("Ann: is it 5?", "Bo: six\nAnn: ok"), ("Ann: is it 5?\nBo: six", "Ann: ok"))
+
+
+def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_tiny, monkeypatch, tmp_path):
+    """With what is random replaced: every batch is the same, so that the rates and the dropout can be looked at."""
+    import torch
+
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    unread, seen = tuple(part[:8] for part in make_tiny.unread_shard(str(tmp_path))), []
+    monkeypatch.setattr(make_tiny, "unread_shard", lambda folder: unread)
+    model = make_tiny.make_model(d_model=64, num_heads=1, d_ff=80, num_layers=1, num_decoder_layers=1)
+
+    class Same:
+        made, waited = 0, 0.0
+        __init__ = stop = lambda self, *arguments: None
+
+        def draw(self):
+            seen.append({module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)})
+            return make_tiny.to_batch(*(torch.from_numpy(part.astype(int)) for part in unread))
+
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(make_tiny, "Batches", Same)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    parser = make_tiny.build_parser()
+    args = parser.parse_args(["--steps", "20", "--batch-size", "8", "--dropout", "0.3"])
+    facts = make_tiny.pretrain(model, tmp_path, args, "cpu")
+    assert seen == [{0.3}] * 17 + [{0.0}] * 3  # until more than four fifths are over
+    warm = [(i + 1) / 200 for i in range(20)]
+    assert rates == pytest.approx([2e-3 * min(w, 0.01 + 0.99 * (1 + math.cos(math.pi * i / 20)) / 2)
+                                   for i, w in enumerate(warm)])  # fmt: skip
+    source, target = (torch.from_numpy(part.astype(int)) for part in unread)
+    with torch.no_grad():
+        loss = model.eval()(**make_tiny.to_batch(source, target)).loss.item()
+    assert float(facts["loss"].split()[0]) == pytest.approx(loss, abs=2e-3)
+    make_tiny.set_dropout(model.train(), 0.3)
+    assert make_tiny.held_out_loss(model, unread, 8, "cpu") == pytest.approx(loss, abs=1e-5)
+
+
+def test_no_row_of_a_shard_comes_twice(make_tiny):
+    batches = make_tiny.Batches.__new__(make_tiny.Batches)
+    batches.batch_size, batches.device, batches.waiting, batches.made, batches.waited = 4, "cpu", [], 0, 0.0
+    batches.queue = queue.Queue()
+    for shard in range(2):
+        rows = np.arange(3 + 8 * shard, 11 + 8 * shard, dtype=np.uint16)[:, None]
+        batches.queue.put((rows, rows))
+    drawn = [batches.draw()["input_ids"][:, 0].tolist() for _ in range(4)]
+    assert sorted(row for part in drawn for row in part) == list(range(3, 19)) and batches.made == 16
 
 
 def test_swapped_things_are_the_same_in_chat_and_summary(make_tiny):

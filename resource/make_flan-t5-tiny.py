@@ -261,11 +261,8 @@ def retell(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
 
 
 def in_short(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
-    """One of the summaries, mostly the first: where there are several it tells the main fact, the others more often not."""
-    if not row["summaries"]:
-        return None
-    summary = row["summaries"][0] if rng.random() < 0.8 else rng.choice(row["summaries"])
-    return encode("in short: " + row["dialogue"]), encode(summary)
+    """One of the summaries."""
+    return (encode("in short: " + row["dialogue"]), encode(rng.choice(row["summaries"]))) if row["summaries"] else None
 
 
 def continue_chat(row: dict, encode: Encode, rng: random.Random) -> Pair:
@@ -329,7 +326,7 @@ TASKS = {  # kind of row: {task: weight}
 # Tellings of each kind, and tasks made of one telling. Sentences are WordNet's examples of use.
 MIXTURE = {"grammar": (30, 3), "free": (130, 2), "murmur": (24, 2), "babble": (8, 2), "sentences": (20, 1)}
 COPY_FIRST = 0.06  # part of the training in which most rows are babble
-CALM_FROM = 0.75  # part of the training after which nothing is dropped any more: copying suffers from it
+CALM_FROM = 0.8  # part of the training after which nothing is dropped any more: copying suffers from it
 
 
 # ----------------------------------------------------------------------------------------------------------------------

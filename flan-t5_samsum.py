@@ -361,6 +361,8 @@ def is_first_to_say(message: str) -> bool:
 
 if __name__ == "__main__":
     SETTINGS = exit_on_user_error(parse_settings)
+    if sys.stderr.isatty():  # the first line takes its place
+        print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
 
 # The slow imports, and what must be set before them. Threads that wait should sleep: where other programs share the
 # cores, spinning makes a CPU many times slower. Without torchrun one GPU is used: the Trainer would take all, by the
@@ -2474,17 +2476,17 @@ def load_for_use(settings: Settings) -> tuple[torch.nn.Module, Any, Summarizer]:
     model = load_base(folder, device, torch.float32 if settings.full else precision, quantization)
     if adapter:
         model = load_adapter(model, adapter)
-    say(f"model: {name}" + (f", adapter: {adapter}" if adapter else "") + how_good(settings), file=sys.stderr)
+    say(f"model: {name}" + (f", adapter: {adapter}" if adapter else ""), *how_good(settings), file=sys.stderr)
     fast = None if settings.export else make_fast(model, settings)
     return model, tokenizer, Summarizer(model, tokenizer, settings, device, precision, fast)
 
 
-def how_good(settings: Settings) -> str:
-    """Of the run that is used, in brackets: the newest may have been a trial of a few steps."""
+def how_good(settings: Settings) -> list[str]:
+    """A line about the run that is used, if it is one: the newest may have been a trial of a few steps."""
     run = Path(settings.adapter or "none")
     epochs = read_metrics(run).get("epochs", []) if (run / "metrics.json").is_file() else []
     best = next((epoch for epoch in epochs if epoch["best"]), None)
-    return f" (step {best['step']}, test ROUGE-1 {best['test']['rouge1']:.2f})" if best else ""
+    return [f"trained: {best['step']} steps, test ROUGE-1 {best['test']['rouge1']:.2f}"] if best else []
 
 
 def read_dialogues(name: str, column: str | None = None) -> Iterator[str]:

@@ -229,6 +229,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # --help and mistyped flags end here, before the imports that take seconds
+    if sys.stderr.isatty():  # the first line takes its place
+        print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
 
 # Threads that wait should sleep: where other programs share the cores, spinning makes a CPU many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

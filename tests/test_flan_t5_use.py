@@ -256,7 +256,7 @@ def test_evaluating_an_adapter_without_a_run_around_it(flan, command, trained, d
     assert done.code == 0 and f"model: {model_folder}, adapter: alone\n" == done.err, done
     in_run = command("--evaluate", "--adapter", trained.folder, cwd=tmp_path)
     best = next(epoch for epoch in flan.read_metrics(trained.folder)["epochs"] if epoch["best"])
-    assert f"/adapter (step {best['step']}, test ROUGE-1 {best['test']['rouge1']:.2f})" in in_run.err, in_run
+    assert f"/adapter\ntrained: {best['step']} steps, test ROUGE-1 {best['test']['rouge1']:.2f}\n" in in_run.err, in_run
     assert score_cells(done.out.splitlines()[2]) == in_the_runs_table(trained, "test")
 
 

@@ -119,7 +119,7 @@ def test_merging_into_an_empty_folder(command, trained, tmp_path, recwarn):
     done = command("--export", "empty", "--adapter", trained.folder, cwd=tmp_path)
     assert done.code == 0 and (tmp_path / "empty/model.safetensors").is_file(), done
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    assert done.err.startswith("model: ") and done.err.count("\n") == 1
+    assert [line.split(": ")[0] for line in done.err.splitlines()] == ["model", "trained"]
     assert not [warning for warning in recwarn if warning.category is UserWarning]
 
 
@@ -201,7 +201,8 @@ def test_dialogues_typed_at_a_terminal_are_answered_one_by_one(trained, rows):
         os.close(stdin)
     assert process.returncode == 0 and out == rows[2]["prediction"] + "\n", (out, err)
     lines = err.splitlines()
-    assert len(lines) == 3 and "An empty line ends it" in err and "model: " in err, err
+    assert [line.split(": ")[0] for line in lines[:2]] == ["model", "trained"] and len(lines) == 4, err
+    assert "An empty line ends it" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

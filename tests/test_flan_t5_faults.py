@@ -56,7 +56,7 @@ def files_of(folder):
 def assert_one_line(done, *words):
     """Exit code 2 and one line on standard error that has all `words`, but for the name of the model in use."""
     assert done.code == 2, done
-    (line,) = [line for line in done.err.splitlines() if not line.startswith("model: ")]
+    (line,) = [line for line in done.err.splitlines() if not line.startswith(("model: ", "trained: "))]
     assert line.startswith("error: "), done.err
     for word in words:
         assert word in done.err, (word, done.err)

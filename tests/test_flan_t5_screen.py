@@ -85,9 +85,10 @@ def test_the_shipped_model_says_that_it_is_a_toy_and_names_a_real_one(command, t
     parameters = json.loads((tmp_path / "run/metrics.json").read_text())["parameters"] / 1e6
     toy = f"A toy ({parameters:.1f} million parameters). On a GPU: python {SCRIPT} --model base\n"
     assert done.out.count(toy) == 1 and len(toy.replace(str(SCRIPT), SCRIPT.name)) <= 80
-    (tmp_path / "chat.txt").write_text("Ada: hi")
+    (tmp_path / "chat.txt").write_text("Ada: hi\nhello\n\nthere is no name")
     done = command("--summarize", "chat.txt", "--adapter", "run", cwd=tmp_path)
     assert done.code == 0 and done.err.count(toy) == 1 and "toy" not in done.out.lower(), done
+    assert "dialogue 1" not in done.err and "note: dialogue 2 has no line like 'Anna: hi!'" in done.err, done
     assert "toy" not in trained.done.out.lower()
 
 

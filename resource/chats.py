@@ -8,6 +8,7 @@ import lzma
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def prepare_names() -> None:
 
 
 @cache
-def load() -> tuple[dict, ...]:
-    """All chats: topic, sexes of the speakers, turns [(speaker, text)], summaries."""
+def load(name: str = "chats") -> tuple[dict, ...]:
+    """All chats of a file: topic, sexes of the speakers, turns [(speaker, text)], summaries."""
     chats = []
-    for block in "\n".join(read_lines("chats")).split("\n\n"):
+    for block in "\n".join(read_lines(name)).split("\n\n"):
         head, *lines = block.strip().split("\n")
         match = re.fullmatch(r"@ topic: (.+?) \| ((?:[A-D]=[fmx] ?)+)", head.strip())
         if not match:
@@ -81,13 +82,15 @@ def title_case(rng: random.Random) -> str:
     return " ".join(words)
 
 
-def draw(kind: str, rng: random.Random) -> str:
-    """A value for a slot of this kind."""
+def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
+    """A value for a slot of this kind, of the people and things that a split may know."""
     number = rng.randint(2, 99)
+    is_pretraining = split == "pretrain"
     if kind in ("man", "woman"):
-        return make_sample.draw_person("pretrain", rng, kind == "woman", rng.random() < 0.85).name
+        return make_sample.draw_person(split, rng, kind == "woman", is_pretraining and rng.random() < 0.85).name
     if kind == "town":
-        return rng.choice(TOWNS) if rng.random() < 0.5 else make_sample.draw_value("town", "pretrain", rng)
+        known = is_pretraining and rng.random() < 0.5
+        return rng.choice(TOWNS) if known else make_sample.draw_value("town", split, rng)
     if kind == "day":
         return rng.choice(DAYS)
     if kind == "month":
@@ -109,17 +112,18 @@ def draw(kind: str, rng: random.Random) -> str:
     if kind == "surname":
         return make_sample.invent(rng, capital=True)
     if kind == "pet":
-        return make_sample.draw_value("petname", "pretrain", rng)
+        return make_sample.draw_value("petname", split, rng)
     if kind == "brand":
-        return rng.choice((make_sample.draw_value("firm", "pretrain", rng), make_sample.invent(rng, capital=True)))
+        known = not is_pretraining or rng.random() < 0.5
+        return make_sample.draw_value("firm", split, rng) if known else make_sample.invent(rng, capital=True)
     if kind == "title":
-        return make_sample.draw_value(rng.choice(("film", "book")), "pretrain", rng)
+        return make_sample.draw_value(rng.choice(("film", "book")), split, rng)
     if kind == "venue":
-        return make_sample.draw_value(rng.choice(("venue", "venue", "shop", "cinema")), "pretrain", rng)
-    return make_sample.draw_value("team", "pretrain", rng)
+        return make_sample.draw_value(rng.choice(("venue", "venue", "shop", "cinema")), split, rng)
+    return make_sample.draw_value("team", split, rng)
 
 
-def values_for(chat: dict, rng: random.Random) -> tuple[dict[str, str], dict[str, bool]]:
+def values_for(chat: dict, rng: random.Random, split: str = "pretrain") -> tuple[dict[str, str], dict[str, bool]]:
     """slot -> value, no two alike; and the speakers' names -> whether a woman."""
     slots = dict.fromkeys(SLOT.findall(" ".join([text for _, text in chat["turns"]] + chat["summaries"])))
     values: dict[str, str] = {}
@@ -128,9 +132,9 @@ def values_for(chat: dict, rng: random.Random) -> tuple[dict[str, str], dict[str
         for _ in range(20):
             if slot in chat["sexes"]:
                 is_woman = {"f": True, "m": False}.get(chat["sexes"][slot], rng.random() < 0.5)
-                value = draw("woman" if is_woman else "man", rng)
+                value = draw("woman" if is_woman else "man", rng, split)
             else:
-                value = draw(slot.split(":", 1)[0], rng)
+                value = draw(slot.split(":", 1)[0], rng, split)
                 capital = slot.split(":", 1)[1][:1].isupper()
                 value = value[0].upper() + value[1:] if capital else value
             if value not in values.values():
@@ -236,12 +240,15 @@ def retype(text: str, habits: dict, rng: random.Random) -> str:
     return text
 
 
-def tell(chat: dict, rng: random.Random) -> dict:
-    """One telling: dialogue, summaries, the facts in them, sexes by name."""
-    chat = swap_things(chat, rng) if rng.random() < SWAPPED else chat
-    values, woman = values_for(chat, rng)
+def tell(chat: dict, rng: random.Random, split: str = "pretrain") -> dict:
+    """One telling: dialogue, summaries, the facts in them, sexes by name.
+
+    For pretraining some are about other things, or have small talk at their end.
+    """
+    chat = swap_things(chat, rng) if split == "pretrain" and rng.random() < SWAPPED else chat
+    values, woman = values_for(chat, rng, split)
     turns = list(chat["turns"])
-    if rng.random() < 0.15:
+    if split == "pretrain" and rng.random() < 0.15:
         x = turns[-1][0]
         y = next((s for s, _ in reversed(turns) if s != x), None)
         if y:
@@ -260,6 +267,18 @@ def tell(chat: dict, rng: random.Random) -> dict:
         "facts": values,
         "woman": woman,
     }
+
+
+def sample_rows(split: str) -> Iterator[dict[str, str]]:
+    """Half of the sample's rows of a split, dialogue and summary: chats that no pretraining text is made of.
+
+    Each is told once, and its people, towns and the like are those of the split in `make_sample.py`.
+    """
+    sizes = {name: size // 2 for name, size in make_sample.SIZES.items()}
+    start = sum(list(sizes.values())[: list(sizes).index(split)])
+    for i, chat in enumerate(load("sample")[start : start + sizes[split]]):
+        row = tell(chat, random.Random(f"{split}-{i}"), split)
+        yield {"dialogue": row["dialogue"], "summary": row["summaries"][0]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

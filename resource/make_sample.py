@@ -2,10 +2,12 @@
 
     python resource/make_sample.py        # writes resource/sample/{train,validation,test}.jsonl, always the same bytes
 
-No row is copied from any corpus. A row comes from a small grammar: a scenario (a dinner, a lost key, a late train ...)
+No row is copied from any corpus. Every second one was written freely, by language models, about all of life
+(`sample_rows` in `chats.py`). The others come from a small grammar: a scenario (a dinner, a lost key, a late train ...)
 has an opening and several ways to end, every line has several wordings, and its slots (who, what, where, when) are
-filled from pools. The pools of train, validation and test are disjoint, so a held-out row cannot share its people,
-places and things with a training row. Days, hours, prices and the like are common to all.
+filled from pools. The pools of train, validation and test are disjoint, so a held-out row of the grammar cannot share
+its people, places and things with one of training; the freely written ones draw their names from the same pools. Days,
+hours, prices and the like are common to all.
 
 A fourth source, `pretrain`, is endless: it adds invented words and names, and many real names (REAL_NAMES), so that a
 model trained on it learns to copy what it has never seen. It also gives a `narration`, the same chat retold in reported
@@ -18,7 +20,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 SIZES = {"train": 2000, "validation": 200, "test": 200}
@@ -1180,7 +1182,7 @@ A: [Ok|Fine]... [you're right|calling you]
 = {A} wants to copy {B.poss} {subject} homework. {B} says no, but will explain it.
 = {B} doesn't let {A} copy the {subject} homework as {P} noticed it last time.
 -- none
-B: [None|Nothing]! {P} [is ill|was away], [no {subject}|it's cancelled] until {day}
+B: [None|Nothing]! {P} [is ill|is off sick], [no {subject}|it's cancelled] until {day}
 > {B} says there is none, because {P} is ill until {day}.
 A: [YES|Best news ever|Woohoo]! [So what do we do|Are you free] this afternoon?
 > {A} is happy and asks what to do.
@@ -2058,17 +2060,19 @@ def records(split: str, seed: int = SEED) -> Iterator[dict]:
         yield {"id": f"{split}-{count}", **row}
 
 
-def examples(split: str, seed: int = SEED) -> Iterator[dict[str, str]]:
-    """The rows of a split as `{"id", "dialogue", "summary"}`; endless for "pretrain"."""
-    for row in records(split, seed):
-        yield {key: row[key] for key in ("id", "dialogue", "summary")}
-
-
 def write_sample(folder: Path) -> None:
-    """Write {train,validation,test}.jsonl into a folder: UTF-8, one JSON object a line."""
+    """Write {train,validation,test}.jsonl into a folder: UTF-8, one JSON object a line.
+
+    Rows of the grammar and freely written ones take turns.
+    """
+    import chats  # it is built on this module
+
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in islice(examples(split), SIZES[split])]
+        pairs = zip(islice(records(split), SIZES[split] // 2), chats.sample_rows(split), strict=True)
+        rows = [{"id": f"{split}-{i + 1}", "dialogue": row["dialogue"], "summary": row["summary"]}
+                for i, row in enumerate(chain.from_iterable(pairs))]  # fmt: skip
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         print(f"{folder / split}.jsonl: {len(lines)} rows")
 

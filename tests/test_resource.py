@@ -53,7 +53,8 @@ def contains(text: str, value: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_sample_is_what_its_script_writes(make_sample, tmp_path):
+def test_sample_is_what_its_script_writes(make_sample, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESOURCE)
     random.seed(0)
     state = random.getstate()
     make_sample.write_sample(tmp_path)
@@ -76,7 +77,7 @@ def test_sample_sizes_and_shape(shipped):
     assert {len(speakers(row)) for row in rows} == {2, 3, 4}
     for row in rows:
         lines = row["dialogue"].split("\n")
-        assert 4 <= len(lines) <= 14
+        assert 3 <= len(lines) <= 14
         assert all(re.match(r"[^\W\d_]+: \S", line) for line in lines), row["dialogue"]
         assert 1 <= len(re.findall(r"[.!?](?: |$)", row["summary"])) <= 3, row["summary"]
         assert len(row["summary"].split()) < len(row["dialogue"].split())
@@ -102,9 +103,15 @@ def test_no_story_with_the_same_facts_twice(made):
     assert not set(shipped) & set(stories["pretrain"])
 
 
+def test_rows_of_the_grammar_and_freely_written_ones_take_turns(made, shipped):
+    for split, rows in shipped.items():
+        of_the_grammar = {row["dialogue"] for row in made[split]}
+        assert [row["dialogue"] in of_the_grammar for row in rows] == [True, False] * (SIZES[split] // 2)
+
+
 def test_held_out_facts_are_not_in_other_splits(make_sample, shipped):
-    """No name and no value of one split's pools is in another split's text."""
-    text = {split: "\n".join(r["dialogue"] + "\n" + r["summary"] for r in rows) for split, rows in shipped.items()}
+    """No name, and in the grammar's rows no value, of one split's pools is in another split's text."""
+    text = {split: "\n".join(r["dialogue"] + "\n" + r["summary"] for r in rows[::2]) for split, rows in shipped.items()}
     lists = dict(make_sample.pools())
     for table in (make_sample.WOMEN, make_sample.MEN):
         lists[table["train"][:9]] = {split: table[split].split() for split in SIZES}
@@ -220,7 +227,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     from transformers import AutoModelForSeq2SeqLM
 
     assert (TINY / "model.safetensors").stat().st_size <= 20e6
-    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 24e6
+    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 25e6
     config = json.loads((TINY / "config.json").read_text())
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
@@ -364,7 +371,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
     heads = [line for line in make_tiny.chats.read_lines("chats") if line.startswith("@")]
-    assert len(make_tiny.chats.load()) == len(heads) > 59_000  # none is malformed
+    assert len(make_tiny.chats.load()) == len(heads) > 74_000  # none is malformed
     for chat in rng.sample(make_tiny.chats.load(), 8000):  # all take 20 s
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -388,6 +395,13 @@ def test_unread_chats_are_in_no_training_text(make_tiny, monkeypatch):
     assert len(told) > 1000 and not unread & set(told)
     sources, targets = make_tiny.unread_shard(str(TINY))
     assert len(sources) == len(targets) >= 490 and set(told) > unread
+
+
+def test_freely_written_chats_of_the_sample_are_in_no_training_text(make_tiny):
+    turns = lambda rows: {str(chat["turns"]) for chat in rows}
+    sample = make_tiny.chats.load("sample")
+    assert len(turns(sample)) == len(sample) == sum(SIZES.values()) // 2
+    assert not turns(sample) & turns(make_tiny.chats.load())
 
 
 def test_a_row_goes_into_the_smallest_shape_that_it_fits_with_its_end(make_tiny):
@@ -462,12 +476,13 @@ def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_t
             return make_tiny.to_batch(*(torch.from_numpy(part.astype(int)) for part in unread))
 
     rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(make_tiny, "CALM_FROM", 0.8)
     monkeypatch.setattr(make_tiny, "Batches", Same)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     parser = make_tiny.build_parser()
     args = parser.parse_args(["--steps", "20", "--batch-size", "8", "--dropout", "0.3"])
     facts = make_tiny.pretrain(model, tmp_path, args, "cpu")
-    assert seen == [{0.3}] * 17 + [{0.0}] * 3  # until more than four fifths are over
+    assert seen == [{0.3}] * 17 + [{0.0}] * 3  # until more than four fifths are over, here
     warm = [(i + 1) / 200 for i in range(20)]
     assert rates == pytest.approx([2e-3 * min(w, 0.01 + 0.99 * (1 + math.cos(math.pi * i / 20)) / 2)
                                    for i, w in enumerate(warm)])  # fmt: skip
@@ -558,7 +573,7 @@ def test_the_verdicts_are_what_the_documents_say():
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
     """The README's figures, with room for other machines: ROUGE-1 78, 1 of 200 test summaries with a name or a number
-    that the chat does not hold; of 40 everyday chats on other topics, by their letters alone, none."""
+    that the chat does not hold; of 80 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
     lines = (tmp_path / "run/predictions/test-epoch-1.jsonl").read_text("utf-8").splitlines()
@@ -572,5 +587,5 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(row["prediction"], row["dialogue"])) for row in rows),
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
-    print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 40")
-    assert rouge1 > 70 and invented[0] <= 5 and invented[1] <= 3
+    print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 80")
+    assert rouge1 > 70 and invented[0] <= 5 and invented[1] <= 5

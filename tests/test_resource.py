@@ -575,7 +575,7 @@ def test_the_verdicts_are_what_the_documents_say():
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 64, none of 200 test summaries with a name or a number
+    """The README's figures, with room for other machines: ROUGE-1 70, none of 200 test summaries with a name or a number
     that the chat does not hold; of 80 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
@@ -591,4 +591,4 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
     print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 80")
-    assert rouge1 > 58 and invented[0] <= 5 and invented[1] <= 5
+    assert rouge1 > 62 and invented[0] <= 5 and invented[1] <= 5

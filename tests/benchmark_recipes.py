@@ -3,6 +3,7 @@
     python tests/benchmark_recipes.py --only nanogpt adamw muon            # three minutes of training on one GPU
     python tests/benchmark_recipes.py --gpus 4 --only sweep --small        # everything there is, on a smaller model
     python tests/benchmark_recipes.py --gpus 4 --only nanogpt:600 muon:300 --seeds 42 43 44     # twice as fast?
+    python tests/benchmark_recipes.py --nano --only usual:240 adamw-tuned:120 muon:120 --plot curves.png      # a CPU
     python tests/benchmark_recipes.py --tiny --seconds 2                   # to try the benchmark itself
 
 Each recipe is a command line of gpt2_from_scratch.py. How many steps fill its seconds is found out first, by a run of
@@ -36,6 +37,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "gpt2_from_scratch.py"
 ADAMW, MUON = "--optimizer adamw --schedule linear", "--optimizer muon --schedule linear"
 RECIPES = {
     "nanogpt": "--optimizer adamw --lr 6e-4 --schedule cosine",
+    "usual": "--optimizer adamw",
     "adamw": f"{ADAMW} --lr 1.8e-3",
     "muon": f"{MUON} --lr 3e-3 --muon-lr 1e-2",
     "adamw-9": f"{ADAMW} --lr 9e-4",
@@ -165,8 +167,8 @@ def command(folder: Path, flags: str, steps: int, seed: int, arguments: argparse
     tokens = 1024 if arguments.tiny else 2**17 if arguments.small else 2**18
     flags = flags.replace("HALF", str(tokens // 2))
     batch = [] if "--batch-tokens" in flags else ["--batch-tokens", str(tokens)]
-    words = ["--model", "gpt2", "--data", arguments.data, "--glob", "*.py", "--vocab-size", "8192", *size, *batch,
-             "--max-steps", str(steps), "--seed", str(seed), "--eval-every",
+    model = ["--model", "gpt2", "--data", arguments.data, "--glob", "*.py", "--vocab-size", "8192", *size, *batch]
+    words = [*([] if arguments.nano else model), "--max-steps", str(steps), "--seed", str(seed), "--eval-every",
              str(max(1, steps // arguments.evaluations)),
              "--max-new-tokens", "1", "--cache-dir", arguments.cache, "--output-dir", str(folder), *flags.split(),
              *(["--limit", "200"] if arguments.tiny else [])]
@@ -230,7 +232,7 @@ def wanted(arguments: argparse.Namespace) -> list[tuple[str, float]]:
     chosen = []
     for word in arguments.only:
         name, _, seconds = word.partition(":")
-        names = [n for n in RECIPES if n != "nanogpt"] if name == "sweep" else [name]
+        names = [n for n in RECIPES if n not in ("nanogpt", "usual")] if name == "sweep" else [name]
         chosen += [(name, float(seconds or arguments.seconds)) for name in names]
     return chosen
 
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of training steps, for each (default: 60)")
     parser.add_argument("--evaluations", type=int, default=4, help="in each run (default: 4)")
     parser.add_argument("--small", action="store_true", help=f"a smaller model: {SMALL}, and half the batch")
+    parser.add_argument("--nano", action="store_true", help="the script's own default model, data and batch: for a CPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--gpus", type=int, default=1, help="runs at once, each on a GPU of its own (default: 1)")
     parser.add_argument("--data", default=sysconfig.get_paths()["purelib"], help="default: installed packages")

@@ -564,18 +564,18 @@ def test_span_corruption_loses_nothing(make_tiny):
 def test_the_verdicts_are_what_the_documents_say():
     lines = (Path(__file__).parent / "data/everyday_verdicts.jsonl").read_text("utf-8").splitlines()
     said = " ".join((Path(__file__).parents[1] / "resource/EXPERIMENTS.md").read_text("utf-8").split())
+    words = ("{name}no name and no number invented or garbled in {names}, the main fact right in {fact} (counted "
+             "mildly, in {mild}), something false in {false}, a senseless repetition in {repeats}.")  # fmt: skip
     assert len(lines) == 80
     for half, name in ((lines[:40], "the first 40, which are short: "), (lines[40:], "longer and more roundabout: ")):
         keys = ("names", "fact", "mild", "false", "repeats")
         count = {key: sum(json.loads(line)[key] for line in half) for key in keys}
-        assert ("{name}no name and no number invented or garbled in {names}, the main fact right in {fact} (counted mildly, "
-                "in {mild}), something false in {false}, a senseless repetition in {repeats}.").format(
-                    name=name, **count) in said  # fmt: skip
+        assert words.format(name=name, **count) in said
 
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 70, none of 200 test summaries with a name or a number
+    """The README's figures, with room for other machines: ROUGE-1 70, none of 200 test summaries with a name or number
     that the chat does not hold; of 80 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done

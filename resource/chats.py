@@ -77,11 +77,6 @@ def unread() -> tuple[dict, ...]:
     return load()[-UNREAD:]
 
 
-def title_case(rng: random.Random) -> str:
-    words = [make_sample.invent(rng, capital=True) for _ in range(rng.choice((1, 1, 2)))]
-    return " ".join(words)
-
-
 def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
     """A value for a slot of this kind, of the people and things that a split may know."""
     number = rng.randint(2, 99)

@@ -397,11 +397,34 @@ def test_unread_chats_are_in_no_training_text(make_tiny, monkeypatch):
     assert len(sources) == len(targets) >= 490 and set(told) > unread
 
 
-def test_freely_written_chats_of_the_sample_are_in_no_training_text(make_tiny):
+def test_freely_written_chats_of_the_sample_are_in_no_training_text_and_in_one_split(make_tiny, shipped):
+    chats = make_tiny.chats
     turns = lambda rows: {str(chat["turns"]) for chat in rows}
-    sample = make_tiny.chats.load("sample")
+    sample = chats.load("sample")
     assert len(turns(sample)) == len(sample) == sum(SIZES.values()) // 2
-    assert not turns(sample) & turns(make_tiny.chats.load())
+    assert not turns(sample) & turns(chats.load())
+    # In the order of the file, by what stands outside the braces, each with its first summary.
+    fixed = lambda text: [piece.strip(" .!").lower() for piece in re.split(r"\{[^{}]*\}", text) if piece.strip(" .!")]
+    rows = [row for split in SIZES for row in shipped[split][1::2]]
+    for row, chat in zip(rows, sample, strict=True):
+        assert all(piece in row["summary"].lower() for piece in fixed(chat["summaries"][0])), row
+        assert row["dialogue"].count("\n") + 1 == len(chat["turns"])
+
+
+def test_pretraining_tells_a_chat_otherwise_each_time(make_tiny):
+    """Other things in some, small talk at the end of some, people that no list of the sample holds in most."""
+    chats, rng = make_tiny.chats, random.Random(0)
+    chats.prepare_names()
+    listed = {name for table in (chats.make_sample.WOMEN, chats.make_sample.MEN) for name in table["train"].split()}
+    chosen = rng.sample(chats.read(), 1500)
+    told = [(chat, chats.tell(chat, rng)) for chat in chosen]
+    longer = sum(len(row["turns"]) > len(chat["turns"]) for chat, row in told) / len(told)
+    people = [name for _, row in told for name in row["woman"]]
+    fixed = lambda text: re.sub(r"\{[^{}]*\}", "", text).split()
+    other = sum(any(word not in row["summaries"][0] for word in fixed(chat["summaries"][0]) if word.isalpha())
+                for chat, row in told) / len(told)  # fmt: skip
+    assert 0.1 < longer < 0.2 and 0.05 < other < 0.3
+    assert 0.1 < sum(name in listed for name in people) / len(people) < 0.4
 
 
 def test_a_row_goes_into_the_smallest_shape_that_it_fits_with_its_end(make_tiny):
@@ -571,6 +594,11 @@ def test_the_verdicts_are_what_the_documents_say():
         keys = ("names", "fact", "mild", "false", "repeats")
         count = {key: sum(json.loads(line)[key] for line in half) for key in keys}
         assert words.format(name=name, **count) in said
+    counts = [sum(json.loads(line)[key] for line in half) for half in (lines[:40], lines[40:])
+              for key in ("fact", "mild", "false")]  # fmt: skip
+    said = " ".join((Path(__file__).parents[1] / "README.md").read_text("utf-8").split())
+    assert ("main fact right in {}, or {} if judged mildly, and said something false in {}; of 40 longer ones, in {} "
+            "({}), and in {}.").format(*counts) in said  # fmt: skip
 
 
 @pytest.mark.slow

@@ -269,9 +269,9 @@ def sample_rows(split: str) -> Iterator[dict[str, str]]:
 
     Each is told once, and its people, towns and the like are those of the split in `make_sample.py`.
     """
-    sizes = {name: size // 2 for name, size in make_sample.SIZES.items()}
-    start = sum(list(sizes.values())[: list(sizes).index(split)])
-    for i, chat in enumerate(load("sample")[start : start + sizes[split]]):
+    sizes = [make_sample.SIZES[name] // 2 for name in make_sample.SPLITS]  # in the order of the file
+    at = make_sample.SPLITS.index(split)
+    for i, chat in enumerate(load("sample")[sum(sizes[:at]) : sum(sizes[: at + 1])]):
         row = tell(chat, random.Random(f"{split}-{i}"), split)
         yield {"dialogue": row["dialogue"], "summary": row["summaries"][0]}
 

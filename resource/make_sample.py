@@ -23,7 +23,7 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
-SIZES = {"train": 2000, "validation": 200, "test": 200}
+SIZES = {"train": 2000, "validation": 200, "test": 200}  # half of them the grammar's
 SEED = 2024
 MIN_TURNS, MAX_TURNS = 4, 14
 MAX_DIALOGUE_WORDS, MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS = 110, 9, 32

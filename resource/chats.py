@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import make_sample
@@ -25,6 +25,7 @@ TOWNS = tuple(
     Greece Poland Japan Canada Mexico Brazil Turkey Morocco Kenya Vietnam
     """.split()  # noqa: SIM905  (words, as a reader wants to see them)
 )
+CURRENCIES = ("{} euros", "{} pounds", "${}", "£{}", "€{}")
 SWAPPED = 0.4  # share of the tellings in which this is tried; a third of the chats have nouns for it
 NO_THINGS = set(
     """
@@ -101,7 +102,7 @@ def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
         return rng.choice((f"{month} {day}{suffix}", f"{day} {month}", f"{month} {day}", f"the {day}{suffix}"))
     if kind == "price":
         amount = rng.choice((number, number, 5 * rng.randint(2, 200), 10 * rng.randint(10, 300)))
-        return rng.choice((f"{amount} euros", f"{amount} pounds", f"${amount}", f"£{amount}", f"€{amount}"))
+        return rng.choice(CURRENCIES).format(amount)
     if kind == "num":
         return str(number)
     if kind == "surname":
@@ -118,20 +119,34 @@ def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
     return make_sample.draw_value("team", split, rng)
 
 
+def in_proportion(like: str, factor: float) -> str | None:
+    """The first number of a text times a factor, without decimals; None if it has none."""
+    match = re.search(r"\d+(?:\.\d+)?", like.replace(",", ""))
+    return match and str(max(1, round(float(match[0]) * factor)))
+
+
 def values_for(chat: dict, rng: random.Random, split: str = "pretrain") -> tuple[dict[str, str], dict[str, bool]]:
-    """slot -> value, no two alike; and the speakers' names -> whether a woman."""
+    """slot -> value, no two alike; and the speakers' names -> whether a woman.
+
+    The prices of a chat are in one currency and keep their proportions: who refuses 50 for what costs 40 haggles badly.
+    """
     slots = dict.fromkeys(SLOT.findall(" ".join([text for _, text in chat["turns"]] + chat["summaries"])))
     values: dict[str, str] = {}
     woman: dict[str, bool] = {}
+    currency, factor = rng.choice(CURRENCIES), 2 ** rng.uniform(-1, 2)
     for slot in [*chat["sexes"], *(s for s in slots if ":" in s)]:
+        kind, _, like = slot.partition(":")
         for _ in range(20):
             if slot in chat["sexes"]:
                 is_woman = {"f": True, "m": False}.get(chat["sexes"][slot], rng.random() < 0.5)
                 value = draw("woman" if is_woman else "man", rng, split)
+            elif kind == "price" and (amount := in_proportion(like, factor)):
+                value = currency.format(amount)
+                break  # two that were close may be alike now
             else:
-                value = draw(slot.split(":", 1)[0], rng, split)
-                capital = slot.split(":", 1)[1][:1].isupper()
-                value = value[0].upper() + value[1:] if capital else value
+                value = draw(kind, rng, split)
+                # A date may stand anywhere: "May 3rd" for "the 3rd", and the other way round.
+                value = value[0].upper() + value[1:] if like[:1].isupper() and kind != "date" else value
             if value not in values.values():
                 break
         values[slot] = value
@@ -222,12 +237,14 @@ def retype(text: str, habits: dict, rng: random.Random) -> str:
         if words:
             at = rng.choice(words).start() + rng.randrange(1, 3)
             text = text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+    # What stands in braces is the key to its value.
+    change = lambda how: "".join(p if p.startswith("{") else how(p) for p in re.split(r"(\{[^}]*\})", text))
     if habits["lower"]:
-        text = "".join(p if p.startswith("{") else p.lower() for p in re.split(r"(\{[^}]*\})", text))
+        text = change(str.lower)
     if habits["shorthand"]:
         for word, short in make_sample.SHORTHAND.items():
             if rng.random() < habits["shorthand"]:
-                text = re.sub(rf"\b{word}\b", short, text)
+                text = change(partial(re.sub, rf"\b{word}\b", short))
     if rng.random() < habits["bare"]:
         text = re.sub(r"(?<=\w)[.!]+$", "", text)
     if rng.random() < habits["emoji"] and text[-1:].isalnum():

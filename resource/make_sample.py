@@ -345,8 +345,9 @@ SHORTHAND = {
 HAPPY = ["🙂", "😊", "😅", "👍", "🙈", ":)", ":D", ";)", "😉", "🎉", "☺️", "xx"]
 SAD = ["😢", "😔", ":(", "😩", "🙁", "😱", ":/"]
 SAD_WORDS = re.compile(
-    r"\b(no|nooo|not|sorry|pity|damn|ugh|broken|lost|aww|poor|oh dear|failed|sad|bad|hate|dying|nervous|worried|angry"
-    r"|terrible|omg|can't|cant|dead|delayed|cancelled|late|awful)\b",
+    r"\b(no(?! problem| worries| wonder| rush)|nooo|not(?! bad)|(?<!not )bad|can't(?! wait)|cant(?! wait)|sorry|pity"
+    r"|damn|ugh|broken|lost|aww|poor|oh dear|failed|sad|hate|dying|nervous|worried|angry|terrible|omg|dead|delayed"
+    r"|cancelled|late|awful)\b",
     re.IGNORECASE,
 )
 FILLERS = ["well", "hm", "oh", "ehm", "hmm"]

@@ -375,7 +375,8 @@ def test_freely_written_chats_are_whole(make_tiny):
     for chat in rng.sample(make_tiny.chats.load(), 8000):  # all take 20 s
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
-        assert len(set(row["facts"].values())) == len(row["facts"]) and set(row["woman"]) <= set(row["facts"].values())
+        facts = [value for slot, value in row["facts"].items() if not slot.startswith("price:")]  # two may be alike
+        assert len(set(facts)) == len(facts) and set(row["woman"]) <= set(facts)
         for summary in row["summaries"]:
             for value in row["facts"].values():
                 assert value not in summary or value.lower() in row["dialogue"].lower(), (value, row)
@@ -427,6 +428,29 @@ def test_pretraining_tells_a_chat_otherwise_each_time(make_tiny):
     assert 0.1 < sum(name in listed for name in people) / len(people) < 0.4
 
 
+def test_prices_of_a_chat_are_in_proportion_and_a_date_takes_no_capital(make_tiny):
+    """Who is asked 40 does not refuse 39 when told otherwise; "on {date:March 1st}" is not filled with "The 19th"."""
+    chats = make_tiny.chats
+    chats.prepare_names()
+    chat = {"topic": "haggling", "sexes": {"A": "f", "B": "m"}, "summaries": ["{A} sells it for {price:€1,200}."],
+            "turns": [("A", "{price:80 euros} or {price:€1,200}, on {date:March 1st}?"), ("B", "ok")]}  # fmt: skip
+    rows = [chats.values_for(chat, random.Random(seed))[0] for seed in range(200)]
+    pairs = [(row["price:80 euros"], row["price:€1,200"]) for row in rows]
+    assert {tuple(re.sub(r"\d+", "#", price) for price in pair) for pair in pairs} == {
+        (form.format("#"),) * 2 for form in chats.CURRENCIES
+    }
+    amounts = [[int(re.sub(r"\D", "", price)) for price in pair] for pair in pairs]
+    assert all(abs(large / 15 - small) <= 0.6 for small, large in amounts) and len({small for small, _ in amounts}) > 50
+    dates = [row["date:March 1st"] for row in rows]
+    assert any(date.startswith("the ") for date in dates) and not any(date.startswith("The ") for date in dates)
+
+
+def test_who_cannot_wait_is_not_sad(make_sample):
+    sad = lambda text: bool(make_sample.SAD_WORDS.search(text))
+    assert [sad(text) for text in ("can't wait!", "no problem", "not bad")] == [False] * 3
+    assert [sad(text) for text in ("can't come", "no", "bad news", "not today")] == [True] * 4
+
+
 def test_a_row_goes_into_the_smallest_shape_that_it_fits_with_its_end(make_tiny):
     shapes = ((4, 3), (8, 4))
     pairs = [([7] * 3, [8] * 2), ([7] * 4, [8] * 2), ([7] * 8, [8]), ([7], [8] * 3), ([7] * 2, [8])]
@@ -451,6 +475,28 @@ def test_dropout_leaves_attention_whole(make_tiny):
     assert torch.equal(attention(), attention()) and not torch.equal(layer(states)[0], layer(states)[0])
     make_tiny.set_dropout(model, 0.0)
     assert run() == plain
+
+
+def test_loss_of_two_passes(make_tiny):
+    """R-Drop: without dropout the usual loss; with it also what PyTorch's KL divergences of both passes say."""
+    import torch
+    from torch.nn.functional import cross_entropy, kl_div
+
+    model = make_tiny.make_model(d_model=64, num_heads=1, d_ff=80, num_layers=1, num_decoder_layers=1).train()
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(3, 5000, (2, length), generator=generator) for length in (9, 5))
+    target[1, 3:] = make_tiny.PAD
+    batch = make_tiny.to_batch(source, target)
+    assert torch.allclose(make_tiny.loss_of_two(model, batch, 0.7), model(**batch).loss)
+    make_tiny.set_dropout(model, 0.3)
+    torch.manual_seed(1)
+    loss = make_tiny.loss_of_two(model, batch, 0.7)
+    torch.manual_seed(1)
+    logits = model(**{key: torch.cat((rows, rows)) for key, rows in batch.items()}).logits
+    p, q = ((half[target != make_tiny.PAD]).log_softmax(-1) for half in logits.chunk(2))
+    both = [kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p))]
+    usual = cross_entropy(torch.cat((p, q)), target[target != make_tiny.PAD].repeat(2))
+    assert torch.allclose(loss, usual + 0.7 * sum(both)) and sum(both) > 0.01
 
 
 ROW = {"kind": "free", "turns": [("Ann", "is it 5?"), ("Bo", "six"), ("Ann", "ok")], "facts": {"Ann": "Ann"},

@@ -549,44 +549,18 @@ def set_dropout(model: T5ForConditionalGeneration, rate: float) -> None:
             module.dropout = 0.0
 
 
-def loss_of_two(model: T5ForConditionalGeneration, batch: dict[str, torch.Tensor], agreement: float) -> torch.Tensor:
-    """Cross-entropy plus `agreement` times how far two passes with other dropout differ, in nats per token.
-
-    R-Drop (Liang et al. 2021), whose alpha is four times `agreement`: KL(p || q) + KL(q || p) of the two predictions. A
-    model that reads the same chats many times learns them by heart otherwise.
-    """
-    if not agreement:
-        return model(**batch).loss
-    labels = torch.cat((batch["labels"], batch["labels"]))
-    logits = model(
-        input_ids=torch.cat((batch["input_ids"], batch["input_ids"])),
-        attention_mask=torch.cat((batch["attention_mask"], batch["attention_mask"])),
-        decoder_input_ids=model._shift_right(labels),
-    ).logits
-    log_probs = logits.float().log_softmax(-1)
-    p, q = log_probs.chunk(2)
-    is_token = batch["labels"] != IGNORE
-    apart = ((p.exp() - q.exp()) * (p - q)).sum(-1)  # both divergences at once
-    return (
-        torch.nn.functional.nll_loss(log_probs.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-        + agreement * (apart * is_token).sum() / is_token.sum()
-    )
-
-
-def compiled(model: T5ForConditionalGeneration, batch_size: int, dropout: float, agreement: float) -> Callable:
-    """The loss of a batch through torch.compile, or as it is where the compiler does not work (it needs Triton)."""
-    plain = lambda batch, weight: loss_of_two(model, batch, weight)
+def compiled(model: T5ForConditionalGeneration, batch_size: int, dropout: float) -> torch.nn.Module:
+    """The model through torch.compile, or as it is where the compiler does not work (it needs Triton and gcc)."""
     try:
-        fast = torch.compile(plain, dynamic=False)
-        # All now: later they would stop the training for a minute.
-        for (rate, weight), shape in product(((0.0, 0.0), (dropout, agreement)), SHAPES):
+        fast = torch.compile(model, dynamic=False)
+        for rate, shape in product((0.0, dropout), SHAPES):  # all now: later they would stop the training for a minute
             set_dropout(model, rate)
             ids = (torch.randint(PAD + 1, VOCAB_SIZE, (batch_size, length), device=model.device) for length in shape)
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                fast(to_batch(*ids), weight).backward()
+                fast(**to_batch(*ids)).loss.backward()
     except Exception as error:  # whatever the compiler stumbles over; the training itself would stumble again
         print(f"torch.compile does not work here, training without it: {str(error).splitlines()[0]}", flush=True)
-        fast = plain
+        fast = model
     model.zero_grad(set_to_none=True)
     return fast
 
@@ -622,11 +596,9 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     )  # fmt: skip
     model.to(device).train()
     # Before the workers take the cores.
-    get_loss = lambda batch, weight: loss_of_two(model, batch, weight)
-    if device == "cuda":
-        get_loss = compiled(model, args.batch_size, args.dropout, args.agreement)
+    step_model = compiled(model, args.batch_size, args.dropout) if device == "cuda" else model
     set_dropout(model, args.dropout)
-    is_calm, agreement = False, args.agreement
+    is_calm = False
     batches = Batches(folder, args.workers, args.batch_size, device, args.seed, first_shards)
     start, last_report, examples = time.time(), 0.0, 0
     for step in range(args.steps or 10**9):
@@ -635,13 +607,13 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
             break
         progress = step / args.steps if args.steps else minutes / args.minutes
         if progress > CALM_FROM and not is_calm:
-            is_calm, agreement = True, 0.0
+            is_calm = True
             set_dropout(model, 0.0)
             print(f"no dropout from step {step} on", flush=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, step, args.lr)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = get_loss(batches.draw(), agreement)
+            loss = step_model(**batches.draw()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -755,7 +727,7 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
 
 def rebuild_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """The flags that gave this model, for the command line in its card; its folder by name only."""
-    names = ("steps", "minutes", "batch_size", "lr", "dropout", "agreement", "seed")
+    names = ("steps", "minutes", "batch_size", "lr", "dropout", "seed")
     changed = [name for name in names if getattr(args, name) != getattr(defaults, name)]
     flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
     first = [f"--first runs/{args.first.resolve().name}"] if args.first else []
@@ -806,7 +778,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
     parser.add_argument("--dropout", type=float, default=0.15, help="but not at the very end (default 0.15)")
-    parser.add_argument("--agreement", type=float, default=0.0, help="weight of R-Drop (default 0: none)")
     parser.add_argument("--seed", type=int, default=1000, help="of the rows; another for a training that goes on")
     parser.add_argument("--first", type=Path, help="go on from this model")
     parser.add_argument("--output", type=Path, default=FOLDER)

@@ -227,7 +227,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     from transformers import AutoModelForSeq2SeqLM
 
     assert (TINY / "model.safetensors").stat().st_size <= 20e6
-    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 25e6
+    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 26.5e6
     config = json.loads((TINY / "config.json").read_text())
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
@@ -371,7 +371,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
     heads = [line for line in make_tiny.chats.read_lines("chats") if line.startswith("@")]
-    assert len(make_tiny.chats.load()) == len(heads) > 74_000  # none is malformed
+    assert len(make_tiny.chats.load()) == len(heads) > 93_000  # none is malformed
     for chat in rng.sample(make_tiny.chats.load(), 8000):  # all take 20 s
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -475,28 +475,6 @@ def test_dropout_leaves_attention_whole(make_tiny):
     assert torch.equal(attention(), attention()) and not torch.equal(layer(states)[0], layer(states)[0])
     make_tiny.set_dropout(model, 0.0)
     assert run() == plain
-
-
-def test_loss_of_two_passes(make_tiny):
-    """R-Drop: without dropout the usual loss; with it also what PyTorch's KL divergences of both passes say."""
-    import torch
-    from torch.nn.functional import cross_entropy, kl_div
-
-    model = make_tiny.make_model(d_model=64, num_heads=1, d_ff=80, num_layers=1, num_decoder_layers=1).train()
-    generator = torch.Generator().manual_seed(0)
-    source, target = (torch.randint(3, 5000, (2, length), generator=generator) for length in (9, 5))
-    target[1, 3:] = make_tiny.PAD
-    batch = make_tiny.to_batch(source, target)
-    assert torch.allclose(make_tiny.loss_of_two(model, batch, 0.7), model(**batch).loss)
-    make_tiny.set_dropout(model, 0.3)
-    torch.manual_seed(1)
-    loss = make_tiny.loss_of_two(model, batch, 0.7)
-    torch.manual_seed(1)
-    logits = model(**{key: torch.cat((rows, rows)) for key, rows in batch.items()}).logits
-    p, q = ((half[target != make_tiny.PAD]).log_softmax(-1) for half in logits.chunk(2))
-    both = [kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p))]
-    usual = cross_entropy(torch.cat((p, q)), target[target != make_tiny.PAD].repeat(2))
-    assert torch.allclose(loss, usual + 0.7 * sum(both)) and sum(both) > 0.01
 
 
 ROW = {"kind": "free", "turns": [("Ann", "is it 5?"), ("Bo", "six"), ("Ann", "ok")], "facts": {"Ann": "Ann"},
@@ -649,7 +627,7 @@ def test_the_verdicts_are_what_the_documents_say():
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 70, none of 200 test summaries with a name or number
+    """The README's figures, with room for other machines: ROUGE-1 67, none of 200 test summaries with a name or number
     that the chat does not hold; of 80 everyday chats on other topics, by their letters alone, none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
@@ -665,4 +643,4 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
     print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 80")
-    assert rouge1 > 62 and invented[0] <= 5 and invented[1] <= 5
+    assert rouge1 > 60 and invented[0] <= 5 and invented[1] <= 5

@@ -119,10 +119,13 @@ def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
     return make_sample.draw_value("team", split, rng)
 
 
-def in_proportion(like: str, factor: float) -> str | None:
-    """The first number of a text times a factor, without decimals; None if it has none."""
-    match = re.search(r"\d+(?:\.\d+)?", like.replace(",", ""))
-    return match and str(max(1, round(float(match[0]) * factor)))
+AMOUNT = re.compile(r"[£$€]?(\d+(?:\.\d+)?)(?: (?:euros?|pounds?|dollars?))?")
+
+
+def in_proportion(price: str, factor: float) -> str | None:
+    """The amount of a price times a factor, at least 1, without decimals; None for "20 cents", "50k" and the like."""
+    match = AMOUNT.fullmatch(price.replace(",", ""))
+    return match and str(max(1, round(float(match[1]) * factor)))
 
 
 def values_for(chat: dict, rng: random.Random, split: str = "pretrain") -> tuple[dict[str, str], dict[str, bool]]:
@@ -141,8 +144,7 @@ def values_for(chat: dict, rng: random.Random, split: str = "pretrain") -> tuple
                 is_woman = {"f": True, "m": False}.get(chat["sexes"][slot], rng.random() < 0.5)
                 value = draw("woman" if is_woman else "man", rng, split)
             elif kind == "price" and (amount := in_proportion(like, factor)):
-                value = currency.format(amount)
-                break  # two that were close may be alike now
+                value = currency.format(amount)  # two that were close may be alike now
             else:
                 value = draw(kind, rng, split)
                 # A date may stand anywhere: "May 3rd" for "the 3rd", and the other way round.

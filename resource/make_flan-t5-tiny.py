@@ -665,9 +665,10 @@ def rouge1(prediction: str, reference: str) -> float:
 
 
 def invented(summary: str, dialogue: str) -> list[str]:
-    """The capitalised words and numbers of a summary whose letters are nowhere in the dialogue."""
-    found = re.findall(r"\b[^\W\d_a-z][^\W\d_]*|\d+", summary)
-    return [word for word in found if word.lower() not in dialogue.lower() and word not in (*STARTERS, "A")]
+    """The capitalised words and numbers of a summary that are nowhere in the dialogue, and letters that broke."""
+    said = re.findall(r"[^\W\d_]+|\d+", dialogue.lower())
+    found = re.findall(r"\b[^\W\d_a-z][^\W\d_]*|\d+|\ufffd", summary)
+    return [word for word in found if word.lower() not in said and word not in (*STARTERS, "A")]
 
 
 @torch.no_grad()
@@ -753,7 +754,7 @@ How far it gets depends on the machine. This copy:
 {facts}
 
 All before any fine-tuning, and greedy, for 200 chats of the grammar with the people of validation, where nothing else
-is said; F1 without a stemmer. An invented name is a capitalised word or a number whose letters are nowhere in the chat.
+is said; F1 without a stemmer. An invented name is a capitalised word or a number that is nowhere in the chat.
 """
 
 

@@ -413,7 +413,7 @@ def test_freely_written_chats_of_the_sample_are_in_no_training_text_and_in_one_s
 
 
 def test_pretraining_tells_a_chat_otherwise_each_time(make_tiny):
-    """Other things in some, small talk at the end of some, people that no list of the sample holds in most."""
+    """Other things, small talk at the end, habits of typing, and people that no list of the sample holds."""
     chats, rng = make_tiny.chats, random.Random(0)
     chats.prepare_names()
     listed = {name for table in (chats.make_sample.WOMEN, chats.make_sample.MEN) for name in table["train"].split()}
@@ -424,7 +424,10 @@ def test_pretraining_tells_a_chat_otherwise_each_time(make_tiny):
     fixed = lambda text: re.sub(r"\{[^{}]*\}", "", text).split()
     other = sum(any(word not in row["summaries"][0] for word in fixed(chat["summaries"][0]) if word.isalpha())
                 for chat, row in told) / len(told)  # fmt: skip
+    pairs = [pair for chat, row in told for pair in zip(chat["turns"], row["turns"], strict=False)]
+    small = [said[0].islower() for (_, text), (_, said) in pairs if text[0].isupper()]
     assert 0.1 < longer < 0.2 and 0.05 < other < 0.3
+    assert 0.1 < sum(small) / len(small) < 0.5
     assert 0.1 < sum(name in listed for name in people) / len(people) < 0.4
 
 
@@ -443,6 +446,25 @@ def test_prices_of_a_chat_are_in_proportion_and_a_date_takes_no_capital(make_tin
     assert all(abs(large / 15 - small) <= 0.6 for small, large in amounts) and len({small for small, _ in amounts}) > 50
     dates = [row["date:March 1st"] for row in rows]
     assert any(date.startswith("the ") for date in dates) and not any(date.startswith("The ") for date in dates)
+
+
+@pytest.mark.parametrize(("price", "amount"), [
+    ("€9.50", "19"), ("1,200 euros", "2400"), ("$3", "6"), ("20 cents", None), ("50k", None), ("two euros", None),
+])  # fmt: skip
+def test_a_price_in_proportion(make_tiny, price, amount):
+    assert make_tiny.chats.in_proportion(price, 2.0) == amount
+    assert make_tiny.chats.in_proportion("€1", 0.4) == "1"
+
+
+def test_habits_of_typing_leave_the_keys_of_values_alone(make_tiny):
+    """"{day:tomorrow}" in small letters or shorthand would name no value any more."""
+    chats, text = make_tiny.chats, "See you {day:Tomorrow}, please {title:All about you}"
+    habits = {"typos": 0, "lower": True, "shorthand": 1, "bare": 0, "emoji": 0}
+    typed = chats.retype(text, habits, random.Random(0))
+    assert typed == "see u {day:Tomorrow}, pls {title:All about you}"
+    for seed in range(50):
+        typed = chats.retype(text, habits | {"typos": 1, "lower": False, "shorthand": 0}, random.Random(seed))
+        assert typed != text and chats.SLOT.findall(typed) == chats.SLOT.findall(text)
 
 
 def test_who_cannot_wait_is_not_sad(make_sample):
@@ -586,6 +608,8 @@ def test_invented_words_are_those_that_the_chat_does_not_hold(make_tiny):
     chat = "Anna: the bus at 7:15?\nBen: no, oslo first"
     assert make_tiny.invented("Ben wants to go to Oslo. They take the bus at 7:15.", chat) == []
     assert make_tiny.invented("Benno and Anna meet at 8 pm in Paris.", chat) == ["Benno", "8", "Paris"]
+    assert make_tiny.invented("Ann and Be meet at 1.", chat) == ["Ann", "Be", "1"]  # parts of words are none
+    assert make_tiny.invented("Egl\ufffd asks Ben.", "Eglė: Ben?") == ["Egl", "\ufffd"]
 
 
 def test_span_corruption_loses_nothing(make_tiny):
@@ -618,11 +642,16 @@ def test_the_verdicts_are_what_the_documents_say():
         keys = ("names", "fact", "mild", "false", "repeats")
         count = {key: sum(json.loads(line)[key] for line in half) for key in keys}
         assert words.format(name=name, **count) in said
-    counts = [sum(json.loads(line)[key] for line in half) for half in (lines[:40], lines[40:])
+    verdicts = [json.loads(line) for line in lines]
+    assert [verdict["id"] for verdict in verdicts] == [f"everyday-{i + 1}" for i in range(80)]
+    mild = [verdict for verdict in verdicts[:40] if verdict["mild"]]
+    assert f"Of the {len(mild)}, {sum(not verdict['false'] for verdict in mild)} hold nothing false." in said
+    counts = [sum(verdict[key] for verdict in half) for half in (verdicts[:40], verdicts[40:])
               for key in ("fact", "mild", "false")]  # fmt: skip
+    garbled = sum(not verdict["names"] for verdict in verdicts[40:])
     said = " ".join((Path(__file__).parents[1] / "README.md").read_text("utf-8").split())
     assert ("main fact right in {}, or {} if judged mildly, and said something false in {}; of 40 longer ones, in {} "
-            "({}), and in {}.").format(*counts) in said  # fmt: skip
+            "({}), and in {}, and it garbled a name in {}.").format(*counts, garbled) in said  # fmt: skip
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import lzma
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ TOWNS = tuple(
     Greece Poland Japan Canada Mexico Brazil Turkey Morocco Kenya Vietnam
     """.split()  # noqa: SIM905  (words, as a reader wants to see them)
 )
+AMOUNT = re.compile(r"[£$€]?(\d+(?:\.\d+)?)(?: (?:euros?|pounds?|dollars?))?")
 CURRENCIES = ("{} euros", "{} pounds", "${}", "£{}", "€{}")
 SWAPPED = 0.4  # share of the tellings in which this is tried; a third of the chats have nouns for it
 NO_THINGS = set(
@@ -117,9 +118,6 @@ def draw(kind: str, rng: random.Random, split: str = "pretrain") -> str:
     if kind == "venue":
         return make_sample.draw_value(rng.choice(("venue", "venue", "shop", "cinema")), split, rng)
     return make_sample.draw_value("team", split, rng)
-
-
-AMOUNT = re.compile(r"[£$€]?(\d+(?:\.\d+)?)(?: (?:euros?|pounds?|dollars?))?")
 
 
 def in_proportion(price: str, factor: float) -> str | None:
@@ -232,6 +230,11 @@ def draw_habits(rng: random.Random) -> dict[str, float]:
     }  # fmt: skip
 
 
+def outside_slots(text: str, change: Callable[[str], str]) -> str:
+    """The text changed, but for what stands in braces: it is the key to a value."""
+    return "".join(part if part.startswith("{") else change(part) for part in re.split(r"(\{[^{}]*\})", text))
+
+
 def retype(text: str, habits: dict, rng: random.Random) -> str:
     """A turn, still with its slots, in somebody's habits of typing."""
     if rng.random() < habits["typos"]:
@@ -239,14 +242,12 @@ def retype(text: str, habits: dict, rng: random.Random) -> str:
         if words:
             at = rng.choice(words).start() + rng.randrange(1, 3)
             text = text[:at] + text[at + 1] + text[at] + text[at + 2 :]
-    # What stands in braces is the key to its value.
-    change = lambda how: "".join(p if p.startswith("{") else how(p) for p in re.split(r"(\{[^}]*\})", text))
     if habits["lower"]:
-        text = change(str.lower)
+        text = outside_slots(text, str.lower)
     if habits["shorthand"]:
         for word, short in make_sample.SHORTHAND.items():
             if rng.random() < habits["shorthand"]:
-                text = change(partial(re.sub, rf"\b{word}\b", short))
+                text = outside_slots(text, partial(re.sub, rf"\b{word}\b", short))
     if rng.random() < habits["bare"]:
         text = re.sub(r"(?<=\w)[.!]+$", "", text)
     if rng.random() < habits["emoji"] and text[-1:].isalnum():

@@ -314,10 +314,9 @@ def test_the_card_names_the_flags_that_gave_the_model(make_tiny):
     assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps", "dropout", "seed"))
     # What ships has the card that the script writes today, but for its numbers.
     shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
-    second = parser.parse_args(["--first", "runs/first", "--lr", "1e-3", "--minutes", "2", "--output",
-                                "runs/flan-t5-tiny"])  # fmt: skip
-    card = make_tiny.CARD.format(name="flan-t5-tiny", millions=8.3, vocab=5120, facts="",
-                                 flags=make_tiny.rebuild_flags(second, parser.parse_args([])))  # fmt: skip
+    last = "--first runs/before --lr 1e-3 --minutes 23.2 --seed 6000 --output runs/flan-t5-tiny"
+    flags = make_tiny.rebuild_flags(parser.parse_args(last.split()), parser.parse_args([]))
+    card = make_tiny.CARD.format(name="flan-t5-tiny", millions=8.3, vocab=5120, facts="", flags=flags)
     assert shape(card) == shape((TINY / "README.md").read_text("utf-8"))
 
 

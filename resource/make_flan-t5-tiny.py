@@ -53,7 +53,7 @@ import make_sample
 
 # The geometry of Flan-T5 (T5 v1.1: gated GELU, untied head, relative positions), in small.
 GEOMETRY = {
-    "d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 416, "num_layers": 4, "num_decoder_layers": 4,
+    "d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 416, "num_layers": 6, "num_decoder_layers": 4,
     "feed_forward_proj": "gated-gelu",
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
@@ -161,15 +161,15 @@ def grammar_rows(seed: int) -> Iterator[dict]:
         yield row
 
 
-def free_row(chat: dict, rng: random.Random) -> dict:
-    """A freely written chat, with what its messages say in reported speech as far as the rules for that go."""
-    row = chats.tell(chat, rng)
-    names = list(row["woman"])
-    told = []
-    for i, (name, text) in enumerate(row["turns"]):
-        near = [n for n, _ in row["turns"][:i][::-1] + row["turns"][i:] if n != name]
-        told.append((name, chats.report_speech(text, name, near[0] if near else names[-1], row["woman"][name], rng)))
-    row["told"], row["narration"] = told, " ".join(t for _, t in told if t)
+def narrated(row: dict, rng: random.Random) -> dict:
+    """The row with what its messages say in reported speech, made when a task asks for it: it takes a while."""
+    if "narration" not in row:
+        names, told = list(row["woman"]), []
+        for i, (name, text) in enumerate(row["turns"]):
+            near = [n for n, _ in row["turns"][:i][::-1] + row["turns"][i:] if n != name]
+            listener = near[0] if near else names[-1]
+            told.append((name, chats.report_speech(text, name, listener, row["woman"][name], rng)))
+        row["told"], row["narration"] = told, " ".join(t for _, t in told if t)
     return row
 
 
@@ -225,6 +225,7 @@ def masked_chat(row: dict, encode: Encode, rng: random.Random) -> Pair:
 
 
 def third_person_text(row: dict, rng: random.Random) -> str:
+    row = narrated(row, rng)
     return rng.choice([row["narration"], *row["summaries"]] if row["narration"] else row["summaries"] or [""])
 
 
@@ -257,6 +258,7 @@ def masked_facts(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
 
 def retell(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
     """The whole narration, turn by turn in reported speech."""
+    row = narrated(row, rng)
     return (encode("retell: " + row["dialogue"]), encode(row["narration"])) if row["narration"] else None
 
 
@@ -294,6 +296,7 @@ def quote(row: dict, encode: Encode, rng: random.Random) -> Pair:
 
 def what_about(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
     """A name; the answer is what is told about this person."""
+    row = narrated(row, rng)
     name = rng.choice(sorted({n for n, _ in row["turns"]}))
     if "told" in row:
         about = [text for n, text in row["told"] if n == name and text]
@@ -356,7 +359,7 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
             continue
         row = {
             "grammar": lambda: next(grammar),
-            "free": lambda: free_row(rng.choice(free), rng),
+            "free": lambda: chats.tell(rng.choice(free), rng),
             "murmur": lambda: chats.murmur(rng, sentences, free),
             "babble": lambda: babble(rng, words),
         }[kind]()
@@ -392,7 +395,7 @@ def make_shards(pairs: Iterator[Pair], rows: int = SHARD_ROWS, shapes: tuple = S
 
 def unread_rows() -> list[dict]:
     """One telling of every chat that no training text is made of."""
-    return [free_row(chat, random.Random(i)) for i, chat in enumerate(chats.unread())]
+    return [chats.tell(chat, random.Random(i)) for i, chat in enumerate(chats.unread())]
 
 
 def unread_shard(folder: str) -> Shard:
@@ -523,6 +526,26 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weight.float() for name, weight in every.items() if name != "lm_head.weight"}
 
 
+def grow(every: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """The weights of an encoder with so many layers, which still computes the same: it gets copies that add nothing.
+
+    What a copy writes back is zero at first (as in Net2Net, Chen et al. 2016, the function is kept); so that learns
+    first, and then what is before it. The copies stand evenly between the old layers.
+    """
+    block = re.compile(r"encoder\.block\.(\d+)\.(.+)")
+    old = 1 + max(int(match[1]) for match in map(block.match, every) if match)
+    grown = {name: weight for name, weight in every.items() if not block.match(name)}
+    for layer in range(layers):
+        copied = layer * old // layers
+        is_new = layer > 0 and (layer - 1) * old // layers == copied
+        for name, weight in every.items():
+            match = block.match(name)
+            if match and int(match[1]) == copied and not (is_new and "relative_attention_bias" in name):
+                adds = is_new and match[2].endswith((".o.weight", ".wo.weight"))
+                grown[f"encoder.block.{layer}.{match[2]}"] = torch.zeros_like(weight) if adds else weight.clone()
+    return grown
+
+
 def untie(model: T5ForConditionalGeneration) -> None:
     """Give the model a head of its own, as T5 v1.1 has it. A tied head is scaled by d_model^-0.5: it moves into it."""
     if model.config.tie_word_embeddings:
@@ -584,7 +607,8 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     The clock starts after the first step, which compiles. With `--first` it goes on from those weights.
     """
     if args.first:
-        model.load_state_dict(load(args.first), strict=False)  # tied weights have one name there and several here
+        first = grow(load(args.first), model.config.num_layers)
+        model.load_state_dict(first, strict=False)  # tied weights have one name there and several here
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 20_000 / SHARD_ROWS / args.workers) if is_timed else 0
     unread = unread_shard(str(folder))

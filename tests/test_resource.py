@@ -227,7 +227,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     from transformers import AutoModelForSeq2SeqLM
 
     assert (TINY / "model.safetensors").stat().st_size <= 20e6
-    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 26.5e6
+    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 30.5e6
     config = json.loads((TINY / "config.json").read_text())
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
@@ -314,9 +314,9 @@ def test_the_card_names_the_flags_that_gave_the_model(make_tiny):
     assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps", "dropout", "seed"))
     # What ships has the card that the script writes today, but for its numbers.
     shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
-    last = "--first runs/before --lr 1e-3 --minutes 23.2 --seed 6000 --output runs/flan-t5-tiny"
+    last = "--first runs/before --lr 1e-3 --minutes 10.6 --dropout 0.2 --seed 7000 --output runs/flan-t5-tiny"
     flags = make_tiny.rebuild_flags(parser.parse_args(last.split()), parser.parse_args([]))
-    card = make_tiny.CARD.format(name="flan-t5-tiny", millions=8.3, vocab=5120, facts="", flags=flags)
+    card = make_tiny.CARD.format(name="flan-t5-tiny", millions=9.5, vocab=5120, facts="", flags=flags)
     assert shape(card) == shape((TINY / "README.md").read_text("utf-8"))
 
 
@@ -344,7 +344,7 @@ def pretraining_rows(make_tiny, count: int) -> list[dict]:
     words = ["hello", "bring", "green", "lamp"]
     return [
         *islice(make_tiny.grammar_rows(3), count),
-        *(make_tiny.free_row(rng.choice(chats.read()), rng) for _ in range(count)),
+        *(chats.tell(rng.choice(chats.read()), rng) for _ in range(count)),
         *(chats.murmur(rng, chats.everyday(), chats.read()) for _ in range(count)),
         *(make_tiny.babble(rng, words) for _ in range(count)),
     ]
@@ -370,7 +370,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
     heads = [line for line in make_tiny.chats.read_lines("chats") if line.startswith("@")]
-    assert len(make_tiny.chats.load()) == len(heads) > 93_000  # none is malformed
+    assert len(make_tiny.chats.load()) == len(heads) > 116_000  # none is malformed
     for chat in rng.sample(make_tiny.chats.load(), 8000):  # all take 20 s
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -479,6 +479,25 @@ def test_a_row_goes_into_the_smallest_shape_that_it_fits_with_its_end(make_tiny)
     assert small.tolist() == [[7, 7, 7, 1], [7, 7, 1, 0]] and end.tolist() == [[8, 8, 1], [8, 1, 0]]
     assert wide.tolist() == [[7, 7, 7, 7, 1, 0, 0, 0], [7, 1] + [0] * 6]
     assert end2.tolist() == [[8, 8, 1, 0], [8, 8, 8, 1]]
+
+
+def test_an_encoder_that_has_grown_computes_the_same_and_all_of_it_learns(make_tiny):
+    import torch
+
+    small = {"d_model": 64, "num_heads": 1, "d_ff": 80, "num_decoder_layers": 2}
+    old, new = (make_tiny.make_model(**small, num_layers=layers).eval() for layers in (4, 6))
+    torch.nn.init.normal_(old.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    missing = new.load_state_dict(make_tiny.grow(old.state_dict(), 6), strict=True)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    ids = torch.randint(3, 5000, (2, 19), generator=torch.Generator().manual_seed(0))
+    old, before = old(input_ids=ids, labels=ids).logits, new(input_ids=ids, labels=ids)
+    assert torch.equal(before.logits, old)
+    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
+    start = {name: weight.clone() for name, weight in new.named_parameters()}
+    for _ in range(2):  # first what a copy writes back, then what is before it
+        new(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert [name for name, weight in new.named_parameters() if torch.equal(weight, start[name])] == []
 
 
 def test_dropout_leaves_attention_whole(make_tiny):

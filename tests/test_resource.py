@@ -481,13 +481,14 @@ def test_a_row_goes_into_the_smallest_shape_that_it_fits_with_its_end(make_tiny)
     assert end2.tolist() == [[8, 8, 1, 0], [8, 8, 8, 1]]
 
 
-def test_an_encoder_that_has_grown_computes_the_same_and_all_of_it_learns(make_tiny):
+@pytest.mark.parametrize("layers", [4, 6, 9])
+def test_an_encoder_that_has_grown_computes_the_same_and_all_of_it_learns(make_tiny, layers):
     import torch
 
     small = {"d_model": 64, "num_heads": 1, "d_ff": 80, "num_decoder_layers": 2}
-    old, new = (make_tiny.make_model(**small, num_layers=layers).eval() for layers in (4, 6))
+    old, new = (make_tiny.make_model(**small, num_layers=count).eval() for count in (4, layers))
     torch.nn.init.normal_(old.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
-    missing = new.load_state_dict(make_tiny.grow(old.state_dict(), 6), strict=True)
+    missing = new.load_state_dict(make_tiny.grow(old.state_dict(), layers), strict=True)
     assert not missing.missing_keys and not missing.unexpected_keys
     ids = torch.randint(3, 5000, (2, 19), generator=torch.Generator().manual_seed(0))
     old, before = old(input_ids=ids, labels=ids).logits, new(input_ids=ids, labels=ids)

@@ -2274,7 +2274,7 @@ def say_if_toy(settings: Settings, parameters: int, file: Any = None) -> None:
         for name in ("dataset", "source_column", "target_column") if settings.dataset != "sample" else ():
             if (value := getattr(settings, name)) is not None:
                 words += ["--" + name.replace("_", "-"), str(value)]
-        size = f"{parameters / 1e6:.0f} million parameters"
+        size = f"{parameters / 1e6:.2g} million parameters"
         say(f"A toy ({size}). On a GPU: {this_script()} {shlex.join(words)}", file=file)
 
 

@@ -1,7 +1,7 @@
 """Rebuild `resource/flan-t5-tiny/`: a tiny T5 v1.1 with its own tokenizer, pretrained to read chats and copy from them.
 
     python resource/make_flan-t5-tiny.py --output runs/first      # a GPU: about 11 minutes; a CPU is far slower
-    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 20 --output runs/flan-t5-tiny
+    python resource/make_flan-t5-tiny.py --first runs/first --lr 1e-3 --minutes 20 --seed 2000 --output runs/tiny
     python resource/make_flan-t5-tiny.py --output runs/dry-run --steps 20 --batch-size 8 --workers 1
 
 The default output is the folder that ships; one that is not empty is never overwritten.
@@ -162,7 +162,7 @@ def grammar_rows(seed: int) -> Iterator[dict]:
 
 
 def narrated(row: dict, rng: random.Random) -> dict:
-    """The row with what its messages say in reported speech, made when a task asks for it: it takes a while."""
+    """The row, to which this adds what its messages say in reported speech if nobody asked before: it takes a while."""
     if "narration" not in row:
         names, told = list(row["woman"]), []
         for i, (name, text) in enumerate(row["turns"]):
@@ -534,6 +534,8 @@ def grow(every: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]
     """
     block = re.compile(r"encoder\.block\.(\d+)\.(.+)")
     old = 1 + max(int(match[1]) for match in map(block.match, every) if match)
+    if old > layers:
+        raise ValueError(f"an encoder of {old} layers does not shrink to {layers}")
     grown = {name: weight for name, weight in every.items() if not block.match(name)}
     for layer in range(layers):
         copied = layer * old // layers
@@ -544,6 +546,14 @@ def grow(every: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]
                 adds = is_new and match[2].endswith((".o.weight", ".wo.weight"))
                 grown[f"encoder.block.{layer}.{match[2]}"] = torch.zeros_like(weight) if adds else weight.clone()
     return grown
+
+
+def go_on_from(model: T5ForConditionalGeneration, folder: Path) -> None:
+    """Give the model the weights of one that was saved here, whose encoder may have fewer layers."""
+    found = model.load_state_dict(grow(load(folder), model.config.num_layers), strict=False)
+    tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}  # other names of `shared`
+    if found.unexpected_keys or set(found.missing_keys) - tied:
+        raise ValueError(f"{folder} holds a model of another geometry: {found}")
 
 
 def untie(model: T5ForConditionalGeneration) -> None:
@@ -607,8 +617,7 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     The clock starts after the first step, which compiles. With `--first` it goes on from those weights.
     """
     if args.first:
-        first = grow(load(args.first), model.config.num_layers)
-        model.load_state_dict(first, strict=False)  # tied weights have one name there and several here
+        go_on_from(model, args.first)
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 20_000 / SHARD_ROWS / args.workers) if is_timed else 0
     unread = unread_shard(str(folder))

@@ -82,8 +82,7 @@ def test_the_shipped_model_says_that_it_is_a_toy_and_names_a_real_one(command, t
     words = ("--limit", "2", "--max-steps", "1", "--max-new-tokens", "2", "--output-dir", "run")
     done = command(*words, cwd=tmp_path)
     assert done.code == 0 and done.out.count("| test ") == 2, done  # of a single epoch, no table comes twice
-    parameters = json.loads((tmp_path / "run/metrics.json").read_text())["parameters"] / 1e6
-    toy = f"A toy ({parameters:.0f} million parameters). On a GPU: python {SCRIPT} --model base\n"
+    toy = f"A toy (10 million parameters). On a GPU: python {SCRIPT} --model base\n"
     assert done.out.count(toy) == 1 and len(toy.replace(str(SCRIPT), SCRIPT.name)) <= 80
     (tmp_path / "chat.txt").write_text("Ada: hi\nhello\n\nthere is no name")
     done = command("--summarize", "chat.txt", "--adapter", "run", cwd=tmp_path)

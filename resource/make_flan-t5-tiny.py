@@ -544,7 +544,7 @@ def grow(every: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]
             match = block.match(name)
             if match and int(match[1]) == copied and not (is_new and "relative_attention_bias" in name):
                 adds = is_new and match[2].endswith((".o.weight", ".wo.weight"))
-                grown[f"encoder.block.{layer}.{match[2]}"] = torch.zeros_like(weight) if adds else weight.clone()
+                grown[f"encoder.block.{layer}.{match[2]}"] = torch.zeros_like(weight) if adds else weight
     return grown
 
 

@@ -401,7 +401,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     make_tiny.chats.prepare_names()
     heads = [line for line in make_tiny.chats.read_lines("chats") if line.startswith("@")]
     assert len(make_tiny.chats.load()) == len(heads) > 116_000  # none is malformed
-    for chat in rng.sample(make_tiny.chats.load(), 8000):  # all would take far longer
+    for chat in rng.sample(make_tiny.chats.load(), 8000):  # not all, to save time
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
         facts = [value for slot, value in row["facts"].items() if not slot.startswith("price:")]  # two may be alike
@@ -518,8 +518,7 @@ def test_an_encoder_that_has_grown_computes_the_same_and_all_of_it_learns(make_t
     small = {"d_model": 64, "num_heads": 1, "d_ff": 80, "num_decoder_layers": 2}
     old, new = (make_tiny.make_model(**small, num_layers=count).eval() for count in (4, layers))
     torch.nn.init.normal_(old.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
-    missing = new.load_state_dict(make_tiny.grow(old.state_dict(), layers), strict=True)
-    assert not missing.missing_keys and not missing.unexpected_keys
+    new.load_state_dict(make_tiny.grow(old.state_dict(), layers))
     queries = [model.encoder.block[i].layer[0].SelfAttention.q.weight for model in (old, new)
                for i in range(model.config.num_layers)]  # fmt: skip
     copied = {4: [0, 1, 2, 3], 6: [0, 0, 1, 2, 2, 3], 9: [0, 0, 0, 1, 1, 2, 2, 3, 3]}[layers]

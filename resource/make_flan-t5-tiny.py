@@ -263,11 +263,14 @@ def retell(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
 
 
 def in_short(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
-    """One of the summaries, mostly the first: it tells the main fact, the others more often not."""
-    if not row["summaries"]:
-        return None
-    summary = row["summaries"][0] if rng.random() < 0.8 else rng.choice(row["summaries"])
-    return encode("in short: " + row["dialogue"]), encode(summary)
+    """The first summary: the main fact."""
+    return (encode("in short: " + row["dialogue"]), encode(row["summaries"][0])) if row["summaries"] else None
+
+
+def what_else(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
+    """One of the other summaries: a side fact, or half of the main one. Both as "in short" would be rivals."""
+    others = row["summaries"][1:]
+    return (encode("what else?\n\n" + row["dialogue"]), encode(rng.choice(others))) if others else None
 
 
 def continue_chat(row: dict, encode: Encode, rng: random.Random) -> Pair:
@@ -324,8 +327,8 @@ def copy(row: dict, encode: Encode, rng: random.Random) -> Pair:
 TASKS = {  # kind of row: {task: weight}
     "grammar": {in_short: 30, retell: 16, masked_narration: 12, masked_facts: 10, masked_chat: 8, continue_chat: 8,
                 what_about: 7, which_facts: 5, who_says: 3, quote: 2},
-    "free": {in_short: 80, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6, retell: 6,
-             what_about: 4, which_facts: 4, who_says: 2, quote: 2},
+    "free": {in_short: 72, what_else: 14, masked_facts: 10, masked_narration: 8, masked_chat: 10, continue_chat: 6,
+             retell: 6, what_about: 4, which_facts: 4, who_says: 2, quote: 2},
     "murmur": {retell: 50, what_about: 25, quote: 8, masked_chat: 12, masked_facts: 10},
     "babble": {quote: 30, which_facts: 25, who_says: 15, copy: 30},
 }  # fmt: skip
@@ -621,10 +624,11 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 20_000 / SHARD_ROWS / args.workers) if is_timed else 0
     unread = unread_shard(str(folder))
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
+    # Only matrices of the blocks decay: in the embedding rows of rare tokens would fade between two meetings.
+    decays = {name: p.dim() > 1 and "block" in name and "bias" not in name for name, p in model.named_parameters()}
+    decay, rest = ([p for name, p in model.named_parameters() if decays[name] == so] for so in (True, False))
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
+        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=device == "cuda",
     )  # fmt: skip
     model.to(device).train()
@@ -761,7 +765,7 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
 
 def rebuild_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """The flags that gave this model, for the command line in its card; its folder by name only."""
-    names = ("steps", "minutes", "batch_size", "lr", "dropout", "seed")
+    names = ("steps", "minutes", "batch_size", "lr", "dropout", "weight_decay", "seed")
     changed = [name for name in names if getattr(args, name) != getattr(defaults, name)]
     flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
     first = [f"--first runs/{args.first.resolve().name}"] if args.first else []
@@ -812,6 +816,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
     parser.add_argument("--dropout", type=float, default=0.15, help="but not at the very end (default 0.15)")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, of matrices (default 0.01)")
     parser.add_argument("--seed", type=int, default=1000, help="of the rows; another for a training that goes on")
     parser.add_argument("--first", type=Path, help="go on from this model")
     parser.add_argument("--output", type=Path, default=FOLDER)

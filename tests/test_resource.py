@@ -227,7 +227,7 @@ def test_checkpoint_is_t5_v1_1_and_small():
     from transformers import AutoModelForSeq2SeqLM
 
     assert (TINY / "model.safetensors").stat().st_size <= 20e6
-    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 30.5e6
+    assert sum(file.stat().st_size for file in RESOURCE.rglob("*") if file.suffix != ".pyc") <= 31.8e6
     config = json.loads((TINY / "config.json").read_text())
     assert config["architectures"] == ["T5ForConditionalGeneration"]
     assert config["feed_forward_proj"] == "gated-gelu" and config["tie_word_embeddings"] is False
@@ -337,14 +337,16 @@ def test_what_rebuilding_refuses(make_tiny, monkeypatch, capsys, tmp_path, flags
 def test_the_card_names_the_flags_that_gave_the_model(make_tiny):
     parser = make_tiny.build_parser()
     given = ("--first /tmp/y/one --output /tmp/x/small --batch-size 8 --lr 0.001 --minutes 1 --steps 5861 --workers 3 "
-             "--dropout 0.2 --seed 7")  # fmt: skip
+             "--dropout 0.2 --weight-decay 0.5 --seed 7")  # fmt: skip
     flags = make_tiny.rebuild_flags(parser.parse_args(given.split()), parser.parse_args([]))
     assert "/tmp" not in flags and "--first runs/one --output runs/small" in flags
     again, wanted = vars(parser.parse_args(flags.split())), vars(parser.parse_args(given.split()))
-    assert all(again[name] == wanted[name] for name in ("batch_size", "lr", "minutes", "steps", "dropout", "seed"))
+    kept = ("batch_size", "lr", "minutes", "steps", "dropout", "weight_decay", "seed")
+    assert all(again[name] == wanted[name] for name in kept)
     # What ships has the card that the script writes today, but for its numbers.
     shape = lambda text: re.sub(r"[\d.,]+", "0", text.split("This copy:")[0])
-    last = "--first runs/before --lr 1e-3 --minutes 10.6 --dropout 0.2 --seed 7000 --output runs/flan-t5-tiny"
+    last = ("--first runs/before --lr 1e-3 --minutes 21.8 --dropout 0.2 --weight-decay 0.2 --seed 9000 "
+            "--output runs/flan-t5-tiny")  # fmt: skip
     flags = make_tiny.rebuild_flags(parser.parse_args(last.split()), parser.parse_args([]))
     card = make_tiny.CARD.format(name="flan-t5-tiny", millions=9.5, vocab=5120, facts="", flags=flags)
     assert shape(card) == shape((TINY / "README.md").read_text("utf-8"))
@@ -400,7 +402,7 @@ def test_freely_written_chats_are_whole(make_tiny):
     rng = random.Random(0)
     make_tiny.chats.prepare_names()
     heads = [line for line in make_tiny.chats.read_lines("chats") if line.startswith("@")]
-    assert len(make_tiny.chats.load()) == len(heads) > 116_000  # none is malformed
+    assert len(make_tiny.chats.load()) == len(heads) > 137_000  # none is malformed
     for chat in rng.sample(make_tiny.chats.load(), 8000):  # not all, to save time
         row = make_tiny.chats.tell(chat, rng)
         assert not re.search(r"[{}]", row["dialogue"] + " ".join(row["summaries"])), chat["topic"]
@@ -553,11 +555,13 @@ def test_dropout_leaves_attention_whole(make_tiny):
 
 ROW = {"kind": "free", "turns": [("Ann", "is it 5?"), ("Bo", "six"), ("Ann", "ok")], "facts": {"Ann": "Ann"},
        "dialogue": "Ann: is it 5?\nBo: six\nAnn: ok", "narration": "Ann asks. Bo says six.",
-       "summaries": ["It is six."], "told": [("Ann", "Ann asks."), ("Bo", "Bo says six."), ("Ann", "")]}  # fmt: skip
+       "summaries": ["It is six.", "Bo knows it."],
+       "told": [("Ann", "Ann asks."), ("Bo", "Bo says six."), ("Ann", "")]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("task", "pairs"), [
     ("in_short", {("in short: " + ROW["dialogue"], "It is six.")}),
+    ("what_else", {("what else?\n\n" + ROW["dialogue"], "Bo knows it.")}),
     ("retell", {("retell: " + ROW["dialogue"], "Ann asks. Bo says six.")}),
     ("copy", {("copy: " + line, line) for line in ROW["dialogue"].split("\n")}),
     ("quote", {("quote Ann: " + ROW["dialogue"], "is it 5?\nok"), ("quote Bo: " + ROW["dialogue"], "six")}),
@@ -610,17 +614,27 @@ def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_t
             seen.append({module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)})
             return make_tiny.to_batch(*(torch.from_numpy(part.astype(int)) for part in unread))
 
-    rates, step = [], torch.optim.AdamW.step
+    rates, groups, step = [], [], torch.optim.AdamW.step
+
+    def watched(self):
+        rates.append(self.param_groups[0]["lr"])
+        groups[:] = self.param_groups
+        step(self)
+
     monkeypatch.setattr(make_tiny, "CALM_FROM", 0.8)
     monkeypatch.setattr(make_tiny, "Batches", Same)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     parser = make_tiny.build_parser()
-    args = parser.parse_args(["--steps", "20", "--batch-size", "8", "--dropout", "0.3"])
+    args = parser.parse_args(["--steps", "20", "--batch-size", "8", "--dropout", "0.3", "--weight-decay", "0.4"])
     facts = make_tiny.pretrain(model, tmp_path, args, "cpu")
     assert seen == [{0.3}] * 17 + [{0.0}] * 3  # until more than four fifths are over, here
     warm = [(i + 1) / 200 for i in range(20)]
     assert rates == pytest.approx([2e-3 * min(w, 0.01 + 0.99 * (1 + math.cos(math.pi * i / 20)) / 2)
                                    for i, w in enumerate(warm)])  # fmt: skip
+    decayed = {id(p) for group in groups if group["weight_decay"] == 0.4 for p in group["params"]}
+    linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert decayed == linear  # not the embedding, which is the head, nor the bias of positions, nor norms
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
     source, target = (torch.from_numpy(part.astype(int)) for part in unread)
     with torch.no_grad():
         loss = model.eval()(**make_tiny.to_batch(source, target)).loss.item()
@@ -703,27 +717,27 @@ def test_the_verdicts_are_what_the_documents_say():
     said = " ".join((Path(__file__).parents[1] / "resource/EXPERIMENTS.md").read_text("utf-8").split())
     words = ("{name}no name and no number invented or garbled in {names}, the main fact right in {fact} (counted "
              "mildly, in {mild}), something false in {false}, a senseless repetition in {repeats}.")  # fmt: skip
-    assert len(lines) == 80
-    for half, name in ((lines[:40], "the first 40, which are short: "), (lines[40:], "longer and more roundabout: ")):
-        keys = ("names", "fact", "mild", "false", "repeats")
-        count = {key: sum(json.loads(line)[key] for line in half) for key in keys}
-        assert words.format(name=name, **count) in said
+    assert len(lines) == 120
     verdicts = [json.loads(line) for line in lines]
-    assert [verdict["id"] for verdict in verdicts] == [f"everyday-{i + 1}" for i in range(80)]
-    mild = [verdict for verdict in verdicts[:40] if verdict["mild"]]
+    assert [verdict["id"] for verdict in verdicts] == [f"everyday-{i + 1}" for i in range(120)]
+    parts = [verdicts[at : at + 40] for at in (0, 40, 80)]
+    counts = [{key: sum(verdict[key] for verdict in part) for key in ("names", "fact", "mild", "false", "repeats")}
+              for part in parts]  # fmt: skip
+    names = ("the first 40, which are short: ", "longer and more roundabout: ", "two to four speakers: ")
+    for name, count in zip(names, counts, strict=True):
+        assert words.format(name=name, **count) in said
+    mild = [verdict for verdict in parts[0] if verdict["mild"]]
     assert f"Of the {len(mild)}, {sum(not verdict['false'] for verdict in mild)} hold nothing false." in said
-    counts = [sum(verdict[key] for verdict in half) for half in (verdicts[:40], verdicts[40:])
-              for key in ("fact", "mild", "false")]  # fmt: skip
-    garbled = sum(not verdict["names"] for verdict in verdicts[40:])
     said = " ".join((Path(__file__).parents[1] / "README.md").read_text("utf-8").split())
-    assert ("main fact right in {}, or {} if judged mildly, and something false in {}; of 40 longer ones the main fact "
-            "right in {}, or {}, something false in {}, and a garbled name in {}.").format(*counts, garbled) in said
+    short, long, mixed = ("{fact}, {mild} and {false}".format(**count) for count in counts)
+    assert (f"the main fact right, right if judged mildly, and something false in {short} of 40 short ones, in {mixed} "
+            f"of 40 with 3 to 10 messages, and in {long} of 40 long ones") in said  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
-    """The README's figures, with room for other machines: ROUGE-1 66, one of 200 test summaries with a name or number
-    that the chat does not hold; of 80 everyday chats on other topics none."""
+    """The README's figures, with room for other machines: ROUGE-1 68, one of 200 test summaries with a name or number
+    that the chat does not hold; of 120 everyday chats on other topics none."""
     done = process("--output-dir", "run", cwd=tmp_path, timeout=1800)
     assert done.code == 0, done
     lines = (tmp_path / "run/predictions/test-epoch-1.jsonl").read_text("utf-8").splitlines()
@@ -737,5 +751,5 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(row["prediction"], row["dialogue"])) for row in rows),
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
-    print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 80")
-    assert rouge1 > 60 and invented[0] <= 5 and invented[1] <= 5
+    print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 120")
+    assert rouge1 > 62 and invented[0] <= 5 and invented[1] <= 5

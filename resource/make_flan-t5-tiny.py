@@ -816,7 +816,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
     parser.add_argument("--dropout", type=float, default=0.15, help="but not at the very end (default 0.15)")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, of matrices (default 0.01)")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="of the blocks' matrices (default 0.01)")
     parser.add_argument("--seed", type=int, default=1000, help="of the rows; another for a training that goes on")
     parser.add_argument("--first", type=Path, help="go on from this model")
     parser.add_argument("--output", type=Path, default=FOLDER)

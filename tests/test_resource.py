@@ -1,5 +1,6 @@
 """What ships in `resource/`: the sample dialogues, and the tiny Flan-T5 with its tokenizer and the text it has read."""
 
+import copy
 import json
 import math
 import queue
@@ -7,8 +8,9 @@ import random
 import re
 import shutil
 from collections import Counter
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -394,7 +396,10 @@ def test_pretraining_never_sees_the_prefix_of_the_task_nor_the_people(make_tiny,
             if pair:
                 seen.add(task.__name__)
                 assert not "".join(map(chr, pair[0])).lower().startswith("summar")
-    assert seen == {task.__name__ for tasks in make_tiny.TASKS.values() for task in tasks}
+    assert seen == {"in_short", "what_else", "retell", "masked_narration", "masked_facts", "masked_chat",
+                    "continue_chat", "what_about", "which_facts", "who_says", "quote", "copy"}  # fmt: skip
+    weights = {task.__name__: weight for task, weight in make_tiny.TASKS["free"].items()}
+    assert weights["in_short"] > sum(weights.values()) / 2  # most of all it learns to sum up
 
 
 def test_freely_written_chats_are_whole(make_tiny):
@@ -554,19 +559,19 @@ def test_dropout_leaves_attention_whole(make_tiny):
 
 
 ROW = {"kind": "free", "turns": [("Ann", "is it 5?"), ("Bo", "six"), ("Ann", "ok")], "facts": {"Ann": "Ann"},
-       "dialogue": "Ann: is it 5?\nBo: six\nAnn: ok", "narration": "Ann asks. Bo says six.",
-       "summaries": ["It is six.", "Bo knows it."],
-       "told": [("Ann", "Ann asks."), ("Bo", "Bo says six."), ("Ann", "")]}  # fmt: skip
+       "dialogue": "Ann: is it 5?\nBo: six\nAnn: ok", "narration": "Ann asks. Bo says six. Ann agrees.",
+       "summaries": ["It is six.", "Bo knows it.", "Ann asks Bo."],
+       "told": [("Ann", "Ann asks."), ("Bo", "Bo says six."), ("Ann", "Ann agrees.")]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("task", "pairs"), [
     ("in_short", {("in short: " + ROW["dialogue"], "It is six.")}),
-    ("what_else", {("what else?\n\n" + ROW["dialogue"], "Bo knows it.")}),
-    ("retell", {("retell: " + ROW["dialogue"], "Ann asks. Bo says six.")}),
+    ("what_else", {("what else?\n\n" + ROW["dialogue"], other) for other in ("Bo knows it.", "Ann asks Bo.")}),
+    ("retell", {("retell: " + ROW["dialogue"], "Ann asks. Bo says six. Ann agrees.")}),
     ("copy", {("copy: " + line, line) for line in ROW["dialogue"].split("\n")}),
     ("quote", {("quote Ann: " + ROW["dialogue"], "is it 5?\nok"), ("quote Bo: " + ROW["dialogue"], "six")}),
     ("who_says", {(f"who says: {said}\n\n{ROW['dialogue']}", name) for name, said in ROW["turns"]}),
-    ("what_about", {("what about Ann?\n\n" + ROW["dialogue"], "Ann asks."),
+    ("what_about", {("what about Ann?\n\n" + ROW["dialogue"], "Ann asks. Ann agrees."),
                     ("what about Bo?\n\n" + ROW["dialogue"], "Bo says six.")}),
 ])  # fmt: skip
 def test_each_task_has_its_question_and_its_answer(make_tiny, task, pairs):
@@ -633,6 +638,7 @@ def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_t
                                    for i, w in enumerate(warm)])  # fmt: skip
     decayed = {id(p) for group in groups if group["weight_decay"] == 0.4 for p in group["params"]}
     linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert {group["weight_decay"] for group in groups} == {0.4, 0.0}
     assert decayed == linear  # not the embedding, which is the head, nor the bias of positions, nor norms
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
     source, target = (torch.from_numpy(part.astype(int)) for part in unread)
@@ -641,6 +647,139 @@ def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_t
     assert float(facts["loss"].split()[0]) == pytest.approx(loss, abs=2e-3)
     make_tiny.set_dropout(model.train(), 0.3)
     assert make_tiny.held_out_loss(model, unread, 8, "cpu") == pytest.approx(loss, abs=1e-5)
+
+
+def test_pretraining_steps_are_those_of_adamw(make_tiny, monkeypatch, tmp_path):
+    """Three steps on one batch, against Loshchilov and Hutter's formulas with the norm of the gradient cut to 1."""
+    import torch
+
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    unread = tuple(part[:8] for part in make_tiny.unread_shard(str(tmp_path)))
+    monkeypatch.setattr(make_tiny, "unread_shard", lambda folder: unread)
+    batch = make_tiny.to_batch(*(torch.from_numpy(part.astype(int)) for part in unread))
+    same = type("Same", (), {"made": 0, "waited": 0.0, "__init__": lambda *_: None, "stop": lambda _: None,
+                             "draw": lambda _: batch})  # fmt: skip
+    monkeypatch.setattr(make_tiny, "Batches", same)
+    model = make_tiny.make_model(d_model=64, num_heads=1, d_ff=80, num_layers=1, num_decoder_layers=1)
+    wanted = copy.deepcopy(model).train()
+    make_tiny.set_dropout(wanted, 0.0)
+    flags = ["--steps", "3", "--batch-size", "8", "--dropout", "0", "--lr", "0.5", "--weight-decay", "0.4"]
+    make_tiny.pretrain(model, tmp_path, make_tiny.build_parser().parse_args(flags), "cpu")
+    moments = {name: [0.0, 0.0] for name, _ in wanted.named_parameters()}
+    for step in range(3):
+        rate = 0.5 * (step + 1) / 200
+        grads = torch.autograd.grad(wanted(**batch).loss, list(wanted.parameters()))
+        norm = torch.sqrt(sum((grad**2).sum() for grad in grads)).item()
+        assert norm > 1  # so that cutting shows
+        with torch.no_grad():
+            for (name, p), grad in zip(wanted.named_parameters(), grads, strict=True):
+                grad, kept = grad / norm, moments[name]
+                kept[0], kept[1] = 0.9 * kept[0] + 0.1 * grad, 0.98 * kept[1] + 0.02 * grad**2
+                mean, square = kept[0] / (1 - 0.9 ** (step + 1)), kept[1] / (1 - 0.98 ** (step + 1))
+                decays = p.dim() == 2 and name != "shared.weight" and "relative_attention_bias" not in name
+                p.mul_(1 - rate * 0.4 * decays).sub_(rate * mean / (square.sqrt() + 1e-8))
+    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        moved = (p - q).abs() <= 1e-3 * q.abs() + 2e-4
+        assert moved.float().mean() > 0.999, name  # where a gradient is near 0, its sign is rounding
+
+
+def test_no_worker_makes_what_another_makes(make_tiny, monkeypatch):
+    """Each has seeds of its own, for its first rows and for the rest, and delivers as many first ones as it should."""
+    import torch
+
+    class Stop(Exception):
+        pass
+
+    class Worker:
+        def __init__(self, target, args, daemon):
+            self.run = lambda: target(*args)
+
+        def start(self):
+            delivered.append([])
+            with pytest.raises(Stop):
+                self.run()
+
+    class Queue:
+        def __init__(self, maxsize):
+            pass
+
+        def put(self, shard, timeout):
+            delivered[-1].append(shard)
+            if len(delivered[-1]) == 5:
+                raise Stop
+
+    delivered, seeds = [], []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    context = SimpleNamespace(Process=Worker, Queue=Queue)
+    monkeypatch.setattr(make_tiny.multiprocessing, "get_context", lambda how: context)
+    monkeypatch.setattr(make_tiny, "make_pairs", lambda folder, seed, first=False: seeds.append(seed) or first)
+    monkeypatch.setattr(make_tiny, "make_shards", lambda first: repeat("first" if first else "rest"))
+    make_tiny.Batches(TINY, 15, 8, "cpu", 1000, 2)
+    assert delivered == [["first"] * 2 + ["rest"] * 3] * 15
+    assert len(set(seeds)) == len(seeds) == 30
+
+
+@pytest.mark.parametrize(("first", "most"), [(False, "free"), (True, "babble")])
+def test_what_is_read_is_mostly_freely_written_chats(make_tiny, monkeypatch, first, most):
+    """But at the start, which teaches to copy."""
+    told = Counter()
+
+    def row(kind):
+        told[kind] += 1
+        return ROW | {"kind": kind}
+
+    monkeypatch.setattr(make_tiny, "grammar_rows", lambda seed: iter(lambda: row("grammar"), None))
+    monkeypatch.setattr(make_tiny, "babble", lambda *_: row("babble"))
+    monkeypatch.setattr(make_tiny.chats, "tell", lambda *_: row("free"))
+    monkeypatch.setattr(make_tiny.chats, "murmur", lambda *_: row("murmur"))
+    list(islice(make_tiny.make_pairs(str(TINY), 0, first), 3000))
+    assert set(told) == {"grammar", "free", "murmur", "babble"} and told[most] > 0.6 * told.total()
+
+
+def test_the_loss_that_the_card_tells_is_of_first_summaries(make_tiny, tokenizer):
+    sources, targets = make_tiny.unread_shard(str(TINY))
+    decode = lambda ids: tokenizer.decode(ids.astype(int), skip_special_tokens=True)
+    texts = {decode(source): decode(target) for source, target in zip(sources[:20], targets[:20], strict=True)}
+    rows = {"in short: " + row["dialogue"]: row["summaries"][0] for row in make_tiny.unread_rows()}
+    assert len(texts) == 20 and texts.items() <= rows.items()
+
+
+def test_what_is_measured_for_the_card(make_tiny, monkeypatch, capsys):
+    """Right answers, and wrong ones, in the place of the model's; chats that are new to it are given eight beams."""
+    known = {row["dialogue"]: row for row in islice(make_tiny.make_sample.records("validation"), 200)}
+    new = {row["dialogue"]: row for row in make_tiny.unread_rows()[:200]}
+
+    def answer(model, tokenizer, texts, **how):
+        beams.append(how.get("num_beams", 1))
+        return [right(*re.split(r": |\n\n", text, maxsplit=1)) if is_right else "" for text in texts]
+
+    def right(task, chat):
+        if task == "who talks?":
+            names = list(dict.fromkeys(turn.split(": ")[0] for turn in chat.split("\n")))
+            return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        if chat in new:
+            return new[chat]["summaries"][-1]  # the best of the references counts
+        return known[chat]["narration" if task == "retell" else "summary"]
+
+    monkeypatch.setattr(make_tiny, "answer", answer)
+    for is_right in (True, False):
+        beams = []
+        figures = list(make_tiny.measure(None, None).values())
+        best = ("100.0%", "100.0% exact", "ROUGE-1 100.0", "ROUGE-1 100.0, 0 of 200 with invented names",
+                "ROUGE-1 100.0 (200, with eight beams)", "ROUGE-1 100.0")  # fmt: skip
+        assert figures == [text if is_right else text.replace("100.0", "0.0") for text in best]
+        assert beams == [1] * 5 + [8]
+
+
+@pytest.mark.slow
+def test_the_card_tells_the_loss_of_the_weights_that_ship(make_tiny):
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(TINY, dtype=torch.float32)
+    loss = make_tiny.held_out_loss(model, make_tiny.unread_shard(str(TINY)), 50, "cpu")
+    told = re.search(r"^- loss: ([\d.]+) nats", (TINY / "README.md").read_text("utf-8"), re.M)
+    assert loss == pytest.approx(float(told[1]), abs=5e-3)
 
 
 def test_no_row_of_a_shard_comes_twice(make_tiny):
@@ -713,25 +852,29 @@ def test_span_corruption_loses_nothing(make_tiny):
 
 
 def test_the_verdicts_are_what_the_documents_say():
-    lines = (Path(__file__).parent / "data/everyday_verdicts.jsonl").read_text("utf-8").splitlines()
-    said = " ".join((Path(__file__).parents[1] / "resource/EXPERIMENTS.md").read_text("utf-8").split())
-    words = ("{name}no name and no number invented or garbled in {names}, the main fact right in {fact} (counted "
-             "mildly, in {mild}), something false in {false}, a senseless repetition in {repeats}.")  # fmt: skip
-    assert len(lines) == 120
-    verdicts = [json.loads(line) for line in lines]
-    assert [verdict["id"] for verdict in verdicts] == [f"everyday-{i + 1}" for i in range(120)]
-    parts = [verdicts[at : at + 40] for at in (0, 40, 80)]
-    counts = [{key: sum(verdict[key] for verdict in part) for key in ("names", "fact", "mild", "false", "repeats")}
-              for part in parts]  # fmt: skip
-    names = ("the first 40, which are short: ", "longer and more roundabout: ", "two to four speakers: ")
-    for name, count in zip(names, counts, strict=True):
-        assert words.format(name=name, **count) in said
-    mild = [verdict for verdict in parts[0] if verdict["mild"]]
-    assert f"Of the {len(mild)}, {sum(not verdict['false'] for verdict in mild)} hold nothing false." in said
-    said = " ".join((Path(__file__).parents[1] / "README.md").read_text("utf-8").split())
-    short, long, mixed = ("{fact}, {mild} and {false}".format(**count) for count in counts)
-    assert (f"the main fact right, right if judged mildly, and something false in {short} of 40 short ones, in {mixed} "
-            f"of 40 with 3 to 10 messages, and in {long} of 40 long ones") in said  # fmt: skip
+    """Each line has the verdicts of readers 31 to 34 as four digits, on one chat's summary by one model."""
+    folder, parts = Path(__file__).parents[1], [range(at, at + 40) for at in (1, 41, 81)]
+    lines = (folder / "tests/data/everyday_verdicts.jsonl").read_text("utf-8").splitlines()
+    verdicts = {(row["id"], row["model"]): row for row in map(json.loads, lines)}
+    assert set(verdicts) == {(f"everyday-{i}", model) for part in parts for i in part for model in ("M137", "M116")}
+
+    def count(model, question, part):
+        digits = [verdicts[f"everyday-{i}", model][question] for i in part]
+        return [sum(four[reader] == "1" for four in digits) for reader in range(4)]
+
+    said = " ".join((folder / "resource/EXPERIMENTS.md").read_text("utf-8").split())
+    for model, cell in (("M137", "the one that ships, M137"), ("M116", "M116")):
+        cells = [" / ".join(", ".join(map(str, count(model, question, part))) for part in parts)
+                 for question in ("names", "fact", "mild", "false", "repeats")]  # fmt: skip
+        assert f"| {cell} | {' | '.join(cells)} |" in said
+    mild = [row for i in parts[0] for row in [verdicts[f"everyday-{i}", "M137"]] if row["mild"][1] == "1"]
+    true = sum(row["false"][1] == "0" for row in mild)
+    assert f"Reader 32 finds {len(mild)} of the first 40 mildly right, {true} of them without anything false" in said
+    readme = (folder / "README.md").read_text("utf-8")
+    between = lambda counts: f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
+    for words, part in ((28, parts[0]), (59, parts[2]), (71, parts[1])):
+        cells = [between(count("M137", question, part)) for question in ("fact", "mild", "false")]
+        assert re.search(rf"^\| {words} [^|]*\| {' [|] '.join(cells)} \|$", readme, re.M), (words, cells)
 
 
 @pytest.mark.slow
@@ -752,4 +895,4 @@ def test_the_default_run_is_true_to_its_chats(make_tiny, process, tmp_path):
         sum(bool(make_tiny.invented(*pair)) for pair in zip(done.out.splitlines(), chats, strict=True)),
     ]
     print(f"ROUGE-1 {rouge1:.2f}, with something invented: {invented[0]} of 200, {invented[1]} of 120")
-    assert rouge1 > 62 and invented[0] <= 5 and invented[1] <= 5
+    assert rouge1 > 63 and invented[0] <= 5 and invented[1] <= 5

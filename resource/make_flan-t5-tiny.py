@@ -781,7 +781,7 @@ general language model, and it has nothing but its geometry in common with Googl
 It was pretrained on chats of the grammar in `resource/make_sample.py`, on chats written freely for this project by
 language models (`resource/flan-t5-tiny-text`, with the licences), on the same chats retold, on chats of random words,
 and on examples of use from WordNet 3.0, with first names from Faker's lists. It has not read the freely written chats
-of `resource/sample`, and those who talk in its held-out rows are in none of its lists of people. It has seen
+of `resource/sample`, and those who talk in the held-out rows there are in none of its lists of people. It has seen
 summaries, after "in short: ", and never the prefix "summarize: ": the task is known, and fine-tuning binds it to its
 name.
 
@@ -790,8 +790,9 @@ How far it gets depends on the machine. This copy:
 
 {facts}
 
-All before any fine-tuning, and greedy, for 200 chats of the grammar with the people of validation, where nothing else
-is said; F1 without a stemmer. An invented name is a capitalised word or a number that is nowhere in the chat.
+All before any fine-tuning; where nothing else is said, greedy, for 200 chats of the grammar with the people of
+validation; the names of random letters, in lists of four; F1 without a stemmer. An invented name is a capitalised word
+or a number that is nowhere in the chat.
 """
 
 

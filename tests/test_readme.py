@@ -1,11 +1,15 @@
 """The documents say what is there: every command they show is accepted, every link leads somewhere, every flag exists.
 
-Commands are parsed, not run: the defaults run in CI, and what each flag does is tested elsewhere.
+Most commands are parsed, not run: the defaults run in CI, and what each flag does is tested elsewhere.
 """
 
 import argparse
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ SOURCES = [*DOCUMENTS, HERE / "flan-t5_samsum.py", HERE / "gpt2_from_scratch.py"
 SCRIPTS = ("flan-t5_samsum.py", "gpt2_from_scratch.py", "resource/make_flan-t5-tiny.py", "tests/benchmark_gpt2.py",
            "tests/benchmark_flan_t5.py", "tests/benchmark_recipes.py")  # fmt: skip
 # Flags of other programs that the documents name.
-FOREIGN = {"--torch-backend", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--use_fsdp",
+FOREIGN = {"--torch-backend", "--depth", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--use_fsdp",
            "--fsdp_version", "--num_processes", "--logdir", "--model_args", "--tasks", "--include_path",
            "--device"}  # fmt: skip
 
@@ -111,3 +115,24 @@ def test_a_flag_that_is_gone_is_found(parsers, tmp_path):
     assert isinstance(parsers["flan-t5_samsum.py"](expand(shlex.split(one))[2:]), argparse.Namespace)
     with pytest.raises(SystemExit):
         gpt2.parse_arguments(shlex.split(other)[3:])
+
+
+@pytest.mark.slow
+def test_the_commands_that_take_minutes(tmp_path):
+    """Those of Experiment 1, and a folder of text, word for word in bash. The other commands run in `.ci/run`, or need
+    a network or a GPU."""
+    text = (HERE / "README.md").read_text("utf-8")
+    loop, compare = re.findall(r"^ {4}(for lr .*|.* --compare runs/sample/.*)$", text, re.MULTILINE)
+    folder = re.search(r"`(\S+ gpt2_from_scratch\.py --data notes/ --glob '\*\.md')`", text)[1]
+    for path in (*HERE.glob("*.py"), HERE / "resource"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "notes").mkdir()
+    for i, path in enumerate(DOCUMENTS):
+        shutil.copy(path, tmp_path / f"notes/{i}.md")
+    told, env = {}, os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in (loop, compare, folder):
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        told[command] = done.stdout
+    assert [told[compare].count(f"lr={lr} ") > 1 for lr in ("1e-5", "1e-4", "1e-3", "3e-2")] == [True] * 4
+    assert (tmp_path / "runs/sample/comparison.png").is_file() and "sample:" in told[folder]

@@ -23,8 +23,8 @@ SOURCES = [*DOCUMENTS, HERE / "flan-t5_samsum.py", HERE / "gpt2_from_scratch.py"
 SCRIPTS = ("flan-t5_samsum.py", "gpt2_from_scratch.py", "resource/make_flan-t5-tiny.py", "tests/benchmark_gpt2.py",
            "tests/benchmark_flan_t5.py", "tests/benchmark_recipes.py")  # fmt: skip
 # Flags of other programs that the documents name.
-FOREIGN = {"--torch-backend", "--depth", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--use_fsdp",
-           "--fsdp_version", "--num_processes", "--logdir", "--model_args", "--tasks", "--include_path",
+FOREIGN = {"--torch-backend", "--depth", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend",
+           "--use_fsdp", "--fsdp_version", "--num_processes", "--logdir", "--model_args", "--tasks", "--include_path",
            "--device"}  # fmt: skip
 
 

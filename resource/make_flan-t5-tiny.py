@@ -273,12 +273,14 @@ def what_else(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
     return (encode("what else?\n\n" + row["dialogue"]), encode(rng.choice(others))) if others else None
 
 
-def continue_chat(row: dict, encode: Encode, rng: random.Random) -> Pair:
+def continue_chat(row: dict, encode: Encode, rng: random.Random) -> Pair | None:
     """The turns so far, then the next two: after no instruction, or any word that is not one of the other tasks.
 
     So the model takes an instruction that it does not know, as `summarize` is, for a chat to go on with.
     """
     turns = row["dialogue"].split("\n")
+    if len(turns) == 1:
+        return None
     at = rng.randrange(1, len(turns))
     others = re.findall(r"[a-z]{3,}", row["dialogue"].lower()) or [""]
     word = rng.choice(("", "continue", make_sample.invent(rng, capital=False), rng.choice(others)))

@@ -602,6 +602,17 @@ def test_a_chat_goes_on_with_its_next_two_turns(make_tiny):
         assert (read, target) in (("Ann: is it 5?", "Bo: six\nAnn: ok"), ("Ann: is it 5?\nBo: six", "Ann: ok"))
 
 
+def test_every_task_takes_a_chat_of_one_message(make_tiny):
+    rng, encode = random.Random(0), lambda text: [ord(letter) for letter in text]
+    chat = {"topic": "bins", "sexes": {"A": "f"}, "turns": [("A", "bins go out {day:today}, I think")],
+            "summaries": ["{A} reminds of the bins."]}  # fmt: skip
+    for _ in range(20):
+        row = make_tiny.chats.tell(chat, rng)
+        made = {task.__name__ for task in make_tiny.TASKS["free"] if task(row, encode, rng)}
+        assert {"in_short", "which_facts", "masked_chat", "what_about", "quote"} <= made
+        assert ("continue_chat" in made) == ("\n" in row["dialogue"])
+
+
 def test_the_end_of_pretraining_is_calm_and_the_loss_that_of_unread_chats(make_tiny, monkeypatch, tmp_path):
     """With what is random replaced: every batch is the same, so that the rates and the dropout can be looked at."""
     import torch

@@ -787,6 +787,7 @@ def test_the_card_tells_the_loss_of_the_weights_that_ship(make_tiny):
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
+    make_tiny.chats.prepare_names()
     model = AutoModelForSeq2SeqLM.from_pretrained(TINY, dtype=torch.float32)
     loss = make_tiny.held_out_loss(model, make_tiny.unread_shard(str(TINY)), 50, "cpu")
     told = re.search(r"^- loss: ([\d.]+) nats", (TINY / "README.md").read_text("utf-8"), re.M)

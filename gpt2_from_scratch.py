@@ -1529,19 +1529,21 @@ def documents_of(parts: Iterable[Part], settings: Settings, before: int = 0) -> 
 
     `before`: how many documents came before these parts.
     """
-    begins = False
+    begins = follows_end = False
     for starts, text in parts:
-        begins |= starts
+        begins, follows_end = begins or starts, follows_end and not starts
         for index, stretch in enumerate(text.split(END_OF_TEXT) if settings.split_on_eot else [text]):
             if index:
-                begins, stretch = True, stretch.lstrip("\n")
+                begins = follows_end = True
+            if follows_end:  # its line break may come with the next part
+                stretch = stretch.lstrip("\n")
             if not stretch:
                 continue
             before += begins
             if settings.limit and before > settings.limit:
                 return
             yield begins, stretch
-            begins = False
+            begins = follows_end = False
 
 
 class Split:

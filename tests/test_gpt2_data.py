@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
@@ -623,6 +623,7 @@ def test_end_of_text_in_a_text_is_a_border_only_if_asked_for(tmp_path):
 FRAGMENTS = ["<|endoftext|>", "a", "b ", "\n", "<|endof", "text|>"]
 
 
+@example(text=11 * gpt2.END_OF_TEXT + "\n")  # the line break comes with another piece
 @given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
 @settings(max_examples=200, deadline=None)
 def test_documents_between_ends_of_text_are_those_that_a_plain_split_gives(text):

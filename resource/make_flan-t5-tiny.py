@@ -626,9 +626,10 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     is_timed = not args.steps and not args.first
     first_shards = round(COPY_FIRST * args.minutes * 60 * 20_000 / SHARD_ROWS / args.workers) if is_timed else 0
     unread = unread_shard(str(folder))
-    # Only matrices of the blocks decay: in the embedding rows of rare tokens would fade between two meetings.
-    decays = {name: p.dim() > 1 and "block" in name and "bias" not in name for name, p in model.named_parameters()}
-    decay, rest = ([p for name, p in model.named_parameters() if decays[name] == so] for so in (True, False))
+    # Only matrices of the blocks decay: in the embedding, rows of rare tokens could fade between two meetings.
+    decays = lambda name, p: p.dim() > 1 and "block" in name and "bias" not in name
+    decay = [p for name, p in model.named_parameters() if decays(name, p)]
+    rest = [p for name, p in model.named_parameters() if not decays(name, p)]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=device == "cuda",

@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from queue import Full
 
@@ -64,7 +64,7 @@ PAD, EOS = 0, 1
 # Longest sources and targets. A row goes to the first that it fits into, so that little is padding; the model is
 # compiled for each. (Compiled once for any length, it learnt NaN on an H200 with PyTorch 2.11.)
 SHAPES = ((80, 24), (128, 48), (208, 80))
-SHARD_ROWS = 1024
+SHARD_ROWS = 512
 IGNORE = -100  # label of padding: no loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,8 +352,6 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
     rng = random.Random(f"tasks-{seed}")
     chats.prepare_names()
     free = chats.read()
-    # The longer chats and those of more than two people are harder, and fewer.
-    often = list(accumulate(1 + (len(chat["turns"]) > 6) + (len(chat["sexes"]) > 2) for chat in free))
     grammar = grammar_rows(seed)
     sentences = chats.everyday()
     words = [w for w in " ".join(sentences[::7]).split() if w.isalpha() and w.islower()]
@@ -366,7 +364,7 @@ def make_pairs(folder: str, seed: int, first: bool = False) -> Iterator[Pair]:
             continue
         row = {
             "grammar": lambda: next(grammar),
-            "free": lambda: chats.tell(rng.choices(free, cum_weights=often)[0], rng),
+            "free": lambda: chats.tell(rng.choice(free), rng),
             "murmur": lambda: chats.murmur(rng, sentences, free),
             "babble": lambda: babble(rng, words),
         }[kind]()
@@ -589,34 +587,18 @@ def set_dropout(model: T5ForConditionalGeneration, rate: float) -> None:
             module.dropout = 0.0
 
 
-def training_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], agreement: float = 0.0) -> torch.Tensor:
-    """Mean loss of a batch, nats per token.
-
-    With `agreement` every example is read twice, with something else dropped, and so many times the distance between
-    the two predictions is added: the mean of their Kullback-Leibler divergences (R-Drop, Liang et al. 2021, whose alpha
-    is twice `agreement`, as there the two losses are added up and here is their mean).
-    """
-    if not agreement:
-        return model(**batch).loss
-    output = model(**{name: part.repeat(2, 1) for name, part in batch.items()})
-    one, other = output.logits.float().log_softmax(-1).chunk(2)
-    apart = ((one.exp() - other.exp()) * (one - other)).sum(-1) / 2  # (B, T)
-    told = batch["labels"] != IGNORE
-    return output.loss + agreement * (apart * told).sum() / told.sum()
-
-
-def compiled(model: T5ForConditionalGeneration, batch_size: int, dropout: float, agreement: float) -> Callable:
-    """`training_loss` through torch.compile, or as it is where the compiler does not work (it needs Triton and gcc)."""
+def compiled(model: T5ForConditionalGeneration, batch_size: int, dropout: float) -> torch.nn.Module:
+    """The model through torch.compile, or as it is where the compiler does not work (it needs Triton and gcc)."""
     try:
-        fast = torch.compile(training_loss, dynamic=False)
+        fast = torch.compile(model, dynamic=False)
         for rate, shape in product((0.0, dropout), SHAPES):  # all now: later they would stop the training for a minute
             set_dropout(model, rate)
             ids = (torch.randint(PAD + 1, VOCAB_SIZE, (batch_size, length), device=model.device) for length in shape)
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                fast(model, to_batch(*ids), agreement if rate else 0.0).backward()
+                fast(**to_batch(*ids)).loss.backward()
     except Exception as error:  # whatever the compiler stumbles over; the training itself would stumble again
         print(f"torch.compile does not work here, training without it: {str(error).splitlines()[0]}", flush=True)
-        fast = training_loss
+        fast = model
     model.zero_grad(set_to_none=True)
     return fast
 
@@ -654,9 +636,9 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
     )  # fmt: skip
     model.to(device).train()
     # Before the workers take the cores.
-    loss_of = compiled(model, args.batch_size, args.dropout, args.agreement) if device == "cuda" else training_loss
+    step_model = compiled(model, args.batch_size, args.dropout) if device == "cuda" else model
     set_dropout(model, args.dropout)
-    is_calm, agreement = False, args.agreement
+    is_calm = False
     batches = Batches(folder, args.workers, args.batch_size, device, args.seed, first_shards)
     start, last_report, examples = time.time(), 0.0, 0
     for step in range(args.steps or 10**9):
@@ -665,13 +647,13 @@ def pretrain(model: T5ForConditionalGeneration, folder: Path, args: argparse.Nam
             break
         progress = step / args.steps if args.steps else minutes / args.minutes
         if progress > CALM_FROM and not is_calm:
-            is_calm, agreement = True, 0.0  # without dropout both readings are the same
+            is_calm = True
             set_dropout(model, 0.0)
             print(f"no dropout from step {step} on", flush=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, step, args.lr)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_of(model, batches.draw(), agreement)
+            loss = step_model(**batches.draw()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -786,7 +768,7 @@ def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, 
 
 def rebuild_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """The flags that gave this model, for the command line in its card; its folder by name only."""
-    names = ("steps", "minutes", "batch_size", "lr", "dropout", "agreement", "weight_decay", "seed")
+    names = ("steps", "minutes", "batch_size", "lr", "dropout", "weight_decay", "seed")
     changed = [name for name in names if getattr(args, name) != getattr(defaults, name)]
     flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in changed]
     first = [f"--first runs/{args.first.resolve().name}"] if args.first else []
@@ -838,7 +820,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--report-seconds", type=float, default=30)
     parser.add_argument("--dropout", type=float, default=0.15, help="but not at the very end (default 0.15)")
-    parser.add_argument("--agreement", type=float, default=0.0, help="of two readings of each row (default 0: one)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="of the blocks' matrices (default 0.01)")
     parser.add_argument("--seed", type=int, default=1000, help="of the rows; another for a training that goes on")
     parser.add_argument("--first", type=Path, help="go on from this model")
